@@ -1,0 +1,120 @@
+// The only file that knows pybind11. Arguments arrive checked (flowroutes_fast/ops.py); pointers arrive as integers.
+#include "proximity.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+using namespace flowroutes;
+
+namespace {
+
+const Kernels& kernels(const std::string& isa) {
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    if (isa == "avx512" ? avx512 : (isa == "auto" && avx512)) return kernels_avx512();
+    if (isa == "avx2" ? avx2 : (isa == "auto" && avx2)) return kernels_avx2();
+#endif
+    if (isa == "auto" || isa == "baseline") return kernels_baseline();
+    throw std::invalid_argument("instruction set " + isa + " is not available on this processor");
+}
+
+template <class T = const float*>
+T pointer(const py::dict& d, const char* name) {
+    return d.contains(name) ? reinterpret_cast<T>(d[name].cast<uintptr_t>()) : nullptr;
+}
+template <class T = int64_t>
+T number(const py::dict& d, const char* name, T otherwise = 0) {
+    return d.contains(name) ? d[name].cast<T>() : otherwise;
+}
+
+AttentionProximity problem(const py::dict& d) {
+    AttentionProximity p;
+    Alpha& a = p.alpha;
+    a.pattern = pointer(d, "pattern");
+    a.pattern_head = number(d, "pattern_head");
+    a.pattern_query = number(d, "pattern_query");
+    a.q = pointer(d, "q");
+    a.q_head = number(d, "q_head");
+    a.q_row = number(d, "q_row");
+    a.k = pointer(d, "k");
+    a.k_head = number(d, "k_head");
+    a.k_row = number(d, "k_row");
+    a.d_qk = number(d, "d_qk");
+    a.scale = number<float>(d, "scale", 1.f);
+    a.softcap = number<float>(d, "softcap");
+    a.mask = pointer(d, "mask");
+    a.mask_head = number(d, "mask_head");
+    a.mask_query = number(d, "mask_query");
+    a.window = number(d, "window");
+    a.offset = number(d, "offset");
+    a.sinks = pointer(d, "sinks");
+    p.queries = number(d, "queries");
+    p.keys = number(d, "keys");
+    p.heads = number(d, "heads");
+    p.group = number(d, "group", int64_t(1));
+    p.d_v = number(d, "d_v");
+    p.d_model = number(d, "d_model");
+    p.v = pointer(d, "v");
+    p.v_head = number(d, "v_head");
+    p.v_row = number(d, "v_row");
+    p.g = pointer(d, "g");
+    p.u = pointer(d, "u");
+    p.y = pointer(d, "y");
+    p.dense = pointer<float*>(d, "dense");
+    p.by_head = pointer<float*>(d, "by_head");
+    p.base = pointer(d, "base");
+    p.normalise = number<bool>(d, "normalise", true);
+    p.normaliser = pointer<float*>(d, "normaliser");
+    p.floor = number<float>(d, "floor", -1.f);
+    p.threads = number<int>(d, "threads");
+    return p;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Native kernels of flowroutes_fast.";
+#ifdef _OPENMP
+    m.attr("openmp") = true;
+#else
+    m.attr("openmp") = false;
+#endif
+    m.def("isa", [](const std::string& asked) { return kernels(asked).isa; }, py::arg("isa") = "auto");
+    m.def(
+        "attention_proximity",
+        [](const py::dict& arguments, const std::string& isa) {
+            const AttentionProximity p = problem(arguments);
+            const Kernels& k = kernels(isa);
+            std::vector<Edge> edges;
+            {
+                py::gil_scoped_release release;
+                k.attention(p, edges);
+            }
+            const auto n = static_cast<py::ssize_t>(edges.size());
+            py::array_t<int32_t> query(n), key(n), head(n);
+            py::array_t<float> value(n);
+            for (py::ssize_t i = 0; i < n; ++i) {
+                query.mutable_data()[i] = edges[i].query;
+                key.mutable_data()[i] = edges[i].key;
+                head.mutable_data()[i] = edges[i].head;
+                value.mutable_data()[i] = edges[i].value;
+            }
+            return py::make_tuple(query, key, head, value);
+        },
+        py::arg("arguments"), py::arg("isa") = "auto");
+    m.def(
+        "part_proximity",
+        [](uintptr_t part, uintptr_t whole, uintptr_t out, int64_t rows, int64_t part_rows, int64_t d_model, int threads, const std::string& isa) {
+            const Kernels& k = kernels(isa);
+            py::gil_scoped_release release;
+            k.parts(reinterpret_cast<const float*>(part), reinterpret_cast<const float*>(whole), reinterpret_cast<float*>(out), rows, part_rows,
+                    d_model, threads);
+        },
+        py::arg("part"), py::arg("whole"), py::arg("out"), py::arg("rows"), py::arg("part_rows"), py::arg("d_model"), py::arg("threads") = 0,
+        py::arg("isa") = "auto");
+}

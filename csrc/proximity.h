@@ -1,0 +1,62 @@
+// Plain parameter structs of the native kernels. Shapes are written [outer, ..., inner]; strides are in elements.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace flowroutes {
+
+// Where the attention weights alpha[head, query, key] come from: a stored pattern, or queries and keys to recompute it from.
+struct Alpha {
+    const float* pattern = nullptr;  // [head, query, key], key stride 1; null: recompute
+    int64_t pattern_head = 0, pattern_query = 0;
+    const float* q = nullptr;  // [head, query, d_qk], inner stride 1
+    int64_t q_head = 0, q_row = 0;
+    const float* k = nullptr;  // [kv_head, key, d_qk], inner stride 1
+    int64_t k_head = 0, k_row = 0;
+    int64_t d_qk = 0;
+    float scale = 1.f;
+    float softcap = 0.f;           // 0: none
+    const float* mask = nullptr;   // additive [query, key] or [head, query, key], key stride 1; null: causal
+    int64_t mask_head = 0, mask_query = 0;
+    int64_t window = 0;            // causal case only: keys at distance < window are visible; 0: all
+    int64_t offset = 0;            // causal case only: query i stands at key position i + offset
+    const float* sinks = nullptr;  // [head]: one logit more in the softmax denominator; null: none
+};
+
+struct Edge {
+    int32_t query, key, head;
+    float value;
+};
+
+// Proximity of every sub-edge alpha[h,i,j] * u[h,j] to y_i, summed, normalised, and written densely or above a floor.
+struct AttentionProximity {
+    Alpha alpha;
+    int64_t queries = 0, keys = 0, heads = 0, group = 1, d_v = 0, d_model = 0;
+    const float* v = nullptr;     // [kv_head, key, d_v], inner stride 1
+    int64_t v_head = 0, v_row = 0;
+    const float* g = nullptr;     // [query, head, d_v]: W_O[h] sign(y_i)
+    const float* u = nullptr;     // [head, key, d_model]: v[h,j] W_O[h]
+    const float* y = nullptr;     // [query, d_model]
+    const float* base = nullptr;  // [query]: proximity of the other parts, or null
+    bool normalise = true;        // divide every output by the normaliser
+    float* normaliser = nullptr;  // [query]: base + all sub-edges
+    float* by_head = nullptr;     // [query, head]: sum over keys
+    float* dense = nullptr;       // [head, query, key] or null
+    float floor = -1.f;           // >= 0: collect all sub-edges of every (query, key) pair whose sum over heads is above it
+    int threads = 0;              // 0: OpenMP's default
+};
+
+struct Kernels {
+    const char* isa;
+    void (*attention)(const AttentionProximity&, std::vector<Edge>&);
+    // out[n] = proximity of part[n % part_rows] to whole[n]; rows of d_model, contiguous
+    void (*parts)(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d_model, int threads);
+};
+
+const Kernels& kernels_baseline();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+}  // namespace flowroutes

@@ -1,0 +1,59 @@
+// A vector of floats as wide as the instruction set this file is compiled for, on GCC/Clang vector extensions.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace flowroutes {
+namespace FLOWROUTES_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+
+inline vec load(const float* p) {
+    vec x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+inline vec splat(float x) { return x - vec{}; }
+inline vec vmin(vec a, vec b) { return a < b ? a : b; }
+inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+inline vec vabs(vec a) { return reinterpret_cast<vec>(reinterpret_cast<ivec>(a) & 0x7fffffff); }
+// x carrying the sign of y times its own
+inline vec flip(vec x, vec y) {
+    return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) ^ (reinterpret_cast<ivec>(y) & INT32_MIN));
+}
+inline float sum(vec a) {
+    float s = 0.f;
+    for (int i = 0; i < LANES; ++i) s += a[i];
+    return s;
+}
+
+// e^x for x <= 0, relative error below 3e-7; 0 under -87. Range reduction to |r| <= ln2/2 and a degree-6 polynomial.
+inline vec vexp(vec x) {
+    const vec t = vmax(x, splat(-87.f)) * 1.44269504f;
+    const vec shifted = t + 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer
+    const vec n = shifted - 12582912.f;
+    vec r = vmax(x, splat(-87.f)) - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = r * 1.98756915e-4f + 1.39819994e-3f;
+    p = p * r + 8.33345190e-3f;
+    p = p * r + 4.16657962e-2f;
+    p = p * r + 1.66666654e-1f;
+    p = p * r + 5.00000012e-1f;
+    p = p * r * r + r + 1.f;
+    const ivec bits = (reinterpret_cast<ivec>(shifted) - reinterpret_cast<ivec>(splat(12582912.f)) + 127) << 23;
+    const vec e = p * reinterpret_cast<vec>(bits);
+    return x < splat(-87.f) ? vec{} : e;
+}
+
+}  // namespace FLOWROUTES_ISA
+}  // namespace flowroutes

@@ -1,0 +1,313 @@
+"""The functions everything is built on: they check their arguments, choose a backend and return tensors.
+
+``attention_importances`` is the public one. The others work on one layer of one sequence and are registered with
+``torch.library`` (namespace ``flowroutes``), so they survive ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowroutes_fast import native, reference
+
+BACKENDS = ("reference", "cpu")
+_FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def backend_status() -> dict[str, str | None]:
+    """Every backend with None when it is available, or the reason why it is not."""
+    return {"reference": None, "cpu": native.load()[1]}
+
+
+def choose_backend(backend: str, tensor: Tensor) -> str:
+    """Resolve ``"auto"`` for this tensor; raise ``ValueError`` for an unknown name, ``RuntimeError`` for a missing backend."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}: choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    if backend == "cpu":
+        native.extension()
+        if tensor.dtype == torch.float64:
+            raise ValueError("backend 'cpu' computes in float32; use backend='reference' for float64 tensors")
+    if backend != "auto":
+        return backend
+    if tensor.device.type != "cpu" or tensor.dtype == torch.float64:
+        return "reference"
+    _, missing = native.load()
+    if missing:
+        _say_once(f"flowroutes_fast runs on its slow 'reference' backend: {missing}")
+        return "reference"
+    return "cpu"
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+class AttentionImportances(NamedTuple):
+    """What :func:`attention_importances` returns."""
+
+    importances: Tensor  # [batch, query, key, head]
+    residual: Tensor  # [batch, query]
+
+
+def attention_importances(
+    pattern: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    resid_pre: Tensor,
+    resid_mid: Tensor,
+    *,
+    distance_norm: float = 1,
+    clip: float = 0.0,
+    backend: str = "auto",
+) -> AttentionImportances:
+    """Importance of every sub-edge and of the residual connection for the state after attention (equation 5).
+
+    Args:
+        pattern: attention weights ``[batch, head, query, key]``.
+        value: value vectors ``[batch, key, kv_head, d_head]``; ``kv_head`` divides ``head``.
+        w_o: output projection ``[head, d_head, d_model]``.
+        resid_pre: states before attention ``[batch, query, d_model]``.
+        resid_mid: states after attention ``[batch, query, d_model]``.
+        distance_norm: 1 for the paper's L1 norm; other norms are computed by the reference backend.
+        clip: lower limit of every proximity, masked pairs included (the reference tool uses 1e-5).
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        importances ``[batch, query, key, head]`` and residual ``[batch, query]``, dimensionless, float32 (float64 for
+        float64 inputs). Over keys and heads, together with the residual, a row sums to 1 (0 where no part is closer than none).
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinity in a state, an unknown backend.
+        TypeError: tensors that are not floating point.
+    """
+    _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm, clip)
+    chosen = choose_backend(backend, resid_mid)
+    if chosen == "cpu" and distance_norm != 1:
+        if backend == "cpu":
+            raise ValueError(f"backend 'cpu' computes distance_norm=1 only, not {distance_norm}; use backend='reference'")
+        chosen = "reference"
+    dtype = torch.float64 if resid_mid.dtype == torch.float64 else torch.float32
+    pattern, value, w_o, resid_pre, resid_mid = (t.detach().to(dtype) for t in (pattern, value, w_o, resid_pre, resid_mid))
+    rows, residuals = [], []
+    for b in range(pattern.shape[0]):
+        v, y = value[b].transpose(0, 1), resid_mid[b]
+        if distance_norm == 1:
+            edge = torch.ops.flowroutes.attention_proximity(pattern[b], v, w_o, y, chosen)
+            residual = torch.ops.flowroutes.part_proximity(resid_pre[b], y, chosen)
+        else:
+            edge = reference.attention_proximity(pattern[b], v, w_o, y, distance_norm)
+            residual = reference.proximity(resid_pre[b], y, distance_norm)
+        edge, residual = edge.clamp_min(clip), residual.clamp_min(clip)
+        total = edge.sum((0, 2), dtype=torch.float64).to(dtype) + residual
+        scale = torch.where(total > 0, 1 / total, 0)
+        rows.append((edge * scale[:, None]).permute(1, 2, 0))
+        residuals.append(residual * scale)
+    return AttentionImportances(torch.stack(rows), torch.stack(residuals))
+
+
+def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm, clip) -> None:  # type: ignore[no-untyped-def]
+    named = {"pattern": pattern, "value": value, "w_o": w_o, "resid_pre": resid_pre, "resid_mid": resid_mid}
+    rank = {"pattern": 4, "value": 4, "w_o": 3, "resid_pre": 3, "resid_mid": 3}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOAT:
+            raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+        if tensor.dim() != rank[name]:
+            raise ValueError(f"{name} must have {rank[name]} dimensions, got shape {tuple(tensor.shape)}")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}")
+        if tensor.device != resid_mid.device:
+            raise ValueError(f"{name} is on {tensor.device} but resid_mid is on {resid_mid.device}: move them to one device")
+    batch, head, query, key = pattern.shape
+    d_head, d_model = w_o.shape[1:]
+    expected = {
+        "value": (batch, key, value.shape[2], d_head),
+        "w_o": (head, d_head, d_model),
+        "resid_pre": (batch, query, d_model),
+        "resid_mid": (batch, query, d_model),
+    }
+    for name, shape in expected.items():
+        if tuple(named[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(named[name].shape)}; with the other shapes it must be {shape}")
+    if head % value.shape[2]:
+        raise ValueError(f"value has {value.shape[2]} key-value heads, which does not divide the pattern's {head} heads")
+    for name, tensor in named.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinite numbers")
+    if not distance_norm > 0:
+        raise ValueError(f"distance_norm must be positive, got {distance_norm}")
+    if not 0 <= clip < float("inf"):
+        raise ValueError(f"clip must be zero or a positive number, got {clip}")
+
+
+def _output_sign(whole: Tensor, w_o: Tensor) -> Tensor:
+    """g ``[query, head, d_head]``: W_O[h]·sign(y_i), with the sign bit as the sign of zero."""
+    sign = torch.copysign(torch.ones_like(whole), whole)
+    head, d_head, d_model = w_o.shape
+    return (sign @ w_o.reshape(head * d_head, d_model).T).view(-1, head, d_head)
+
+
+def _values_through_output(value: Tensor, w_o: Tensor) -> Tensor:
+    """u ``[head, key, d_model]``: v[h,j]·W_O[h]."""
+    group = w_o.shape[0] // value.shape[0]
+    out = value.new_empty(w_o.shape[0], value.shape[1], w_o.shape[2])
+    for head in range(w_o.shape[0]):
+        torch.mm(value[head // group], w_o[head], out=out[head])
+    return out
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _native_attention(
+    alpha: dict, value: Tensor, w_o: Tensor, whole: Tensor, base: Tensor | None, dense: bool, floor: float, normalise: bool, threads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the native kernel; returns dense (or empty), by_head, normaliser, edge index ``[3, n]``, edge value ``[n]``."""
+    n_query, n_key, n_head = whole.shape[0], value.shape[1], w_o.shape[0]
+    value, whole = _rows(value), whole.contiguous()
+    g, u = _output_sign(whole, w_o), _values_through_output(value, w_o)
+    out = whole.new_empty((n_head, n_query, n_key) if dense else (0, 0, 0))
+    by_head, normaliser = whole.new_empty(n_query, n_head), whole.new_empty(n_query)
+    keep = [value, whole, g, u, out, by_head, normaliser]
+    arguments = {
+        "queries": n_query, "keys": n_key, "heads": n_head, "group": n_head // value.shape[0],
+        "d_v": w_o.shape[1], "d_model": w_o.shape[2], "v_head": value.stride(0), "v_row": value.stride(1),
+        "v": value.data_ptr(), "g": g.data_ptr(), "u": u.data_ptr(), "y": whole.data_ptr(),
+        "by_head": by_head.data_ptr(), "normaliser": normaliser.data_ptr(), "floor": floor, "normalise": normalise, "threads": threads,
+    }  # fmt: skip
+    if base is not None:
+        base = base.contiguous()
+        keep.append(base)
+        arguments["base"] = base.data_ptr()
+    if dense:
+        arguments["dense"] = out.data_ptr()
+    for name, item in alpha.items():
+        if isinstance(item, Tensor):
+            keep.append(item)
+            item = item.data_ptr()
+        arguments[name] = item
+    query, key, head, edge = native.extension().attention_proximity(arguments)
+    index = torch.stack([torch.from_numpy(a) for a in (query, key, head)])
+    return out, by_head, normaliser, index, torch.from_numpy(edge)
+
+
+def _pattern_source(pattern: Tensor) -> dict:
+    pattern = _rows(pattern)
+    return {"pattern": pattern, "pattern_head": pattern.stride(0), "pattern_query": pattern.stride(1)}
+
+
+def _qk_source(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float, window: int, sinks: Tensor | None) -> dict:
+    query, key = _rows(query), _rows(key)
+    source = {
+        "q": query, "q_head": query.stride(0), "q_row": query.stride(1), "k": key, "k_head": key.stride(0), "k_row": key.stride(1),
+        "d_qk": query.shape[-1], "scale": scaling, "softcap": softcap, "window": window, "offset": key.shape[1] - query.shape[1],
+    }  # fmt: skip
+    if mask is not None:
+        mask = _rows(mask)
+        source |= {"mask": mask, "mask_head": mask.stride(0) if mask.dim() == 3 else 0, "mask_query": mask.stride(-2)}
+    if sinks is not None:
+        source["sinks"] = sinks.contiguous()
+    return source
+
+
+_library = torch.library.Library("flowroutes", "DEF")
+_library.define("part_proximity(Tensor part, Tensor whole, str backend, int threads=0) -> Tensor")
+_library.define(
+    "attention_proximity(Tensor pattern, Tensor value, Tensor w_o, Tensor whole, str backend, int threads=0) -> Tensor",
+)
+_library.define(
+    "attention_layer(Tensor query, Tensor key, Tensor value, Tensor w_o, Tensor whole, Tensor base, Tensor? mask, Tensor? sinks, "
+    "float scaling, float softcap, int window, bool dense, float floor, str backend, int threads=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_library, "part_proximity", "CompositeExplicitAutograd")
+def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
+    """Proximity of ``part [n or 1, d_model]`` to ``whole [n, d_model]`` -> ``[n]``."""
+    if choose_backend(backend, whole) == "reference":
+        return reference.proximity(part, whole)
+    part, whole = part.float().contiguous(), whole.float().contiguous()
+    out = whole.new_empty(whole.shape[0])
+    native.extension().part_proximity(
+        part.data_ptr(), whole.data_ptr(), out.data_ptr(), whole.shape[0], part.shape[0], whole.shape[1], threads
+    )
+    return out
+
+
+@torch.library.impl(_library, "attention_proximity", "CompositeExplicitAutograd")
+def _attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
+    """Proximity of all sub-edges ``[head, query, key]`` from stored attention weights."""
+    if choose_backend(backend, whole) == "reference":
+        return reference.attention_proximity(pattern, value, w_o, whole)
+    pattern, value, w_o, whole = (t.float() for t in (pattern, value, w_o, whole))
+    return _native_attention(_pattern_source(pattern), value, w_o, whole, None, True, -1.0, False, threads)[0]
+
+
+@torch.library.impl(_library, "attention_layer", "CompositeExplicitAutograd")
+def _attention_layer(
+    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, base: Tensor, mask: Tensor | None, sinks: Tensor | None,
+    scaling: float, softcap: float, window: int, dense: bool, floor: float, backend: str, threads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Importances of one layer's sub-edges, attention recomputed from queries and keys.
+
+    Args:
+        query: ``[head, query, d_qk]``; key: ``[kv_head, key, d_qk]``; value: ``[kv_head, key, d_head]``; w_o: ``[head, d_head, d_model]``.
+        whole: the state the parts add up to ``[query, d_model]``; base: proximity of the other parts ``[query]``.
+        mask: additive ``[query, key]`` or ``[head, query, key]``, None for causal; sinks: ``[head]`` or None.
+        dense: return all importances; floor: if >= 0, return the sub-edges of all (query, key) pairs whose sum over heads is above it.
+
+    Returns:
+        dense importances ``[head, query, key]`` (or empty), by_head ``[query, head]``, normaliser ``[query]`` (a proximity),
+        edge index ``[3, n]`` (query, key, head; int32), edge importance ``[n]``.
+    """
+    if choose_backend(backend, whole) == "cpu":
+        tensors = [t.float() for t in (query, key, value, w_o, whole, base)]
+        source = _qk_source(tensors[0], tensors[1], None if mask is None else mask.float(), scaling, softcap, window, sinks)
+        return _native_attention(source, *tensors[2:], dense, floor, True, threads)
+    pattern = reference.attention_pattern(query, key, scaling=scaling, mask=mask, softcap=softcap, window=window, sinks=sinks)
+    edge = reference.attention_proximity(pattern.to(whole.dtype), value, w_o, whole)
+    normaliser = edge.sum((0, 2)) + base
+    edge *= torch.where(normaliser > 0, 1 / normaliser, 0)[:, None]
+    index = edge.new_empty(0, dtype=torch.int32).view(3, 0)
+    found = edge.new_empty(0)
+    if floor >= 0:
+        at = ((edge.sum(0) > floor) & (edge > 0)).permute(1, 2, 0).nonzero()
+        found = edge[at[:, 2], at[:, 0], at[:, 1]]
+        index = at.T.to(torch.int32).contiguous()
+    by_head = edge.sum(-1).T.contiguous()
+    return (edge if dense else edge.new_empty(0, 0, 0)), by_head, normaliser, index, found
+
+
+@torch.library.register_fake("flowroutes::part_proximity", lib=_library)
+def _(part, whole, backend, threads=0):  # type: ignore[no-untyped-def]
+    return whole.new_empty(whole.shape[0])
+
+
+@torch.library.register_fake("flowroutes::attention_proximity", lib=_library)
+def _(pattern, value, w_o, whole, backend, threads=0):  # type: ignore[no-untyped-def]
+    return whole.new_empty(pattern.shape)
+
+
+@torch.library.register_fake("flowroutes::attention_layer", lib=_library)
+def _(query, key, value, w_o, whole, base, mask, sinks, scaling, softcap, window, dense, floor, backend, threads=0):  # type: ignore[no-untyped-def]
+    n_head, n_query, n_key = query.shape[0], query.shape[1], key.shape[1]
+    n_edge = torch.library.get_ctx().new_dynamic_size() if floor >= 0 else 0
+    return (
+        whole.new_empty((n_head, n_query, n_key) if dense else (0, 0, 0)),
+        whole.new_empty(n_query, n_head),
+        whole.new_empty(n_query),
+        whole.new_empty((3, n_edge), dtype=torch.int32),
+        whole.new_empty(n_edge),
+    )

@@ -1,0 +1,209 @@
+"""Top-down extraction of a route from a trace (the paper's algorithm 1), and the route itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from flowroutes_fast.files import write_text
+
+if TYPE_CHECKING:
+    import networkx
+
+    from flowroutes_fast.record import Trace
+
+FORMAT = "flowroutes_fast.route"
+FORMAT_VERSION = 1
+KINDS = ("attention", "attention_residual", "ffn", "ffn_residual")
+COLUMNS = {"layer": "int64", "kind": "object", "source": "int64", "target": "int64", "head": "int64", "importance": "float64"}
+
+
+@dataclass(eq=False)
+class Route:
+    """The sub-edges through which one position's last state is reached.
+
+    ``edges`` has one row per sub-edge: ``layer``, ``kind`` (one of :data:`KINDS`), ``source`` and ``target`` (token positions),
+    ``head`` (-1 where it has no meaning) and ``importance`` (share of its node's total, in [0, 1]). The root is the state of
+    ``position`` after the last layer.
+    """
+
+    tokens: list[str]
+    position: int
+    threshold: float
+    renormalize: bool
+    model: str
+    shapes: list[str]  # per layer: "sequential" or "parallel"
+    edges: pd.DataFrame = field(repr=False)
+    prediction: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.shapes)
+
+    @cached_property
+    def token_edges(self) -> pd.DataFrame:
+        """Heads summed: ``layer``, ``kind``, ``source``, ``target``, ``importance``."""
+        keys = ["layer", "kind", "source", "target"]
+        return self.edges.groupby(keys, as_index=False, sort=False)["importance"].sum()
+
+    def nodes_of(self, layer: int, kind: str, source: int, target: int) -> tuple[str, str]:
+        """Names of the states an edge joins: ``X0_{t}`` embedding, ``A{l}_{t}`` after attention, ``I{l}_{t}`` after layer l."""
+        below = f"I{layer - 1}" if layer else "X0"
+        parallel = self.shapes[layer] == "parallel"
+        if kind in ("ffn", "ffn_residual"):
+            return f"{below if parallel else f'A{layer}'}_{source}", f"I{layer}_{target}"
+        return f"{below}_{source}", f"{'I' if parallel else 'A'}{layer}_{target}"
+
+    @property
+    def root(self) -> str:
+        return f"I{self.n_layers - 1}_{self.position}"
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """The route as a multigraph: an edge per sub-edge, from source to target state, with ``kind``, ``layer``, ``head``, ``importance``."""
+        import networkx as nx
+
+        graph = nx.MultiDiGraph(model=self.model, position=self.position, threshold=self.threshold, renormalize=self.renormalize)
+        graph.add_node(self.root)
+        for layer, kind, source, target, head, importance in self._rows():
+            start, end = self.nodes_of(layer, kind, source, target)
+            key = f"L{layer}H{head}" if head >= 0 else kind
+            graph.add_edge(start, end, key=key, kind=kind, layer=layer, head=head, importance=importance)
+        for name, data in graph.nodes(data=True):
+            position = int(name.rsplit("_", 1)[1])
+            data.update(position=position, token=self.tokens[position])
+        return graph
+
+    def _rows(self) -> Iterator[tuple[int, str, int, int, int, float]]:
+        return self.edges[list(COLUMNS)].itertuples(index=False, name=None)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write a self-contained page that draws the route; returns its path."""
+        from flowroutes_fast.view.html import route_html
+
+        return write_text(path, route_html(self))
+
+    def to_text(self, width: int | None = None) -> str:
+        """A compact text picture: layers down, tokens across."""
+        from flowroutes_fast.view.text import route_text
+
+        return route_text(self, width)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the route as JSON (:func:`load_route` reads it back)."""
+        header = {k: v for k, v in asdict(self).items() if k != "edges"}
+        columns = {name: self.edges[name].tolist() for name in COLUMNS}
+        document = {"format": FORMAT, "version": FORMAT_VERSION, **header, "edges": columns}
+        return write_text(path, json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+    def __repr__(self) -> str:
+        return f"Route({len(self.edges)} sub-edges to {self.tokens[self.position]!r}@{self.position}, threshold={self.threshold}, {self.model})"
+
+
+def load_route(path: str | os.PathLike[str]) -> Route:
+    """Read a route written by :meth:`Route.save`. ``ValueError`` if the file is something else, cut short, or of another version."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not a whole route file: {error}") from error
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        raise ValueError(f"'{path}' is not a route file of flowroutes_fast")
+    if (version := document.pop("version", None)) != FORMAT_VERSION:
+        raise ValueError(f"'{path}' is a route file of version {version}; this release reads version {FORMAT_VERSION}")
+    try:
+        edges = pd.DataFrame(document.pop("edges")).astype(COLUMNS)
+        document["prediction"] = [(text, float(p)) for text, p in document["prediction"]]
+        return Route(edges=edges, **document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' is a damaged route file: {error}") from error
+
+
+class _Rows:
+    """Collects the columns of the edge table."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+
+    def add(self, layer: int, kind: str, source: np.ndarray, target: np.ndarray, head: np.ndarray | int, importance: np.ndarray) -> None:
+        n = len(source)
+        for name, values in zip(
+            COLUMNS, (np.full(n, layer), np.full(n, kind, object), source, target, np.broadcast_to(head, n), importance), strict=True
+        ):
+            self.columns[name].append(np.asarray(values))
+
+    def table(self) -> pd.DataFrame:
+        if not self.columns["layer"]:
+            return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})
+        return pd.DataFrame({name: np.concatenate(parts) for name, parts in self.columns.items()}).astype(COLUMNS)
+
+
+def extract(trace: Trace, position: int, threshold: float, renormalize: bool) -> Route:
+    """Follow edges downwards from the last state of ``position`` while their importance is > ``threshold`` (strictly).
+
+    ``renormalize=True`` (the paper's experiments): per node, every part ≤ threshold is dropped, the survivors are divided by
+    their sum. ``renormalize=False``: sub-edges are summed over heads first and the (source, target) sums are thresholded; the
+    table then lists all sub-edges of the pairs that pass. The bias part takes part in normalisation but is no edge.
+    """
+    found = _Rows()
+    active = np.array([position])
+    for layer in reversed(range(trace.n_layers)):
+        if not len(active):
+            break
+        parallel = trace.shapes[layer] == "parallel"
+        parts = [("ffn", trace.ffn)] if parallel else [("ffn", trace.ffn), ("ffn_residual", trace.ffn_residual)]
+        if not parallel:
+            alone = {kind: values[layer].numpy()[active] for kind, values in parts}
+            active = _same_token(found, layer, active, alone, threshold, renormalize)
+        active = _attention_node(found, trace, layer, active, threshold, renormalize)
+    return Route(
+        tokens=list(trace.tokens), position=position, threshold=threshold, renormalize=renormalize, model=trace.model, shapes=list(trace.shapes),
+        edges=found.table(), prediction=list(trace.prediction) if position == len(trace.tokens) - 1 else [],
+    )  # fmt: skip
+
+
+def _same_token(found: _Rows, layer: int, active: np.ndarray, parts: dict[str, np.ndarray], threshold: float, renormalize: bool) -> np.ndarray:
+    """The node after the FFN; returns the positions whose state after attention is reached."""
+    kept = {kind: values > threshold for kind, values in parts.items()}
+    total = np.sum([values * kept[kind] for kind, values in parts.items()], axis=0)
+    for kind, values in parts.items():
+        keep = kept[kind]
+        value = values[keep] / total[keep] if renormalize else values[keep]
+        found.add(layer, kind, active[keep], active[keep], -1, value)
+    return active[np.logical_or.reduce(list(kept.values()))]
+
+
+def _attention_node(found: _Rows, trace: Trace, layer: int, active: np.ndarray, threshold: float, renormalize: bool) -> np.ndarray:
+    """The node after attention (in a parallel block: after the block); returns the source positions."""
+    if not len(active):
+        return active
+    query, key, head, value = trace.sub_edges(layer, active)
+    alone = {"attention_residual": trace.attention_residual[layer].numpy()[active]}
+    if trace.shapes[layer] == "parallel":
+        alone["ffn"] = trace.ffn[layer].numpy()[active]
+    constant = trace.attention_bias[layer].numpy()[active]
+    if renormalize:
+        keep = value > threshold
+    else:
+        pair = query.astype(np.int64) * len(trace.tokens) + key
+        unique, inverse = np.unique(pair, return_inverse=True)
+        keep = np.bincount(inverse, weights=value, minlength=len(unique))[inverse] > threshold
+    query, key, head, value = query[keep], key[keep], head[keep], value[keep].astype(np.float64)
+    row = np.searchsorted(active, query)
+    total = np.ones(len(active))
+    if renormalize:
+        total = np.bincount(row, weights=value, minlength=len(active)) + constant * (constant > threshold)
+        total += np.sum([v * (v > threshold) for v in alone.values()], axis=0)
+    found.add(layer, "attention", key, query, head, value / total[row])
+    sources = [key]
+    for kind, values in alone.items():
+        kept = values > threshold
+        found.add(layer, kind, active[kept], active[kept], -1, values[kept] / total[kept])
+        sources.append(active[kept])
+    return np.unique(np.concatenate(sources)).astype(np.int64)

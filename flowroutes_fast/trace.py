@@ -1,0 +1,160 @@
+"""``trace()``: a model and a text in, the importances of one forward pass out."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowroutes_fast.capture import Layer, capture
+from flowroutes_fast.layer import BIAS_MODES, LayerImportances, conservation_error, importances
+from flowroutes_fast.models.families import blocks_of, context_length, vocabulary_size
+from flowroutes_fast.ops import choose_backend
+from flowroutes_fast.record import Trace
+
+DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
+DEFAULT_FLOOR = 1e-3
+PREDICTIONS = 10
+CHECK_TOKENS = 8
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_opened: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def trace(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | list[int] | Tensor,
+    *,
+    precision: str = "exact",
+    backend: str = "auto",
+    dense: bool | None = None,
+    floor: float = DEFAULT_FLOOR,
+    bias: str = "part",
+    threads: int = 0,
+) -> Trace:
+    """Importances of every sub-edge, residual connection and FFN of one forward pass.
+
+    Args:
+        model: a transformers decoder; it comes back unchanged (attention implementation, hooks, training mode).
+        tokenizer: its tokenizer; may be None when ``text`` is given as ids.
+        text: a prompt, or token ids ``[token]`` (list or integer tensor).
+        precision: ``"exact"``: every sub-edge by the paper's formula, to float32 rounding.
+        backend: ``"auto"``, ``"cpu"`` (native) or ``"reference"`` (PyTorch).
+        dense: keep the importances of all sub-edges; None: while all layers together take less than 1 GB.
+        floor: when not dense, sub-edges of (query, key) pairs whose sum over heads is above this are kept.
+        bias: ``"part"``: output and value biases are one part without a source token; ``"value"``: the value bias stays inside the
+            sub-edges; ``"exclude"``: the constant part is left out of the normalisation.
+        threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
+
+    Raises:
+        ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a model whose
+            captured parts do not add up to its states, NaN in the activations (the layer is named).
+        TypeError: text of a wrong type.
+    """
+    if precision != "exact":
+        raise ValueError(f"unknown precision {precision!r}: this release computes 'exact'")
+    if bias not in BIAS_MODES:
+        raise ValueError(f"unknown bias mode {bias!r}: choose one of {', '.join(map(repr, BIAS_MODES))}")
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must lie in [0, 1), got {floor}")
+    blocks = blocks_of(model)
+    ids = token_ids(model, tokenizer, text)
+    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=blocks[0].output.weight.device))  # type: ignore[arg-type]
+    check_model(model, ids)
+    heads = int(getattr(model.config, "num_attention_heads", 1))  # type: ignore[union-attr]
+    if dense is None:
+        dense = len(blocks) * heads * len(ids) ** 2 * 4 < DENSE_LIMIT
+    results: list[LayerImportances] = []
+    seconds = [0.0]
+
+    def on_layer(layer: Layer) -> None:
+        start = time.perf_counter()
+        results.append(importances(layer, backend=backend, dense=dense, floor=floor, bias=bias, threads=threads))
+        seconds[0] += time.perf_counter() - start
+
+    start = time.perf_counter()
+    output = capture(model, _batch(model, ids), on_layer)
+    timings = {"total": time.perf_counter() - start, "importances": seconds[0]}
+    return Trace(
+        tokens=_token_texts(tokenizer, ids),
+        token_ids=ids,
+        model=str(getattr(model.config, "_name_or_path", "") or model.config.model_type),  # type: ignore[union-attr]
+        shapes=[r.shape for r in results],
+        heads=torch.stack([r.heads for r in results]),
+        attention_residual=torch.stack([r.attention_residual for r in results]),
+        attention_bias=torch.stack([r.bias for r in results]),
+        ffn=torch.stack([r.ffn for r in results]),
+        ffn_residual=torch.stack([r.ffn_residual for r in results]),
+        floor=0.0 if dense else floor,
+        precision=precision,
+        backend=backend,
+        bias=bias,
+        prediction=_prediction(output, tokenizer),
+        timings=timings,
+        dense=[r.dense for r in results] if dense else None,  # type: ignore[misc]
+        sparse=None if dense else [r.edges for r in results],
+    )
+
+
+def token_ids(model: nn.Module, tokenizer: Any, text: str | list[int] | Tensor) -> list[int]:
+    """The prompt as ids, checked against the model's vocabulary and context length."""
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise TypeError("a text needs a tokenizer; pass token ids to trace without one")
+        if not text.strip():
+            raise ValueError("the text is empty: there is nothing to trace")
+        ids = [int(i) for i in tokenizer(text)["input_ids"]]
+    else:
+        given = torch.as_tensor(text)
+        if given.dim() != 1:
+            raise ValueError(f"token ids must have shape [token], got {tuple(given.shape)}")
+        if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+            raise TypeError(f"token ids must be integers, got {given.dtype}")
+        ids = [int(i) for i in given.tolist()]
+    if not ids:
+        raise ValueError("the text gives no tokens: there is nothing to trace")
+    size = vocabulary_size(model)
+    for position, token in enumerate(ids):
+        if not 0 <= token < size:
+            raise ValueError(f"token id {token} at position {position} is outside the model's vocabulary of {size}; is this its tokenizer?")
+    limit = context_length(model.config)
+    if limit is not None and len(ids) > limit:
+        raise ValueError(f"the text has {len(ids)} tokens but the model's context holds {limit}: shorten it")
+    return ids
+
+
+def check_model(model: nn.Module, ids: list[int]) -> None:
+    """Once per model: do the captured parts add up to the states? ``ValueError`` if they do not."""
+    if model in _opened:
+        return
+    found: list[tuple[float, int, torch.dtype]] = []
+    capture(model, _batch(model, ids[:CHECK_TOKENS]), lambda layer: found.append((conservation_error(layer), layer.index, layer.resid_post.dtype)))
+    if len(found) != len(blocks_of(model)):
+        raise ValueError(f"{len(found)} layers were captured but the model has {len(blocks_of(model))}")
+    error, layer, dtype = max(found, key=lambda item: item[0])
+    tolerance = _TOLERANCE.get(dtype, 1e-5)
+    if error > tolerance:
+        raise ValueError(
+            f"layer {layer}: the captured parts miss the residual state by {error:.1e} relative (allowed for {dtype}: {tolerance:.0e}); "
+            "this checkpoint does something that its family's adapter does not know, so its routes would be wrong"
+        )
+    _opened.add(model)
+
+
+def _batch(model: nn.Module, ids: list[int]) -> Tensor:
+    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+
+def _token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]
+
+
+def _prediction(output: Any, tokenizer: Any) -> list[tuple[str, float]]:
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return []
+    top = logits[0, -1].float().softmax(-1).topk(min(PREDICTIONS, logits.shape[-1]))
+    return list(zip(_token_texts(tokenizer, top.indices.tolist()), top.values.tolist(), strict=True))

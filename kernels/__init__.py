@@ -1,0 +1,1 @@
+"""GPU kernels, one file each. Installed as ``flowroutes_fast.kernels``."""
