@@ -63,7 +63,8 @@ AttentionProximity problem(const py::dict& d) {
     p.v_head = number(d, "v_head");
     p.v_row = number(d, "v_row");
     p.g = pointer(d, "g");
-    p.u = pointer(d, "u");
+    p.w_o = pointer(d, "w_o");
+    p.w_row = number(d, "w_row");
     p.y = pointer(d, "y");
     p.dense = pointer<float*>(d, "dense");
     p.by_head = pointer<float*>(d, "by_head");

@@ -35,7 +35,8 @@ struct AttentionProximity {
     const float* v = nullptr;     // [kv_head, key, d_v], inner stride 1
     int64_t v_head = 0, v_row = 0;
     const float* g = nullptr;     // [query, head, d_v]: W_O[h] sign(y_i)
-    const float* u = nullptr;     // [head, key, d_model]: v[h,j] W_O[h]
+    const float* w_o = nullptr;   // [d_model, head * d_v], inner stride 1: the output projection as a linear layer stores it
+    int64_t w_row = 0;
     const float* y = nullptr;     // [query, d_model]
     const float* base = nullptr;  // [query]: proximity of the other parts, or null
     bool normalise = true;        // divide every output by the normaliser

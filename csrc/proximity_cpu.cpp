@@ -22,7 +22,6 @@ constexpr int MR = 6;               // rows of a register tile
 constexpr int NR = 2 * LANES;       // its columns
 constexpr int ROWS = 4 * MR;        // queries that a thread works on together
 constexpr int BUCKETS = 64;         // magnitude classes of |y|, two per factor of two
-constexpr int64_t SORTED_SHARE = 6; // a prefix longer than d_model / 6 is evaluated densely instead
 
 int thread_count(int asked) {
 #ifdef _OPENMP
@@ -68,6 +67,7 @@ inline void tile(const float* a, int64_t a_row, int rows, const float* panel, in
 // Channels of one row in ascending classes of |y|. end[b]: how many channels lie in class b or below.
 struct Magnitudes {
     std::vector<int32_t> channel, end;  // [queries, d_model], [queries, BUCKETS]
+    std::vector<float> sorted;          // [queries, d_model]: y of those channels
     std::vector<int32_t> base;          // [queries]: class number of the first bucket
     std::vector<float> smallest;        // [queries]
 
@@ -78,7 +78,7 @@ struct Magnitudes {
     }
 
     Magnitudes(const float* y, int64_t queries, int64_t d, int threads)
-        : channel(queries * d), end(queries * BUCKETS), base(queries), smallest(queries) {
+        : channel(queries * d), end(queries * BUCKETS), sorted(queries * d), base(queries), smallest(queries) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t i = 0; i < queries; ++i) {
             const float* row = y + i * d;
@@ -100,7 +100,11 @@ struct Magnitudes {
                 total += ends[b];
                 ends[b] = total;
             }
-            for (int64_t c = 0; c < d; ++c) out[start[bucket(i, std::fabs(row[c]))]++] = static_cast<int32_t>(c);
+            for (int64_t c = 0; c < d; ++c) {
+                const int32_t at = start[bucket(i, std::fabs(row[c]))]++;
+                out[at] = static_cast<int32_t>(c);
+                sorted[i * d + at] = row[c];
+            }
         }
     }
 
@@ -109,29 +113,20 @@ struct Magnitudes {
     int32_t prefix(int64_t i, float a) const { return end[i * BUCKETS + bucket(i, a)]; }
 };
 
-// sum_d max(0, w_d - |y_d|), w = alpha sign(y) u
-float overshoot(const AttentionProximity& p, const Magnitudes& order, int64_t i, float alpha, const float* u, float reach) {
-    const float* y = p.y + i * p.d_model;
+// sum_d max(0, w_d - |y_d|), w = alpha sign(y) u, for the NR keys of one panel; `reach` is the largest alpha * max_d |u_d| among them
+inline void overshoot(const Magnitudes& order, int64_t i, int64_t d_model, vec a0, vec a1, const float* u, float reach, vec& out0, vec& out1) {
     const int32_t n = order.prefix(i, reach);
-    const int32_t* channel = order.channel.data() + i * p.d_model;
-    float total = 0.f;
-    if (n * SORTED_SHARE <= p.d_model) {
-        for (int32_t c = 0; c < n; ++c) {
-            const int32_t d = channel[c];
-            total += std::max(0.f, std::copysign(alpha, y[d]) * u[d] - std::fabs(y[d]));
-        }
-        return total;
+    const int32_t* channel = order.channel.data() + i * d_model;
+    const float* y = order.sorted.data() + i * d_model;
+    vec over0 = {}, over1 = {};
+    for (int32_t c = 0; c < n; ++c) {
+        const float* column = u + int64_t(channel[c]) * NR;
+        const vec yc = splat(y[c]), magnitude = vabs(yc);
+        over0 += vmax(vec{}, flip(a0 * load(column), yc) - magnitude);
+        over1 += vmax(vec{}, flip(a1 * load(column + LANES), yc) - magnitude);
     }
-    vec acc0 = {}, acc1 = {};
-    const vec a = splat(alpha);
-    int64_t d = 0;
-    for (; d + 2 * LANES <= p.d_model; d += 2 * LANES) {
-        const vec y0 = load(y + d), y1 = load(y + d + LANES);
-        acc0 += vmax(vec{}, flip(a * load(u + d), y0) - vabs(y0));
-        acc1 += vmax(vec{}, flip(a * load(u + d + LANES), y1) - vabs(y1));
-    }
-    for (; d < p.d_model; ++d) total += std::max(0.f, std::copysign(alpha, y[d]) * u[d] - std::fabs(y[d]));
-    return total + sum(acc0 + acc1);
+    out0 = over0;
+    out1 = over1;
 }
 
 // Rows i0..i0+rows of alpha for one head, into s[rows, stride]; returns how many leading keys can be visible.
@@ -183,7 +178,8 @@ int64_t attention_rows(const AttentionProximity& p, int64_t head, int64_t i0, in
 }
 
 struct Head {
-    std::vector<float> k, v, reach;  // packed keys, packed values, max_d |u[j, d]|
+    std::vector<float> k, v;      // panels [key / NR][d][NR] of keys and values
+    std::vector<float> u, reach;  // panels [key / NR][d_model][NR] of u[j] = v[j] W_O, and max_d |u[j, d]|
 };
 
 // a masked panel: nothing to do, and s already holds its zero proximities
@@ -210,22 +206,18 @@ void head_rows(const AttentionProximity& p, const Magnitudes& order, const Head&
             const int64_t i = i0 + r;
             float* alpha = s + r * stride + j;
             const vec a0 = load(alpha), a1 = load(alpha + LANES);
-            float proximity[NR], need[NR];
-            const vec w0 = vmax(a0 * load(bound + r * NR), vec{}), w1 = vmax(a1 * load(bound + r * NR + LANES), vec{});
-            const vec low = splat(order.smallest[i]);
-            const vec n0 = a0 * reach0, n1 = a1 * reach1;
-            store(proximity, w0);
-            store(proximity + LANES, w1);
-            store(need, (w0 > vec{}) & (n0 > low) ? n0 : vec{});
-            store(need + LANES, (w1 > vec{}) & (n1 > low) ? n1 : vec{});
-            for (int c = 0; c < NR; ++c)
-                if (need[c] > 0.f) {
-                    const float over = overshoot(p, order, i, alpha[c], p.u + (h * p.keys + j + c) * p.d_model, need[c]);
-                    proximity[c] = std::max(0.f, proximity[c] - 2.f * over);
-                }
-            total[r] += sum(load(proximity) + load(proximity + LANES));
-            store(alpha, load(proximity));
-            store(alpha + LANES, load(proximity + LANES));
+            vec w0 = vmax(a0 * load(bound + r * NR), vec{}), w1 = vmax(a1 * load(bound + r * NR + LANES), vec{});
+            const vec need0 = w0 > vec{} ? a0 * reach0 : vec{}, need1 = w1 > vec{} ? a1 * reach1 : vec{};
+            const float reach = largest(vmax(need0, need1));
+            if (reach > order.smallest[i]) {
+                vec over0, over1;
+                overshoot(order, i, p.d_model, a0, a1, head.u.data() + j * p.d_model, reach, over0, over1);
+                w0 = vmax(w0 - 2.f * over0, vec{});
+                w1 = vmax(w1 - 2.f * over1, vec{});
+            }
+            total[r] += sum(w0 + w1);
+            store(alpha, w0);
+            store(alpha + LANES, w1);
         }
     }
     for (int64_t j = round_up(visible, NR); j < stride; j += NR)
@@ -277,16 +269,22 @@ Head prepare(const AttentionProximity& p, int64_t h) {
     }
     head.v.resize(padded * p.d_v);
     pack(p.v + kv * p.v_head, p.v_row, p.keys, p.d_v, head.v.data());
-    head.reach.assign(padded, 0.f);
-    for (int64_t j = 0; j < p.keys; ++j) {
-        const float* u = p.u + (h * p.keys + j) * p.d_model;
-        vec high = {};
-        int64_t d = 0;
-        for (; d + LANES <= p.d_model; d += LANES) high = vmax(high, vabs(load(u + d)));
-        float m = 0.f;
-        for (int l = 0; l < LANES; ++l) m = std::max(m, high[l]);
-        for (; d < p.d_model; ++d) m = std::max(m, std::fabs(u[d]));
-        head.reach[j] = m;
+    head.u.resize(padded * p.d_model);
+    head.reach.resize(padded);
+    const float* w = p.w_o + h * p.d_v;
+    for (int64_t j = 0; j < padded; j += NR) {
+        float* u = head.u.data() + j * p.d_model;
+        vec high0 = {}, high1 = {};
+        for (int64_t d = 0; d < p.d_model; d += MR) {
+            const int rows = static_cast<int>(std::min<int64_t>(MR, p.d_model - d));
+            tile(w + d * p.w_row, p.w_row, rows, head.v.data() + j * p.d_v, p.d_v, u + d * NR, NR);
+            for (int r = 0; r < rows; ++r) {
+                high0 = vmax(high0, vabs(load(u + (d + r) * NR)));
+                high1 = vmax(high1, vabs(load(u + (d + r) * NR + LANES)));
+            }
+        }
+        store(&head.reach[j], high0);
+        store(&head.reach[j + LANES], high1);
     }
     return head;
 }

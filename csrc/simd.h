@@ -37,6 +37,12 @@ inline float sum(vec a) {
     return s;
 }
 
+inline float largest(vec a) {
+    float m = a[0];
+    for (int i = 1; i < LANES; ++i) m = a[i] > m ? a[i] : m;
+    return m;
+}
+
 // e^x for x <= 0, relative error below 3e-7; 0 under -87. Range reduction to |r| <= ln2/2 and a degree-6 polynomial.
 inline vec vexp(vec x) {
     const vec t = vmax(x, splat(-87.f)) * 1.44269504f;

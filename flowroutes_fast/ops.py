@@ -150,22 +150,6 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
         raise ValueError(f"clip must be zero or a positive number, got {clip}")
 
 
-def _output_sign(whole: Tensor, w_o: Tensor) -> Tensor:
-    """g ``[query, head, d_head]``: W_O[h]·sign(y_i), with the sign bit as the sign of zero."""
-    sign = torch.copysign(torch.ones_like(whole), whole)
-    head, d_head, d_model = w_o.shape
-    return (sign @ w_o.reshape(head * d_head, d_model).T).view(-1, head, d_head)
-
-
-def _values_through_output(value: Tensor, w_o: Tensor) -> Tensor:
-    """u ``[head, key, d_model]``: v[h,j]·W_O[h]."""
-    group = w_o.shape[0] // value.shape[0]
-    out = value.new_empty(w_o.shape[0], value.shape[1], w_o.shape[2])
-    for head in range(w_o.shape[0]):
-        torch.mm(value[head // group], w_o[head], out=out[head])
-    return out
-
-
 def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -176,14 +160,15 @@ def _native_attention(
     """Run the native kernel; returns dense (or empty), by_head, normaliser, edge index ``[3, n]``, edge value ``[n]``."""
     n_query, n_key, n_head = whole.shape[0], value.shape[1], w_o.shape[0]
     value, whole = _rows(value), whole.contiguous()
-    g, u = _output_sign(whole, w_o), _values_through_output(value, w_o)
+    w_rows = w_o.permute(2, 0, 1).reshape(w_o.shape[2], -1).contiguous()  # [d_model, head * d_head]: no copy when w_o views a linear layer
+    g = torch.copysign(torch.ones_like(whole), whole) @ w_rows  # W_O[h] sign(y_i) [query, head * d_head], the sign bit as the sign of zero
     out = whole.new_empty((n_head, n_query, n_key) if dense else (0, 0, 0))
     by_head, normaliser = whole.new_empty(n_query, n_head), whole.new_empty(n_query)
-    keep = [value, whole, g, u, out, by_head, normaliser]
+    keep = [value, whole, g, w_rows, out, by_head, normaliser]
     arguments = {
         "queries": n_query, "keys": n_key, "heads": n_head, "group": n_head // value.shape[0],
         "d_v": w_o.shape[1], "d_model": w_o.shape[2], "v_head": value.stride(0), "v_row": value.stride(1),
-        "v": value.data_ptr(), "g": g.data_ptr(), "u": u.data_ptr(), "y": whole.data_ptr(),
+        "v": value.data_ptr(), "g": g.data_ptr(), "w_o": w_rows.data_ptr(), "w_row": w_rows.stride(0), "y": whole.data_ptr(),
         "by_head": by_head.data_ptr(), "normaliser": normaliser.data_ptr(), "floor": floor, "normalise": normalise, "threads": threads,
     }  # fmt: skip
     if base is not None:

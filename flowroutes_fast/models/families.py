@@ -100,8 +100,10 @@ class Block:
         weight: Tensor = self.output.weight  # type: ignore[assignment]
         if not weight.is_floating_point() or weight.is_meta:
             raise ValueError(f"layer {self.index}: the attention output weight is stored as {weight.dtype} on {weight.device}, which cannot be read")
-        by_input = weight.detach() if type(self.output).__name__ == "Conv1D" else weight.detach().T
-        return by_input.float().reshape(heads, -1, by_input.shape[-1]).contiguous()
+        weight = weight.detach().float()
+        if type(self.output).__name__ == "Conv1D":  # [head * d_head, d_model]
+            return weight.view(heads, -1, weight.shape[1])
+        return weight.view(weight.shape[0], heads, -1).permute(1, 2, 0)
 
     @property
     def output_bias(self) -> Tensor | None:
