@@ -32,8 +32,11 @@ class BuildNative(build_ext):
             ext.extra_link_args += openmp
             super().build_extension(ext)
         except Exception as error:  # any toolchain failure: the reference backend serves
-            print(f"\nflowroutes_fast: the native extension was not built ({error}).\n"
-                  "The package works with the 'reference' backend; 'flowroutes doctor' says so too.\n", file=sys.stderr)
+            print(
+                f"\nflowroutes_fast: the native extension was not built ({error}).\n"
+                "The package works with the 'reference' backend; 'flowroutes doctor' says so too.\n",
+                file=sys.stderr,
+            )
 
     def get_outputs(self):
         import os
@@ -43,8 +46,12 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self):
         import os
 
-        built = [ext for ext in self.extensions if os.path.exists(self.get_ext_fullpath(ext.name)) or
-                 os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name))))]
+        built = [
+            ext
+            for ext in self.extensions
+            if os.path.exists(self.get_ext_fullpath(ext.name))
+            or os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name))))
+        ]
         self.extensions, kept = built, self.extensions
         super().copy_extensions_to_source()
         self.extensions = kept

@@ -164,7 +164,9 @@ def capture(model: nn.Module, input_ids: Tensor, on_layer: Callable[[Layer], Non
             on_layer(layer)
 
         handles.append(block.module.register_forward_pre_hook(entered, with_kwargs=True))
-        handles.append(block.mid.register_forward_pre_hook(lambda m, args, kwargs: kept.update(resid_mid=_first(args, kwargs)), with_kwargs=True))
+        handles.append(
+            block.mid.register_forward_pre_hook(lambda m, args, kwargs: kept.update(resid_mid=_first(args, kwargs)), with_kwargs=True)
+        )
         handles.append(block.ffn.register_forward_hook(lambda m, args, output: kept.update(ffn_out=_tensor(output))))
         handles.append(block.module.register_forward_hook(left))
 

@@ -32,5 +32,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     return target
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ``OSError`` now rather than after long work if files cannot be made in ``folder`` (it is created)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into folder '{folder}': {error.strerror or error}") from error
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

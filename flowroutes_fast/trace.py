@@ -131,7 +131,11 @@ def check_model(model: nn.Module, ids: list[int]) -> None:
     if model in _opened:
         return
     found: list[tuple[float, int, torch.dtype]] = []
-    capture(model, _batch(model, ids[:CHECK_TOKENS]), lambda layer: found.append((conservation_error(layer), layer.index, layer.resid_post.dtype)))
+    capture(
+        model,
+        _batch(model, ids[:CHECK_TOKENS]),
+        lambda layer: found.append((conservation_error(layer), layer.index, layer.resid_post.dtype)),
+    )
     if len(found) != len(blocks_of(model)):
         raise ValueError(f"{len(found)} layers were captured but the model has {len(blocks_of(model))}")
     error, layer, dtype = max(found, key=lambda item: item[0])

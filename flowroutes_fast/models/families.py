@@ -99,7 +99,9 @@ class Block:
         """W_O as ``[head, d_head, d_model]`` float32, whichever way round the module stores it."""
         weight: Tensor = self.output.weight  # type: ignore[assignment]
         if not weight.is_floating_point() or weight.is_meta:
-            raise ValueError(f"layer {self.index}: the attention output weight is stored as {weight.dtype} on {weight.device}, which cannot be read")
+            raise ValueError(
+                f"layer {self.index}: the attention output weight is stored as {weight.dtype} on {weight.device}, which cannot be read"
+            )
         weight = weight.detach().float()
         if type(self.output).__name__ == "Conv1D":  # [head * d_head, d_model]
             return weight.view(heads, -1, weight.shape[1])

@@ -1,0 +1,107 @@
+"""The command line: ``flowroutes trace``, ``flowroutes doctor``, ``flowroutes --version``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from flowroutes_fast.version import __version__
+
+        typer.echo(f"flowroutes_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False) -> None:
+    """Information flow routes of a language model."""
+
+
+@app.command()
+def trace(
+    text: Annotated[str, typer.Argument(help="The prompt to explain.")],
+    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.")] = "demo",
+    position: Annotated[int, typer.Option(help="Token position whose prediction is explained; negative from the end.")] = -1,
+    threshold: Annotated[float, typer.Option(help="Edges above this importance are followed.")] = 0.04,
+    renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for route.html and route.json.")] = None,
+    backend: Annotated[str, typer.Option(help="'auto', 'cpu' or 'reference'.")] = "auto",
+) -> None:
+    """Explain a prediction: print the route, and write it as a page and as JSON."""
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    if not text.strip():
+        raise ValueError("the text is empty: there is nothing to trace")
+    if out is not None:
+        from flowroutes_fast.files import check_writable
+
+        check_writable(out)
+    import flowroutes_fast as fr
+
+    start = time.perf_counter()
+    loaded, tokenizer = fr.load(model)
+    opened = time.perf_counter()
+    result = fr.trace(loaded, tokenizer, text, backend=backend)
+    route = result.route(position, threshold, renormalize)
+    extracted = time.perf_counter()
+    _report(result, route)
+    sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.heads.shape[-1]} heads · backend {result.backend} · {result.precision}"
+    share = result.timings["importances"] / max(result.timings["total"] - result.timings["importances"], 1e-9)
+    typer.echo(f"\n{sizes}")
+    typer.echo(
+        f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which importances "
+        f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · with opening check and route {extracted - opened:.2f} s"
+    )
+    if out is not None:
+        page, data = route.to_html(out / "route.html"), route.save(out / "route.json")
+        typer.echo(f"wrote {page} ({page.stat().st_size / 1e3:.0f} kB) and {data} ({data.stat().st_size / 1e3:.0f} kB)")
+
+
+def _report(result, route) -> None:  # type: ignore[no-untyped-def]
+    from flowroutes_fast.view.text import show_token
+
+    for text, probability in result.prediction[:1]:
+        typer.echo(f"prediction  {text!r} with probability {probability:.2f}")
+    typer.echo("tokens      " + " ".join(f"{i}:{show_token(token)}" for i, token in enumerate(result.tokens)) + "\n")
+    typer.echo(route.to_text())
+    typer.echo(f"\n{len(route.edges)} sub-edges, {len(route.token_edges)} token edges above {route.threshold}")
+
+
+@app.command()
+def doctor() -> None:
+    """Which backends are available and, for each that is not, why."""
+    import torch
+    import transformers
+
+    from flowroutes_fast import native, ops
+    from flowroutes_fast.version import __version__
+
+    typer.echo(f"flowroutes_fast {__version__} · torch {torch.__version__} · transformers {transformers.__version__}")
+    for name, reason in ops.backend_status().items():
+        detail = f" ({native.extension().isa()}, {torch.get_num_threads()} threads)" if name == "cpu" and reason is None else ""
+        typer.echo(f"{name:10} " + (f"available{detail}" if reason is None else f"missing: {reason}"))
+
+
+def main() -> None:
+    """Entry point: one sentence for what the user can mend, a traceback for what only we can."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
+        typer.echo(f"flowroutes: {error}", err=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "backend" not in str(error):
+            raise
+        typer.echo(f"flowroutes: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("flowroutes: interrupted; nothing half-written is left", err=True)
+        sys.exit(130)
