@@ -66,12 +66,12 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 @contextmanager
-def _attention_interface(model: nn.Module, blocks: list[Block]) -> Iterator[None]:
+def _attention_interface(model: Any, blocks: list[Block]) -> Iterator[None]:
     """Route the model's attention calls through wrappers; every config comes back as it was."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    configs = {id(c): c for c in [model.config, *(getattr(b.attention, "config", None) for b in blocks)] if c is not None}
+    configs: dict[int, Any] = {id(c): c for c in [model.config, *(getattr(b.attention, "config", None) for b in blocks)] if c is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for key, config in configs.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 
@@ -12,7 +13,7 @@ def load() -> tuple[ModuleType | None, str | None]:
     import torch  # noqa: F401  its OpenMP runtime must be in the process first: one thread pool, not two that spin against each other
 
     try:
-        from flowroutes_fast import _native
+        _native = importlib.import_module("flowroutes_fast._native")
     except ImportError as error:
         return None, (
             f"the native extension cannot be imported ({error}); install a C++17 compiler and run "

@@ -202,7 +202,7 @@ def _qk_source(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, 
         mask = _rows(mask)
         source |= {"mask": mask, "mask_head": mask.stride(0) if mask.dim() == 3 else 0, "mask_query": mask.stride(-2)}
     if sinks is not None:
-        source["sinks"] = sinks.contiguous()
+        source["sinks"] = sinks.float().contiguous()
     return source
 
 
@@ -258,9 +258,9 @@ def _attention_layer(
         edge index ``[3, n]`` (query, key, head; int32), edge importance ``[n]``.
     """
     if choose_backend(backend, whole) == "cpu":
-        tensors = [t.float() for t in (query, key, value, w_o, whole, base)]
-        source = _qk_source(tensors[0], tensors[1], None if mask is None else mask.float(), scaling, softcap, window, sinks)
-        return _native_attention(source, *tensors[2:], dense, floor, True, threads)
+        query, key, value, w_o, whole, base = (t.float() for t in (query, key, value, w_o, whole, base))
+        source = _qk_source(query, key, None if mask is None else mask.float(), scaling, softcap, window, sinks)
+        return _native_attention(source, value, w_o, whole, base, dense, floor, True, threads)
     pattern = reference.attention_pattern(query, key, scaling=scaling, mask=mask, softcap=softcap, window=window, sinks=sinks)
     edge = reference.attention_proximity(pattern.to(whole.dtype), value, w_o, whole)
     normaliser = edge.sum((0, 2)) + base

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -150,6 +149,5 @@ def context_length(config: Any) -> int | None:
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.weight.shape[0]) if isinstance(embedding.weight, torch.Tensor) else int(model.config.vocab_size)  # type: ignore[union-attr]
+def vocabulary_size(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])

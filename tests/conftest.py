@@ -1,0 +1,51 @@
+"""Shared fixtures: the embedded real model, and tiny random models of every block shape."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def demo():
+    import flowroutes_fast as fr
+
+    return fr.load("demo")
+
+
+def tiny(kind: str, **options):
+    """A random fp32 model of two or three layers with odd sizes and biases that are not zero."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+    torch.manual_seed(0)
+    grouped = {
+        "hidden_size": 60,
+        "intermediate_size": 77,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 101,
+        "max_position_embeddings": 64,
+    }
+    config = {
+        "llama": lambda: LlamaConfig(**grouped, attention_bias=True, **options),
+        "mistral": lambda: MistralConfig(**grouped, head_dim=12, sliding_window=5, **options),
+        "qwen2": lambda: Qwen2Config(**grouped, **options),
+        "gpt2": lambda: GPT2Config(n_embd=60, n_layer=3, n_head=5, vocab_size=101, n_positions=64, **options),
+        "neox": lambda: GPTNeoXConfig(
+            **{k: v for k, v in grouped.items() if k != "num_key_value_heads"}, use_parallel_residual=True, **options
+        ),
+        "neox_sequential": lambda: GPTNeoXConfig(
+            **{k: v for k, v in grouped.items() if k != "num_key_value_heads"}, use_parallel_residual=False, **options
+        ),
+    }[kind]()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            elif parameter.dim() == 2:
+                parameter.mul_(4)
+    return model
+
+
+KINDS = ("llama", "mistral", "qwen2", "gpt2", "neox", "neox_sequential")
+IOI = "When Mary and John went to the store, John gave a drink to"

@@ -1,0 +1,203 @@
+"""Kernels against an fp64 evaluation of the paper's formula, on random and on adversarial inputs."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowroutes_fast import native, ops, reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # importances, absolute, on the rounded inputs
+needs_native = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
+
+
+def naive(pattern, value, w_o, pre, mid):
+    """Two norms per sub-edge, straight from equation 4, in fp64."""
+    p, v, w, x, y = (t.double() for t in (pattern, value, w_o, pre, mid))
+    group = p.shape[1] // v.shape[2]
+    z = torch.einsum("bhqk,bkhd,hdm->bqkhm", p, v.repeat_interleave(group, 2), w)
+    y_ = y[:, :, None, None]
+    edge = (y_.abs().sum(-1) - (z - y_).abs().sum(-1)).clamp_min(0)
+    residual = (y.abs().sum(-1) - (x - y).abs().sum(-1)).clamp_min(0)
+    total = edge.sum((2, 3)) + residual
+    return (edge / total[:, :, None, None]).nan_to_num(), (residual / total).nan_to_num()  # 0/0: a node that no part brings closer
+
+
+def case(seed, batch, tokens, heads, kv, d, width, outliers=False):
+    torch.manual_seed(seed)
+    q, k = torch.randn(batch, heads, tokens, d), torch.randn(batch, heads, tokens, d)
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    pattern = (q @ k.transpose(-1, -2)).masked_fill(hidden, -torch.inf).softmax(-1)
+    value, w_o = torch.randn(batch, tokens, kv, d), torch.randn(heads, d, width) / d**0.5
+    pre = torch.randn(batch, tokens, width)
+    if outliers:
+        pre[..., 0] = 1e4
+    z = torch.einsum("bhqk,bkhd,hdm->bqm", pattern, value.repeat_interleave(heads // kv, 2), w_o)
+    return pattern, value, w_o, pre, pre + z
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (2, 5, 3, 1, 7, 123), (1, 33, 6, 2, 16, 48), (1, 50, 4, 4, 80, 33)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_importances_equal_fp64(backend, shape, dtype):
+    inputs = [t.to(dtype) for t in case(0, *shape)]
+    edge, residual = ops.attention_importances(*inputs, backend=backend)
+    wanted, wanted_residual = naive(*inputs)
+    assert edge.dtype == torch.float32
+    np.testing.assert_allclose(edge, wanted, atol=TOLERANCE[dtype], rtol=0)
+    np.testing.assert_allclose(residual, wanted_residual, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_reference_in_fp64_is_the_formula():
+    inputs = [t.double() for t in case(1, 1, 9, 3, 3, 5, 21)]
+    edge, residual = ops.attention_importances(*inputs)
+    wanted, wanted_residual = naive(*inputs)
+    assert edge.dtype == torch.float64
+    np.testing.assert_allclose(edge, wanted, atol=1e-13)
+    np.testing.assert_allclose(residual, wanted_residual, atol=1e-13)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(1, 40),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    d=st.integers(1, 40),
+    width=st.integers(1, 70),
+    outliers=st.booleans(),
+)
+def test_native_equals_fp64_on_any_shape(seed, tokens, kv, group, d, width, outliers):
+    inputs = case(seed, 1, tokens, kv * group, kv, d, width, outliers)
+    edge, residual = ops.attention_importances(*inputs, backend="cpu")
+    wanted, wanted_residual = naive(*inputs)
+    np.testing.assert_allclose(edge, wanted.nan_to_num(), atol=2e-5)
+    np.testing.assert_allclose(residual, wanted_residual.nan_to_num(), atol=2e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["zeros", "negative zeros", "denormal", "equal", "no output", "short rows", "not contiguous"])
+def test_native_edge_cases(what):
+    pattern, value, w_o, pre, mid = case(3, 1, 20, 4, 2, 8, 30)
+    if what == "zeros":
+        mid[..., ::3] = 0.0
+    elif what == "negative zeros":
+        mid[..., ::3] = -0.0
+    elif what == "denormal":
+        mid[..., ::2] = 1e-41
+    elif what == "equal":
+        mid = torch.ones_like(mid)
+    elif what == "no output":
+        w_o[1] = 0
+    elif what == "short rows":
+        pattern = pattern * 0.4
+    else:
+        pattern = pattern.transpose(-1, -2).contiguous().transpose(-1, -2)
+        value, w_o = value.transpose(1, 2).contiguous().transpose(1, 2), w_o.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    edge, residual = ops.attention_importances(pattern, value, w_o, pre, mid, backend="cpu")
+    wanted, wanted_residual = naive(pattern, value, w_o, pre, mid)
+    np.testing.assert_allclose(edge, wanted, atol=1e-5)
+    np.testing.assert_allclose(residual, wanted_residual, atol=1e-5)
+
+
+def layer_inputs(tokens=45, heads=4, kv=2, d=16, width=40):
+    torch.manual_seed(5)
+    q, k, v = torch.randn(heads, tokens, d), torch.randn(kv, tokens, d), torch.randn(kv, tokens, d)
+    return q, k, v, torch.randn(heads, d, width), torch.randn(tokens, width) * 3, torch.rand(tokens)
+
+
+@needs_native
+@pytest.mark.parametrize("variant", ["causal", "window", "softcap", "mask", "mask per head", "sinks"])
+def test_attention_layer_recomputes_every_kind_of_attention(variant):
+    q, k, v, w, y, base = layer_inputs()
+    mask = sinks = None
+    if variant.startswith("mask"):
+        mask = torch.zeros(45, 45).masked_fill_(torch.ones(45, 45).triu(1) > 0, -torch.inf)
+        mask = torch.stack([mask - 0.1 * h for h in range(4)]) if variant == "mask per head" else mask
+    if variant == "sinks":
+        sinks = torch.tensor([0.0, 1.0, 3.0, -2.0])
+    options = (0.25, 2.0 if variant == "softcap" else 0.0, 7 if variant == "window" else 0)
+    out = torch.ops.flowroutes.attention_layer(q, k, v, w, y, base, mask, sinks, *options, True, 0.01, "cpu")
+    doubles = [t.double() for t in (q, k, v, w, y, base)]
+    wanted = torch.ops.flowroutes.attention_layer(*doubles, mask, sinks, *options, True, 0.01, "reference")
+    for found, expected in zip(out[:2], wanted[:2], strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(out[2], wanted[2], rtol=1e-4)
+    assert {tuple(e) for e in out[3].T.tolist()} ^ {tuple(e) for e in wanted[3].T.tolist()} == set()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_agrees(isa, monkeypatch):
+    extension = native.extension()
+    try:
+        extension.isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor has no {isa}")
+    inputs = case(8, 1, 40, 6, 3, 24, 50)
+    original = extension.attention_proximity
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "attention_proximity", lambda arguments: original(arguments, isa))
+        edge, _ = ops.attention_importances(*inputs, backend="cpu")
+    np.testing.assert_allclose(edge, naive(*inputs)[0], atol=1e-5)
+
+
+@needs_native
+def test_threads_do_not_change_the_answer():
+    inputs = layer_inputs(tokens=100)
+    one = torch.ops.flowroutes.attention_layer(*inputs, None, None, 0.25, 0.0, 0, True, -1.0, "cpu", 1)
+    two = torch.ops.flowroutes.attention_layer(*inputs, None, None, 0.25, 0.0, 0, True, -1.0, "cpu", 2)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+def test_opcheck(backend):
+    q, k, v, w, y, base = layer_inputs(tokens=9)
+    pattern = reference.attention_pattern(q, k, scaling=0.25)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.flowroutes.part_proximity.default, (y, y * 0.5, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.flowroutes.attention_proximity.default, (pattern, v, w, y, backend), test_utils=tests)
+    arguments = (q, k, v, w, y, base, None, None, 0.25, 0.0, 0, True, -1.0, backend)
+    torch.library.opcheck(torch.ops.flowroutes.attention_layer.default, arguments, test_utils=tests)
+
+
+def test_other_norms_and_clip():
+    inputs = case(4, 1, 6, 2, 2, 4, 12)
+    edge, residual = ops.attention_importances(*inputs, distance_norm=2)
+    np.testing.assert_allclose(edge.sum((2, 3)) + residual, 1, atol=1e-5)
+    clipped, _ = ops.attention_importances(*inputs, clip=1e-3)
+    assert (clipped > 0).all()  # masked pairs count too
+
+
+def bad(**changes):
+    names = ("pattern", "value", "w_o", "resid_pre", "resid_mid")
+    return {**dict(zip(names, case(0, 1, 5, 4, 2, 8, 16), strict=True)), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"w_o": torch.zeros(4, 8)}, ValueError, "3 dimensions"),
+        ({"value": torch.zeros(1, 5, 3, 8)}, ValueError, "does not divide"),
+        ({"resid_mid": torch.zeros(1, 5, 17)}, ValueError, "must be"),
+        ({"resid_pre": torch.full((1, 5, 16), float("nan"))}, ValueError, "NaN"),
+        ({"pattern": torch.zeros(1, 4, 5, 5, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"pattern": [1.0]}, TypeError, r"torch\.Tensor"),
+        ({"backend": "cuda9"}, ValueError, "unknown backend 'cuda9'"),
+        ({"clip": -1.0}, ValueError, "clip"),
+    ],
+)
+def test_bad_input(changes, error, says):
+    with pytest.raises(error, match=says):
+        ops.attention_importances(**bad(**changes))
+
+
+def test_missing_extension_is_explained(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: (None, "no compiler was found"))
+    monkeypatch.setattr(ops, "_said", set())
+    with pytest.warns(RuntimeWarning, match="no compiler was found"):
+        ops.attention_importances(**bad())
+    with pytest.raises(RuntimeError, match="no compiler was found"):
+        ops.attention_importances(**bad(), backend="cpu")
