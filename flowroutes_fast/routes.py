@@ -52,7 +52,7 @@ class Route:
     def token_edges(self) -> pd.DataFrame:
         """Heads summed: ``layer``, ``kind``, ``source``, ``target``, ``importance``."""
         keys = ["layer", "kind", "source", "target"]
-        return self.edges.groupby(keys, as_index=False, sort=False)["importance"].sum()
+        return pd.DataFrame(self.edges.groupby(keys, as_index=False, sort=False)["importance"].sum())
 
     def nodes_of(self, layer: int, kind: str, source: int, target: int) -> tuple[str, str]:
         """Names of the states an edge joins: ``X0_{t}`` embedding, ``A{l}_{t}`` after attention, ``I{l}_{t}`` after layer l."""
