@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -150,7 +149,7 @@ def traces(model, ids) -> list[dict]:
 def peak(kind: str, tokens: int) -> float:
     """Peak resident gigabytes of a fresh process that loads the demo model and runs one pass."""
     code = (
-        "import resource, torch, flowroutes_fast as fr\n"
+        "import torch, flowroutes_fast as fr\n"
         "model, _ = fr.load('demo')\n"
         f"ids = [(7 * i) % 4000 + 100 for i in range({tokens})]\n"
         + (
@@ -158,7 +157,7 @@ def peak(kind: str, tokens: int) -> float:
             if kind == "trace"
             else "torch.no_grad().__enter__(); model(torch.tensor([ids]), use_cache=False)\n"
         )
-        + "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        + "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
 
@@ -179,7 +178,6 @@ def main() -> None:
         "traces": traces(model, ids),
     }  # fmt: skip
     del model
-    print("memory of this process so far, GB:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     report["peak_gigabytes_at_2048"] = {kind: peak(kind, 2048) for kind in ("forward", "trace")}
     print(report["peak_gigabytes_at_2048"])
     name = f"{cpu}-{torch.get_num_threads()}-cores".replace(" ", "-").lower()
