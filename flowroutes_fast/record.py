@@ -96,7 +96,7 @@ class Trace:
         return table.sort_values(["query", "key", "head"], ignore_index=True)
 
     def route(self, position: int = -1, threshold: float = 0.04, renormalize: bool = True) -> Route:
-        """The route of ``position``'s last state: every edge above ``threshold``, followed top-down (METHOD: algorithm 1 of the paper).
+        """The route of ``position``'s last state: every edge above ``threshold``, followed top-down (algorithm 1 of the paper).
 
         Raises:
             ValueError: threshold outside [0, 1) or below the floor of this trace.
