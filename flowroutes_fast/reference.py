@@ -58,19 +58,91 @@ def attention_pattern(
     return extended.softmax(-1)[..., :-1]
 
 
-def attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, distance_norm: float = 1) -> Tensor:
-    """Proximity of every sub-edge z = α[h,i,j]·v[h,j]·W_O[h] to y_i (equations 3 and 4).
+def sign_gradient(whole: Tensor, w_o: Tensor, gate: Tensor | None = None) -> Tensor:
+    """g[i,h] = W_O[h] sign(y_i) ``[query, head, d_head]``, the sign bit as the sign of zero; times the output gate if there is one.
 
-    ``pattern [head, query, key]``, ``value [kv_head, key, d_head]``, ``w_o [head, d_head, d_model]``, ``whole [query, d_model]``
-    -> ``[head, query, key]``. Queries are taken in chunks so that no more than 64 MB of terms exist at once.
+    ⟨sign(y_i), u[h,j]⟩ = ⟨v[h,j], g[i,h]⟩: a dot product over the head's width instead of the model's.
+    """
+    g = torch.einsum("hdm,qm->qhd", w_o, torch.copysign(torch.ones_like(whole), whole))
+    return g if gate is None else g * gate
+
+
+def sign_flow(
+    pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, *, row_scale: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor:
+    """Signed flow ⟨sign(y_i), z⟩ of every sub-edge ``[head, query, key]``: summed over all parts it is ‖y_i‖₁ exactly.
+
+    Its positive part bounds the proximity from above, since Σ_d min(w_d, 2|y_d| − w_d) ≤ Σ_d w_d.
+    """
+    group = pattern.shape[0] // value.shape[0]
+    g = sign_gradient(whole, w_o, gate)
+    flow = pattern * torch.einsum("hkd,qhd->hqk", value.repeat_interleave(group, 0), g)
+    return flow if row_scale is None else flow * row_scale[:, None]
+
+
+def bound_slack(pattern: Tensor, value: Tensor, g: Tensor, slack: float) -> Tensor:
+    """What rounding ``g`` to a relative precision of ``slack`` can add to a sign bound: slack·α·‖v‖₂·‖g‖₂ (Cauchy–Schwarz)."""
+    group = pattern.shape[0] // value.shape[0]
+    length = torch.linalg.vector_norm(value, dim=-1).repeat_interleave(group, 0)  # [head, key]
+    return slack * pattern * length[:, None] * torch.linalg.vector_norm(g, dim=-1).T[..., None]
+
+
+def attention_proximity(
+    pattern: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    distance_norm: float = 1,
+    *,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Proximity of every sub-edge z = r_i·α[h,i,j]·(v[h,j] ∘ gate[i,h])·W_O[h] to y_i (equations 3 and 4).
+
+    ``pattern [head, query, key]``, ``value [kv_head, key, d_head]``, ``w_o [head, d_head, d_model]``, ``whole [query, d_model]``,
+    ``row_scale [query]`` (a linearised norm after attention) and ``gate [query, head, d_head]`` (an output gate) where the model has
+    them -> ``[head, query, key]``. Queries are taken in chunks so that no more than 64 MB of terms exist at once.
     """
     n_head, n_query, n_key = pattern.shape
     group = n_head // value.shape[0]
     out = pattern.new_empty(pattern.shape)
+    if row_scale is not None:
+        pattern = pattern * row_scale[:, None]
     chunk = max(1, CHUNK_BYTES // (n_key * whole.shape[-1] * whole.element_size()))
     for head in range(n_head):
-        u = value[head // group] @ w_o[head]
+        v = value[head // group]
+        u = v @ w_o[head] if gate is None else v
         for i in range(0, n_query, chunk):
-            z = pattern[head, i : i + chunk, :, None] * u
-            out[head, i : i + chunk] = proximity(z, whole[i : i + chunk, None], distance_norm)
+            rows = slice(i, i + chunk)
+            written = u if gate is None else (u * gate[rows, head, None]) @ w_o[head]
+            z = pattern[head, rows, :, None] * written
+            out[head, rows] = proximity(z, whole[rows, None], distance_norm)
+    return out
+
+
+def pair_proximity(
+    pattern: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    index: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Proximity of the sub-edges ``index [3, n]`` (query, key, head) alone -> ``[n]``."""
+    query, key, head = index.long()
+    group = pattern.shape[0] // value.shape[0]
+    out = pattern.new_empty(index.shape[1])
+    for h in head.unique().tolist():
+        at = (head == h).nonzero()[:, 0]
+        for part in at.split(max(1, CHUNK_BYTES // (whole.shape[-1] * whole.element_size()))):
+            i, j = query[part], key[part]
+            v = value[h // group, j]
+            alpha = pattern[h, i, j]
+            if gate is not None:
+                v = v * gate[i, h]
+            if row_scale is not None:
+                alpha = alpha * row_scale[i]
+            out[part] = proximity((alpha[:, None] * v) @ w_o[h], whole[i])
     return out
