@@ -23,7 +23,7 @@ class BuildNative(build_ext):
         try:
             for name, options in INSTRUCTION_SETS.items():
                 ext.extra_objects += self.compiler.compile(
-                    ["csrc/proximity_cpu.cpp"],
+                    ["csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp"],
                     output_dir=f"{self.build_temp}/{name}",
                     include_dirs=["csrc"],
                     extra_postargs=[*flags, *openmp, *options, f"-DFLOWROUTES_ISA={name}", "-fPIC"],
@@ -63,7 +63,7 @@ setup(
             "flowroutes_fast._native",
             ["csrc/bindings.cpp"],
             include_dirs=["csrc"],
-            depends=["csrc/proximity.h", "csrc/simd.h", "csrc/proximity_cpu.cpp"],
+            depends=["csrc/proximity.h", "csrc/simd.h", "csrc/rows.h", "csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp"],
         )
     ],
     cmdclass={"build_ext": BuildNative},

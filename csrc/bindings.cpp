@@ -32,9 +32,8 @@ T number(const py::dict& d, const char* name, T otherwise = 0) {
     return d.contains(name) ? d[name].cast<T>() : otherwise;
 }
 
-AttentionProximity problem(const py::dict& d) {
-    AttentionProximity p;
-    Alpha& a = p.alpha;
+Alpha weights(const py::dict& d) {
+    Alpha a;
     a.pattern = pointer(d, "pattern");
     a.pattern_head = number(d, "pattern_head");
     a.pattern_query = number(d, "pattern_query");
@@ -53,6 +52,13 @@ AttentionProximity problem(const py::dict& d) {
     a.window = number(d, "window");
     a.offset = number(d, "offset");
     a.sinks = pointer(d, "sinks");
+    return a;
+}
+
+// what every problem over one layer shares
+template <class P>
+void layer(const py::dict& d, P& p) {
+    p.alpha = weights(d);
     p.queries = number(d, "queries");
     p.keys = number(d, "keys");
     p.heads = number(d, "heads");
@@ -66,14 +72,56 @@ AttentionProximity problem(const py::dict& d) {
     p.w_o = pointer(d, "w_o");
     p.w_row = number(d, "w_row");
     p.y = pointer(d, "y");
+    p.threads = number<int>(d, "threads");
+}
+
+AttentionProximity problem(const py::dict& d) {
+    AttentionProximity p;
+    layer(d, p);
     p.dense = pointer<float*>(d, "dense");
     p.by_head = pointer<float*>(d, "by_head");
     p.base = pointer(d, "base");
     p.normalise = number<bool>(d, "normalise", true);
     p.normaliser = pointer<float*>(d, "normaliser");
     p.floor = number<float>(d, "floor", -1.f);
-    p.threads = number<int>(d, "threads");
     return p;
+}
+
+Certified certified_problem(const py::dict& d) {
+    Certified p;
+    layer(d, p);
+    p.row_scale = pointer(d, "row_scale");
+    p.gate = pointer(d, "gate");
+    p.others = pointer(d, "others");
+    p.n_others = number(d, "n_others");
+    p.whole_norm = pointer(d, "whole_norm");
+    p.thresholds = pointer(d, "thresholds");
+    p.n_thresholds = number(d, "n_thresholds");
+    p.floor = number<float>(d, "floor", p.floor);
+    p.cut = number<float>(d, "cut", p.cut);
+    p.tolerance = number<float>(d, "tolerance", p.tolerance);
+    p.capacity = number(d, "capacity");
+    p.low = pointer<float*>(d, "low");
+    p.high = pointer<float*>(d, "high");
+    p.head_low = pointer<float*>(d, "head_low");
+    p.head_high = pointer<float*>(d, "head_high");
+    return p;
+}
+
+// (index [3, n]: query, key, head; value [n])
+py::tuple table(const std::vector<Edge>& edges) {
+    const auto n = static_cast<py::ssize_t>(edges.size());
+    py::array_t<int32_t> index({py::ssize_t(3), n});
+    py::array_t<float> value(n);
+    int32_t* at = index.mutable_data();
+    float* v = value.mutable_data();
+    for (py::ssize_t i = 0; i < n; ++i) {
+        at[i] = edges[i].query;
+        at[n + i] = edges[i].key;
+        at[2 * n + i] = edges[i].head;
+        v[i] = edges[i].value;
+    }
+    return py::make_tuple(index, value);
 }
 
 }  // namespace
@@ -96,18 +144,52 @@ PYBIND11_MODULE(_native, m) {
                 py::gil_scoped_release release;
                 k.attention(p, edges);
             }
-            const auto n = static_cast<py::ssize_t>(edges.size());
-            py::array_t<int32_t> query(n), key(n), head(n);
-            py::array_t<float> value(n);
-            for (py::ssize_t i = 0; i < n; ++i) {
-                query.mutable_data()[i] = edges[i].query;
-                key.mutable_data()[i] = edges[i].key;
-                head.mutable_data()[i] = edges[i].head;
-                value.mutable_data()[i] = edges[i].value;
-            }
-            return py::make_tuple(query, key, head, value);
+            return table(edges);
         },
         py::arg("arguments"), py::arg("isa") = "auto");
+    m.def(
+        "certified",
+        [](const py::dict& arguments, const std::string& isa) {
+            const Certified p = certified_problem(arguments);
+            const Kernels& k = kernels(isa);
+            std::vector<Edge> edges;
+            Counts counts;
+            {
+                py::gil_scoped_release release;
+                k.certified(p, edges, counts);
+            }
+            const py::tuple found = table(edges);
+            return py::make_tuple(found[0], found[1], py::make_tuple(counts.bounded, counts.evaluated, counts.refined, counts.exhausted));
+        },
+        py::arg("arguments"), py::arg("isa") = "auto");
+    m.def(
+        "bound",
+        [](const py::dict& arguments, const std::string& isa) {
+            Bound b;
+            b.layer = certified_problem(arguments);
+            b.cut = pointer(arguments, "cuts");
+            b.pair_cut = pointer(arguments, "pair_cuts");
+            b.upper = pointer<float*>(arguments, "upper");
+            b.flow = pointer<float*>(arguments, "flow");
+            const Kernels& k = kernels(isa);
+            std::vector<Edge> edges;
+            {
+                py::gil_scoped_release release;
+                k.bound(b, edges);
+            }
+            return table(edges);
+        },
+        py::arg("arguments"), py::arg("isa") = "auto");
+    m.def(
+        "pairs",
+        [](const py::dict& arguments, uintptr_t index, uintptr_t value, int64_t n, const std::string& isa) {
+            const Certified p = certified_problem(arguments);
+            const Kernels& k = kernels(isa);
+            const auto* at = reinterpret_cast<const int32_t*>(index);
+            py::gil_scoped_release release;
+            k.pairs(p, at, at + n, at + 2 * n, reinterpret_cast<float*>(value), n);
+        },
+        py::arg("arguments"), py::arg("index"), py::arg("value"), py::arg("n"), py::arg("isa") = "auto");
     m.def(
         "part_proximity",
         [](uintptr_t part, uintptr_t whole, uintptr_t out, int64_t rows, int64_t part_rows, int64_t d_model, int threads, const std::string& isa) {

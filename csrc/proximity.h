@@ -47,8 +47,53 @@ struct AttentionProximity {
     int threads = 0;              // 0: OpenMP's default
 };
 
+// Intervals instead of exact values where that is enough: sub-edges are bounded, and evaluated only above a cut.
+struct Certified {
+    Alpha alpha;
+    int64_t queries = 0, keys = 0, heads = 0, group = 1, d_v = 0, d_model = 0;
+    const float* v = nullptr;          // [kv_head, key, d_v], inner stride 1
+    int64_t v_head = 0, v_row = 0;
+    const float* g = nullptr;          // [query, head, d_v]: W_O[h] sign(y_i), times the gate
+    const float* w_o = nullptr;        // [d_model, head * d_v], inner stride 1
+    int64_t w_row = 0;
+    const float* y = nullptr;          // [query, d_model]
+    const float* row_scale = nullptr;  // [query]: factor of every alpha in a row, or null
+    const float* gate = nullptr;       // [query, head, d_v]: factor of v, or null
+    const float* others = nullptr;     // [n_others, query]: proximities of the parts that are no sub-edges
+    int64_t n_others = 0;
+    const float* whole_norm = nullptr; // signed flow only: [query], |y|_1; every output is then divided by it
+    const float* thresholds = nullptr; // rows are refined until no sub-edge is ambiguous at these
+    int64_t n_thresholds = 0;
+    float floor = 1e-3f;               // all sub-edges of (query, key) pairs that may reach it are evaluated and listed
+    float cut = 1e-4f;                 // single sub-edges are evaluated above this share of what the normaliser is known to reach
+    float tolerance = 1e-2f;           // largest (high - low) / (high + low) of a normaliser: the error of its midpoint
+    int64_t capacity = 0;              // sub-edges evaluated per row before it is evaluated whole; 0: no limit
+    float* low = nullptr;              // [query]: normaliser bounds
+    float* high = nullptr;
+    float* head_low = nullptr;         // [query, head]: sums over keys (proximities, or signed flow shares)
+    float* head_high = nullptr;
+    int threads = 0;
+};
+
+struct Counts {
+    int64_t bounded = 0, evaluated = 0, refined = 0, exhausted = 0;  // pairs, pairs, rows, rows evaluated whole
+};
+
+// Sign bounds alone: the positive and the signed sum of every row and head, and the sub-edges above a cut per row.
+struct Bound {
+    Certified layer;                   // its inputs; thresholds, floor, tolerance and outputs are not used
+    const float* cut = nullptr;        // [query]: sub-edges with a larger bound are listed; null: none
+    const float* pair_cut = nullptr;   // [query]: so are all positive ones of a (query, key) pair with a larger sum over heads; or null
+    float* upper = nullptr;            // [query, head]
+    float* flow = nullptr;             // [query, head]
+};
+
 struct Kernels {
     const char* isa;
+    void (*certified)(const Certified&, std::vector<Edge>&, Counts&);
+    void (*bound)(const Bound&, std::vector<Edge>&);
+    // value[n] = proximity of sub-edge n; the list is sorted by (query, head) inside blocks of rows by the kernel itself
+    void (*pairs)(const Certified&, const int32_t* query, const int32_t* key, const int32_t* head, float* value, int64_t n);
     void (*attention)(const AttentionProximity&, std::vector<Edge>&);
     // out[n] = proximity of part[n % part_rows] to whole[n]; rows of d_model, contiguous
     void (*parts)(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d_model, int threads);

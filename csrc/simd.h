@@ -31,16 +31,43 @@ inline vec vabs(vec a) { return reinterpret_cast<vec>(reinterpret_cast<ivec>(a) 
 inline vec flip(vec x, vec y) {
     return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) ^ (reinterpret_cast<ivec>(y) & INT32_MIN));
 }
+typedef float vec4 __attribute__((vector_size(16)));
+
+inline vec4 load4(const float* p) {
+    vec4 x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+// halves added until four lanes are left
+inline vec4 quarter(vec a) {
+    float lanes[LANES];
+    store(lanes, a);
+    vec4 total = load4(lanes);
+    for (int i = 4; i < LANES; i += 4) total += load4(lanes + i);
+    return total;
+}
 inline float sum(vec a) {
-    float s = 0.f;
-    for (int i = 0; i < LANES; ++i) s += a[i];
-    return s;
+    const vec4 x = quarter(a);
+    return (x[0] + x[2]) + (x[1] + x[3]);
+}
+// sums of four vectors
+inline vec4 sums(vec a, vec b, vec c, vec d) {
+    const vec4 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
+    const vec4 p = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
+    const vec4 q = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
+    return __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
 }
 
 inline float largest(vec a) {
-    float m = a[0];
-    for (int i = 1; i < LANES; ++i) m = a[i] > m ? a[i] : m;
-    return m;
+    float lanes[LANES];
+    store(lanes, a);
+    vec4 most = load4(lanes);
+    for (int i = 4; i < LANES; i += 4) {
+        const vec4 x = load4(lanes + i);
+        most = most > x ? most : x;
+    }
+    const float p = most[0] > most[1] ? most[0] : most[1], q = most[2] > most[3] ? most[2] : most[3];
+    return p > q ? p : q;
 }
 
 // e^x for x <= 0, relative error below 3e-7; 0 under -87. Range reduction to |r| <= ln2/2 and a degree-6 polynomial.

@@ -182,9 +182,8 @@ def _native_attention(
             keep.append(item)
             item = item.data_ptr()
         arguments[name] = item
-    query, key, head, edge = native.extension().attention_proximity(arguments)
-    index = torch.stack([torch.from_numpy(a) for a in (query, key, head)])
-    return out, by_head, normaliser, index, torch.from_numpy(edge)
+    index, edge = native.extension().attention_proximity(arguments)
+    return out, by_head, normaliser, torch.from_numpy(index), torch.from_numpy(edge)
 
 
 def _pattern_source(pattern: Tensor) -> dict:
