@@ -1,6 +1,11 @@
 """Builds the native extension. Metadata lives in pyproject.toml; without a compiler the package installs all the same."""
 
+import glob
+import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -12,6 +17,42 @@ INSTRUCTION_SETS = {"baseline": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+
+
+def find_nvcc():
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    path = [*(os.path.join(home, "bin") for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(path))
+
+
+def compile_cuda(directory):
+    """Objects and link options of the CUDA kernels, or None without nvcc or where FLOWROUTES_CUDA=0. Whether there is a GPU does not matter."""
+    nvcc = None if os.environ.get("FLOWROUTES_CUDA") == "0" or sys.platform != "linux" else find_nvcc()
+    if nvcc is None:
+        return None
+    try:
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True, check=True).stderr
+        home = re.search(r"\bTOP=(.*)", dry).group(1).strip()
+        folders = [os.path.join(home, *path) for path in (("lib64",), ("lib",), ("targets", f"{platform.machine()}-linux", "lib"))]
+        library = [path for path in (os.path.join(folder, "libcudart_static.a") for folder in folders) if os.path.exists(path)]
+        if not library:
+            raise OSError(f"no libcudart_static.a under {home}")
+        archs = os.environ.get("FLOWROUTES_CUDA_ARCHS")
+        if not archs:
+            known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+            archs = ";".join(arch for arch in ("80", "90", "100") if arch != "100" or "sm_100" in known)
+        archs = re.split(r"[;, ]+", archs.strip())
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        highest = max(archs, key=lambda arch: int(re.sub(r"\D", "", arch)))
+        codes.append(f"-gencode=arch=compute_{highest},code=compute_{highest}")
+        target = os.path.join(directory, "proximity_cuda.o")
+        os.makedirs(directory, exist_ok=True)
+        options = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        subprocess.run([nvcc, *options, *codes, "-c", "csrc/proximity_cuda.cu", "-o", target], check=True)
+    except (AttributeError, OSError, ValueError, subprocess.CalledProcessError) as error:
+        print(f"\nflowroutes_fast: built without CUDA kernels ({error!r}).\n", file=sys.stderr)
+        return None
+    return [target, library[0]], ["-ldl", "-lrt", "-lpthread"]
 
 
 class BuildNative(build_ext):
@@ -28,6 +69,11 @@ class BuildNative(build_ext):
                     include_dirs=["csrc"],
                     extra_postargs=[*flags, *openmp, *options, f"-DFLOWROUTES_ISA={name}", "-fPIC"],
                 )
+            cuda = compile_cuda(f"{self.build_temp}/cuda")
+            if cuda:
+                ext.extra_objects += cuda[0]
+                ext.extra_link_args += cuda[1]
+                ext.define_macros.append(("FLOWROUTES_CUDA", None))
             ext.extra_compile_args += [*flags, *openmp]
             ext.extra_link_args += openmp
             super().build_extension(ext)
@@ -39,13 +85,9 @@ class BuildNative(build_ext):
             )
 
     def get_outputs(self):
-        import os
-
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
     def copy_extensions_to_source(self):
-        import os
-
         built = [
             ext
             for ext in self.extensions
@@ -63,7 +105,7 @@ setup(
             "flowroutes_fast._native",
             ["csrc/bindings.cpp"],
             include_dirs=["csrc"],
-            depends=["csrc/proximity.h", "csrc/simd.h", "csrc/rows.h", "csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp"],
+            depends=glob.glob("csrc/*"),
         )
     ],
     cmdclass={"build_ext": BuildNative},

@@ -1,5 +1,8 @@
-// The only file that knows pybind11. Arguments arrive checked (flowroutes_fast/ops.py); pointers arrive as integers.
+// This file and bindings_cuda.h alone know pybind11. Arguments arrive checked (flowroutes_fast/ops.py); pointers arrive as integers.
 #include "proximity.h"
+#ifdef FLOWROUTES_CUDA
+#include "bindings_cuda.h"
+#endif
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -132,6 +135,12 @@ PYBIND11_MODULE(_native, m) {
     m.attr("openmp") = true;
 #else
     m.attr("openmp") = false;
+#endif
+#ifdef FLOWROUTES_CUDA
+    m.attr("cuda") = true;
+    cuda::bind(m);
+#else
+    m.attr("cuda") = false;
 #endif
     m.def("isa", [](const std::string& asked) { return kernels(asked).isa; }, py::arg("isa") = "auto");
     m.def(
