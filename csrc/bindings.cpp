@@ -103,6 +103,7 @@ Certified certified_problem(const py::dict& d) {
     p.floor = number<float>(d, "floor", p.floor);
     p.cut = number<float>(d, "cut", p.cut);
     p.tolerance = number<float>(d, "tolerance", p.tolerance);
+    p.tolerances = pointer(d, "tolerances");
     p.capacity = number(d, "capacity");
     p.low = pointer<float*>(d, "low");
     p.high = pointer<float*>(d, "high");

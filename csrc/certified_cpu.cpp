@@ -481,11 +481,12 @@ void refine(RowBlock& x, int r, Counts& counts) {
     std::vector<int32_t>& keys = x.keys;
     float low, high, share = p.cut;
     bool refined = false;
+    const float tolerance = p.tolerances ? p.tolerances[x.i0 + r] : p.tolerance;
     x.focus(r);
     for (;;) {
         x.row_bounds(r, low, high);
         const bool crowded = p.capacity > 0 && int64_t(x.evaluated[r].size()) > p.capacity;
-        if (!crowded && !(high - low > p.tolerance * (high + low))) {
+        if (!crowded && !(high - low > tolerance * (high + low))) {
             x.unclear(r, low, high, keys);
             if (!keys.empty()) {
                 x.complete(r, keys);

@@ -67,6 +67,7 @@ struct Certified {
     float floor = 1e-3f;               // all sub-edges of (query, key) pairs that may reach it are evaluated and listed
     float cut = 1e-4f;                 // single sub-edges are evaluated above this share of what the normaliser is known to reach
     float tolerance = 1e-2f;           // largest (high - low) / (high + low) of a normaliser: the error of its midpoint
+    const float* tolerances = nullptr; // [query]: the same per row, or null
     int64_t capacity = 0;              // sub-edges evaluated per row before it is evaluated whole; 0: no limit
     float* low = nullptr;              // [query]: normaliser bounds
     float* high = nullptr;

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flowroutes_fast import reference
+from flowroutes_fast.bounds import Attention
 from flowroutes_fast.capture import Layer
+from flowroutes_fast.certify import Counts, certified
 
 BIAS_MODES = ("part", "value", "exclude")
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a layer is computed; see :func:`flowroutes_fast.trace` for the meaning of each."""
+
+    precision: str = "certified"
+    measure: str = "proximity"
+    backend: str = "cpu"
+    dense: bool = False
+    floor: float = 1e-3
+    thresholds: tuple[float, ...] = ()
+    tolerance: float = 1e-2
+    bias: str = "part"
+    threads: int = 0
+
+
 @dataclass
 class LayerImportances:
-    """Importances of one layer, float32 on the CPU. In a parallel block there is one node and ``ffn_residual`` is NaN."""
+    """Importances of one layer, float32 on the CPU. In a parallel block there is one node and ``ffn_residual`` is NaN.
+
+    Point estimates divide by the middle of the normaliser's bounds ``low``, ``high`` ``[query]``; a head of -1 among the edges stands
+    for a pair's other heads, which together have between nothing and the importance it gives.
+    """
 
     shape: str
     dense: Tensor | None  # [head, query, key]
     edges: tuple[Tensor, Tensor]  # index [3, n] (query, key, head; int32) and importance [n]
+    low: Tensor  # [query]
+    high: Tensor  # [query]
     heads: Tensor  # [query, head]
+    heads_low: Tensor  # [query, head]
+    heads_high: Tensor  # [query, head]
     attention_residual: Tensor  # [query]
     bias: Tensor  # [query]
     ffn: Tensor  # [query]
     ffn_residual: Tensor  # [query]
+    counts: Counts
 
 
 @dataclass
 class Parts:
     """The decomposition of one node: sub-edges from (query, key, value, W_O), the residual, and a constant part or None."""
 
-    value: Tensor  # [kv_head, key, d_head] float32
+    value: Tensor  # [kv_head, key, d_head], float32 if a bias was taken out, else as the model has it
     w_o: Tensor  # [head, d_head, d_model] float32
     whole: Tensor  # [token, d_model] float32
     residual: Tensor  # [token, d_model] float32
@@ -46,11 +73,11 @@ def parts_of(layer: Layer, bias: str = "part") -> Parts:
     """
     block = layer.block
     w_o = block.w_o(layer.query.shape[0])
-    value = layer.value.float()
+    value = layer.value
     constant = block.output_bias
     value_bias = block.value_bias(value.shape[0], value.shape[-1]) if bias != "value" and layer.sinks is None else None
     if value_bias is not None:
-        value = value - value_bias[:, None]
+        value = value.float() - value_bias[:, None]
         per_head = value_bias.repeat_interleave(w_o.shape[0] // value.shape[0], 0)
         through = torch.einsum("hd,hdm->m", per_head, w_o)
         constant = through if constant is None else constant + through
@@ -58,32 +85,97 @@ def parts_of(layer: Layer, bias: str = "part") -> Parts:
     return Parts(value, w_o, whole.float(), layer.resid_pre.float(), None if bias == "exclude" else constant)
 
 
-def importances(layer: Layer, *, backend: str, dense: bool, floor: float, bias: str, threads: int) -> LayerImportances:
-    """Exact importances of one layer (equation 5). ``ValueError`` naming the layer if an activation is NaN or infinite."""
+def importances(layer: Layer, options: Options, exact_rows: Tensor | None = None) -> LayerImportances:
+    """Importances of one layer (equation 5). ``ValueError`` naming the layer if an activation is NaN or infinite.
+
+    ``exact_rows [query]`` (bool): rows to evaluate whole, whatever the tolerance.
+    """
+    check_finite(layer)
+    parts = parts_of(layer, options.bias)
+    share = _signed_shares if options.measure == "signed" else _proximities
+    residual, constant, ffn, through = share(layer, parts, options)
+    parallel = layer.resid_mid is None
+    others = torch.stack([residual, constant, ffn] if parallel else [residual, constant])
+    w_o = parts.w_o.to(parts.value.dtype) if options.backend in ("triton", "cuda") else parts.w_o
+    attention = Attention(
+        layer.query, layer.key, parts.value, w_o, parts.whole, layer.scaling, layer.mask, layer.sinks, layer.softcap, layer.window
+    )
+    found = (_exact if options.precision == "exact" else _certified)(attention, others, options, exact_rows)
+    middle = torch.ones_like(residual) if options.measure == "signed" else found.low + (found.high - found.low) / 2
+    ffn_share, ffn_residual = _divide(ffn, middle), torch.full_like(ffn, float("nan"))
+    if not parallel:
+        total = middle if options.measure == "signed" else ffn + through
+        ffn_share, ffn_residual = _divide(ffn, total), _divide(through, total)
+    found.attention_residual, found.bias = _divide(residual, middle), _divide(constant, middle)
+    found.ffn, found.ffn_residual, found.shape = ffn_share, ffn_residual, layer.block.shape
+    for name in ("low", "high", "heads", "heads_low", "heads_high", "attention_residual", "bias", "ffn", "ffn_residual"):
+        setattr(found, name, getattr(found, name).to("cpu", torch.float32))
+    found.edges = (found.edges[0].cpu(), found.edges[1].to("cpu", torch.float32))
+    return found
+
+
+def check_finite(layer: Layer) -> None:
     for name in ("resid_pre", "resid_mid", "ffn_out", "resid_post", "value"):
         tensor = getattr(layer, name)
-        if tensor is not None and not torch.isfinite(tensor).all():
+        if tensor is not None and not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
             raise ValueError(f"layer {layer.index}: {name} holds NaN or infinite numbers; nothing can be said about this forward pass")
-    parts = parts_of(layer, bias)
-    ops = torch.ops.flowroutes
-    residual = ops.part_proximity(parts.residual, parts.whole, backend, threads)
-    constant = torch.zeros_like(residual)
-    if parts.constant is not None:
-        constant = ops.part_proximity(parts.constant[None], parts.whole, backend, threads)
-    parallel = layer.resid_mid is None
-    ffn = ops.part_proximity(layer.ffn_out.float(), layer.resid_post.float(), backend, threads)
-    base = residual + constant + ffn if parallel else residual + constant
-    attention, heads, normaliser, index, edge = ops.attention_layer(
-        layer.query.float(), layer.key.float(), parts.value, parts.w_o, parts.whole, base, layer.mask, layer.sinks,
-        layer.scaling, layer.softcap, layer.window, dense, -1.0 if dense else floor, backend, threads,
+
+
+def _proximities(layer: Layer, parts: Parts, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Proximities of the residual, the constant part, the FFN and (sequential block) the residual past it, ``[token]`` each."""
+    near = torch.ops.flowroutes.part_proximity
+    backend, threads, post = options.backend, options.threads, layer.resid_post.float()
+    residual = near(parts.residual, parts.whole, backend, threads)
+    constant = torch.zeros_like(residual) if parts.constant is None else near(parts.constant[None], parts.whole, backend, threads)
+    ffn = near(layer.ffn_out.float(), post, backend, threads)
+    through = torch.zeros_like(ffn) if layer.resid_mid is None else near(layer.resid_mid.float(), post, backend, threads)
+    return residual, constant, ffn, through
+
+
+def _signed_shares(layer: Layer, parts: Parts, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same parts' signed flow ⟨sign(y), z⟩ / ‖y‖₁."""
+    post = layer.resid_post.float()
+    residual = reference.signed_share(parts.residual, parts.whole)
+    constant = torch.zeros_like(residual) if parts.constant is None else reference.signed_share(parts.constant[None], parts.whole)
+    ffn = reference.signed_share(layer.ffn_out.float(), post)
+    through = torch.zeros_like(ffn) if layer.resid_mid is None else reference.signed_share(layer.resid_mid.float(), post)
+    return residual, constant, ffn, through
+
+
+def _exact(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | None) -> LayerImportances:
+    if options.measure == "signed":
+        raise ValueError("measure='signed' is exact in precision='certified'; there is no other")
+    dense, heads, normaliser, index, edge = torch.ops.flowroutes.attention_layer(
+        a.query.float(), a.key.float(), a.value.float(), a.w_o, a.whole, others.sum(0), a.mask, a.sinks, a.scaling, a.softcap, a.window,
+        options.dense, -1.0 if options.dense else options.floor, options.backend, options.threads,
     )  # fmt: skip
-    if parallel:
-        ffn_share, ffn_residual = _divide(ffn, normaliser), torch.full_like(ffn, float("nan"))
-    else:
-        through = ops.part_proximity(layer.resid_mid.float(), layer.resid_post.float(), backend, threads)  # type: ignore[union-attr]
-        ffn_share, ffn_residual = _divide(ffn, ffn + through), _divide(through, ffn + through)
-    on_cpu = [t.cpu() for t in (heads, _divide(residual, normaliser), _divide(constant, normaliser), ffn_share, ffn_residual)]
-    return LayerImportances(layer.block.shape, attention.cpu() if dense else None, (index.cpu(), edge.cpu()), *on_cpu)
+    return _unfinished(dense.cpu() if options.dense else None, (index, edge), normaliser, normaliser, heads, heads, heads, Counts())
+
+
+def _certified(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | None) -> LayerImportances:
+    tolerance: float | Tensor = options.tolerance
+    if exact_rows is not None:
+        tolerance = torch.where(exact_rows.to(others.device), 0.0, options.tolerance)
+    found = certified(
+        a, others, floor=options.floor, thresholds=options.thresholds, tolerance=tolerance, measure=options.measure,
+        backend=options.backend, threads=options.threads,
+    )  # fmt: skip
+    if options.measure == "signed":
+        shares = found.head_low
+        return _unfinished(None, (found.index, found.value), found.low, found.high, shares, shares, shares, found.counts)
+    low, high = found.low[:, None], found.high[:, None]
+    middle = found.low + (found.high - found.low) / 2
+    heads = _divide((found.head_low + found.head_high) / 2, middle[:, None])
+    heads_low = _divide(found.head_low, found.head_low + (high - found.head_high).clamp_min(0))
+    heads_high = _divide(found.head_high, found.head_high + (low - found.head_low).clamp_min(0))
+    edge = _divide(found.value, middle[found.index[0].long()])
+    return _unfinished(None, (found.index, edge), found.low, found.high, heads, heads_low, heads_high, found.counts)
+
+
+def _unfinished(dense, edges, low, high, heads, heads_low, heads_high, counts) -> LayerImportances:  # type: ignore[no-untyped-def]
+    """The attention part of a layer's importances; the rest is filled in by :func:`importances`."""
+    empty = low.new_empty(0)
+    return LayerImportances("", dense, edges, low, high, heads, heads_low, heads_high, empty, empty, empty, empty, counts)
 
 
 def _divide(part: Tensor, total: Tensor) -> Tensor:
@@ -105,7 +197,7 @@ def conservation_error(layer: Layer, bias: str = "part") -> float:
         sinks=layer.sinks,
     )
     group = parts.w_o.shape[0] // parts.value.shape[0]
-    mixed = pattern @ parts.value.repeat_interleave(group, 0)  # [head, query, d_head]
+    mixed = pattern @ parts.value.float().repeat_interleave(group, 0)  # [head, query, d_head]
     total = torch.einsum("hqd,hdm->qm", mixed, parts.w_o) + parts.residual
     if parts.constant is not None:
         total = total + parts.constant

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
 from typing import NamedTuple
 
@@ -14,32 +16,63 @@ from torch import Tensor
 
 from flowroutes_fast import native, reference
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 _FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it with 'pip install triton'"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "torch sees no CUDA device"
+    return None
+
+
+def _cuda_missing() -> str | None:
+    from flowroutes_fast.cuda import missing
+
+    return missing()
+
+
+_MISSING = {"reference": lambda: None, "cpu": lambda: native.load()[1], "triton": _triton_missing, "cuda": _cuda_missing}
 
 
 def backend_status() -> dict[str, str | None]:
     """Every backend with None when it is available, or the reason why it is not."""
-    return {"reference": None, "cpu": native.load()[1]}
+    return {name: _MISSING[name]() for name in BACKENDS}
 
 
 def choose_backend(backend: str, tensor: Tensor) -> str:
-    """Resolve ``"auto"`` for this tensor; raise ``ValueError`` for an unknown name, ``RuntimeError`` for a missing backend."""
+    """Resolve ``"auto"`` for this tensor: ``"cpu"`` or ``"triton"`` by its device, ``"reference"`` where they are missing.
+
+    Raises:
+        ValueError: an unknown name, or one that does not serve this tensor's device or dtype. RuntimeError: a missing backend.
+    """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}: choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    if backend == "cpu":
-        native.extension()
+    on_gpu = tensor.device.type == "cuda"
+    if backend == "auto":
         if tensor.dtype == torch.float64:
-            raise ValueError("backend 'cpu' computes in float32; use backend='reference' for float64 tensors")
-    if backend != "auto":
-        return backend
-    if tensor.device.type != "cpu" or tensor.dtype == torch.float64:
-        return "reference"
-    _, missing = native.load()
-    if missing:
-        _say_once(f"flowroutes_fast runs on its slow 'reference' backend: {missing}")
-        return "reference"
-    return "cpu"
+            return "reference"
+        wanted = "triton" if on_gpu else "cpu" if tensor.device.type == "cpu" else "reference"
+        reason = _MISSING[wanted]()
+        if reason:
+            _say_once(f"flowroutes_fast runs on its slow 'reference' backend: {reason}")
+            return "reference"
+        return wanted
+    reason = _MISSING[backend]()
+    if reason:
+        raise RuntimeError(reason if reason.startswith("backend") else f"backend {backend!r} is not available: {reason}")
+    if backend != "reference" and tensor.dtype == torch.float64:
+        raise ValueError(f"backend {backend!r} computes in float32; use backend='reference' for float64 tensors")
+    if backend == "cpu" and tensor.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' takes tensors on the CPU, not on {tensor.device}; use backend='auto'")
+    if backend == "cuda" and not on_gpu:
+        raise ValueError(f"backend 'cuda' takes tensors on a CUDA device, not on {tensor.device}; use backend='auto'")
+    return backend
 
 
 _said: set[str] = set()
@@ -79,7 +112,7 @@ def attention_importances(
         resid_mid: states after attention ``[batch, query, d_model]``.
         distance_norm: 1 for the paper's L1 norm; other norms are computed by the reference backend.
         clip: lower limit of every proximity, masked pairs included (the reference tool uses 1e-5).
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
     Returns:
         importances ``[batch, query, key, head]`` and residual ``[batch, query]``, dimensionless, float32 (float64 for
@@ -91,10 +124,12 @@ def attention_importances(
     """
     _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm, clip)
     chosen = choose_backend(backend, resid_mid)
-    if chosen == "cpu" and distance_norm != 1:
-        if backend == "cpu":
-            raise ValueError(f"backend 'cpu' computes distance_norm=1 only, not {distance_norm}; use backend='reference'")
+    if chosen != "reference" and distance_norm != 1:
+        if backend == chosen:
+            raise ValueError(f"backend {chosen!r} computes distance_norm=1 only, not {distance_norm}; use backend='reference'")
         chosen = "reference"
+    if chosen == "triton":  # it recomputes attention weights; a stored pattern is the CUDA kernel's
+        chosen = "reference" if _cuda_missing() else "cuda"
     dtype = torch.float64 if resid_mid.dtype == torch.float64 else torch.float32
     pattern, value, w_o, resid_pre, resid_mid = (t.detach().to(dtype) for t in (pattern, value, w_o, resid_pre, resid_mid))
     rows, residuals = [], []
@@ -150,7 +185,7 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
         raise ValueError(f"clip must be zero or a positive number, got {clip}")
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -159,7 +194,7 @@ def _native_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the native kernel; returns dense (or empty), by_head, normaliser, edge index ``[3, n]``, edge value ``[n]``."""
     n_query, n_key, n_head = whole.shape[0], value.shape[1], w_o.shape[0]
-    value, whole = _rows(value), whole.contiguous()
+    value, whole = rows(value), whole.contiguous()
     w_rows = w_o.permute(2, 0, 1).reshape(w_o.shape[2], -1).contiguous()  # [d_model, head * d_head]: no copy when w_o views a linear layer
     g = torch.copysign(torch.ones_like(whole), whole) @ w_rows  # W_O[h] sign(y_i) [query, head * d_head], the sign bit as the sign of zero
     out = whole.new_empty((n_head, n_query, n_key) if dense else (0, 0, 0))
@@ -187,18 +222,18 @@ def _native_attention(
 
 
 def _pattern_source(pattern: Tensor) -> dict:
-    pattern = _rows(pattern)
+    pattern = rows(pattern)
     return {"pattern": pattern, "pattern_head": pattern.stride(0), "pattern_query": pattern.stride(1)}
 
 
-def _qk_source(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float, window: int, sinks: Tensor | None) -> dict:
-    query, key = _rows(query), _rows(key)
+def qk_source(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float, window: int, sinks: Tensor | None) -> dict:
+    query, key = rows(query), rows(key)
     source = {
         "q": query, "q_head": query.stride(0), "q_row": query.stride(1), "k": key, "k_head": key.stride(0), "k_row": key.stride(1),
         "d_qk": query.shape[-1], "scale": scaling, "softcap": softcap, "window": window, "offset": key.shape[1] - query.shape[1],
     }  # fmt: skip
     if mask is not None:
-        mask = _rows(mask)
+        mask = rows(mask)
         source |= {"mask": mask, "mask_head": mask.stride(0) if mask.dim() == 3 else 0, "mask_query": mask.stride(-2)}
     if sinks is not None:
         source["sinks"] = sinks.float().contiguous()
@@ -220,8 +255,17 @@ _library.define(
 @torch.library.impl(_library, "part_proximity", "CompositeExplicitAutograd")
 def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
     """Proximity of ``part [n or 1, d_model]`` to ``whole [n, d_model]`` -> ``[n]``."""
-    if choose_backend(backend, whole) == "reference":
+    chosen = choose_backend(backend, whole)
+    if chosen == "reference":
         return reference.proximity(part, whole)
+    if chosen == "triton":
+        from flowroutes_fast.kernels.parts import part_proximity as triton_parts
+
+        return triton_parts(part, whole)
+    if chosen == "cuda":
+        from flowroutes_fast.cuda import part_proximity as cuda_parts
+
+        return cuda_parts(part, whole)
     part, whole = part.float().contiguous(), whole.float().contiguous()
     out = whole.new_empty(whole.shape[0])
     native.extension().part_proximity(
@@ -233,7 +277,12 @@ def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0)
 @torch.library.impl(_library, "attention_proximity", "CompositeExplicitAutograd")
 def _attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
     """Proximity of all sub-edges ``[head, query, key]`` from stored attention weights."""
-    if choose_backend(backend, whole) == "reference":
+    chosen = choose_backend(backend, whole)
+    if chosen == "cuda":
+        from flowroutes_fast.cuda import dense_proximity as cuda_dense
+
+        return cuda_dense(pattern, value, w_o, whole)
+    if chosen != "cpu":
         return reference.attention_proximity(pattern, value, w_o, whole)
     pattern, value, w_o, whole = (t.float() for t in (pattern, value, w_o, whole))
     return _native_attention(_pattern_source(pattern), value, w_o, whole, None, True, -1.0, False, threads)[0]
@@ -256,12 +305,22 @@ def _attention_layer(
         dense importances ``[head, query, key]`` (or empty), by_head ``[query, head]``, normaliser ``[query]`` (a proximity),
         edge index ``[3, n]`` (query, key, head; int32), edge importance ``[n]``.
     """
-    if choose_backend(backend, whole) == "cpu":
+    chosen = choose_backend(backend, whole)
+    if chosen == "cpu":
         query, key, value, w_o, whole, base = (t.float() for t in (query, key, value, w_o, whole, base))
-        source = _qk_source(query, key, None if mask is None else mask.float(), scaling, softcap, window, sinks)
+        source = qk_source(query, key, None if mask is None else mask.float(), scaling, softcap, window, sinks)
         return _native_attention(source, value, w_o, whole, base, dense, floor, True, threads)
-    pattern = reference.attention_pattern(query, key, scaling=scaling, mask=mask, softcap=softcap, window=window, sinks=sinks)
-    edge = reference.attention_proximity(pattern.to(whole.dtype), value, w_o, whole)
+    options = {"scaling": scaling, "mask": mask, "softcap": softcap, "window": window, "sinks": sinks}
+    if chosen == "triton":
+        edge = _triton_dense(query, key, value, w_o, whole, options)
+    else:
+        edge = reference.attention_pattern(query, key, **options).to(whole.dtype)
+        if chosen == "cuda":
+            from flowroutes_fast.cuda import dense_proximity as cuda_dense
+
+            edge = cuda_dense(edge, value, w_o, whole)
+        else:
+            edge = reference.attention_proximity(edge, value.to(whole.dtype), w_o, whole)
     normaliser = edge.sum((0, 2)) + base
     edge *= torch.where(normaliser > 0, 1 / normaliser, 0)[:, None]
     index = edge.new_empty(0, dtype=torch.int32).view(3, 0)
@@ -272,6 +331,16 @@ def _attention_layer(
         index = at.T.to(torch.int32).contiguous()
     by_head = edge.sum(-1).T.contiguous()
     return (edge if dense else edge.new_empty(0, 0, 0)), by_head, normaliser, index, found
+
+
+def _triton_dense(query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, options: dict) -> Tensor:
+    from flowroutes_fast.kernels.bound import bound_rows
+    from flowroutes_fast.kernels.dense import dense_proximity
+
+    nothing = whole.new_zeros(whole.shape[0], w_o.shape[0], w_o.shape[1])
+    lse = bound_rows(query, key, value, nothing, **options)[0]
+    options = {name: option for name, option in options.items() if name != "sinks"}
+    return dense_proximity(query, key, value, w_o, whole, lse, **options)
 
 
 @torch.library.register_fake("flowroutes::part_proximity", lib=_library)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from flowroutes_fast.files import write_atomically
-from flowroutes_fast.routes import Route, extract
+from flowroutes_fast.routes import OpenRows, Route, extract, open_rows
 
 FORMAT = "flowroutes_fast.trace"
-FORMAT_VERSION = 1
-_ARRAYS = ("heads", "attention_residual", "attention_bias", "ffn", "ffn_residual")
+FORMAT_VERSION = 2
+Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
+_ARRAYS = (
+    "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "ffn", "ffn_residual"
+)  # fmt: skip
+_PLAIN = (
+    "tokens", "token_ids", "model", "shapes", "floor", "precision", "measure", "backend", "bias", "tolerance", "thresholds", "work",
+    "prediction", "timings",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -25,12 +34,15 @@ class Trace:
 
     Attributes:
         tokens: token texts, ``token`` long; token_ids: their ids.
-        heads: ``[layer, query, head]``, every head's importance summed over keys.
+        heads: ``[layer, query, head]``, every head's importance summed over keys; heads_low, heads_high: what it lies between.
+        normaliser_low, normaliser_high: ``[layer, query]``, bounds of what proximities of the state after attention are divided by (in units
+            of its L1 norm). Importances divide by their middle. They are equal where a row was evaluated whole.
         attention_residual, attention_bias: ``[layer, query]``, the residual connection's and the constant bias part's share of
             the state after attention. ``heads.sum(-1) + attention_residual + attention_bias`` is 1.
         ffn, ffn_residual: ``[layer, query]``, shares of the state after the FFN; they sum to 1. A parallel block (``shapes[layer]
             == "parallel"``) has one node: its ``ffn`` belongs to the attention sum, its ``ffn_residual`` is NaN.
         floor: 0 when all sub-edges are kept; otherwise those of (query, key) pairs above it are.
+        measure: ``"proximity"`` or ``"signed"``; precision: ``"certified"`` or ``"exact"``.
         prediction: most probable next tokens after the last position, with probabilities.
         timings: seconds of the whole traced pass (``"total"``) and of our part of it (``"importances"``).
     """
@@ -40,18 +52,27 @@ class Trace:
     model: str
     shapes: list[str]
     heads: Tensor
+    heads_low: Tensor
+    heads_high: Tensor
+    normaliser_low: Tensor
+    normaliser_high: Tensor
     attention_residual: Tensor
     attention_bias: Tensor
     ffn: Tensor
     ffn_residual: Tensor
     floor: float
     precision: str = "exact"
+    measure: str = "proximity"
     backend: str = "reference"
     bias: str = "part"
+    tolerance: float = 0.0
+    thresholds: tuple[float, ...] = ()
+    work: dict[str, int] = field(default_factory=dict)
     prediction: list[tuple[str, float]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     dense: list[Tensor] | None = field(default=None, repr=False)  # per layer [head, query, key]
     sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # per layer: index [3, n], importance [n]
+    settle: Settle | None = field(default=None, repr=False)
 
     @property
     def n_layers(self) -> int:
@@ -68,50 +89,137 @@ class Trace:
         if self.dense is None:
             size = self.n_layers * self.heads.shape[-1] * len(self.tokens) ** 2 * 4
             raise ValueError(
-                f"dense importances were not kept: all layers take {size / 1e9:.2f} GB, so sub-edges of pairs above {self.floor} were "
-                f"kept instead (trace.edges({layer})); to have all, call trace(..., dense=True)"
+                f"dense importances were not kept (all layers would take {size / 1e9:.2f} GB): sub-edges above {self.floor} are in "
+                f"trace.edges({layer}); to have all, call trace(..., precision='exact', dense=True)"
             )
         return self.dense[layer].permute(1, 2, 0)
 
+    @property
+    def normaliser_bounds(self) -> Tensor:
+        """``[layer, query, 2]``: what proximities are divided by lies between these (in units of the state's L1 norm)."""
+        import torch
+
+        return torch.stack([self.normaliser_low, self.normaliser_high], -1)
+
+    @property
+    def certificate(self) -> dict[str, float | int | str]:
+        """How the results are known: rows, sub-edges bounded and evaluated, rows refined and evaluated whole, widest interval.
+
+        ``worst_error`` and ``mean_error`` are (high − low) / (high + low) of the normalisers: the relative error of any importance.
+        """
+        low, high = self.normaliser_low.double(), self.normaliser_high.double()
+        error = ((high - low) / (high + low).clamp_min(1e-300)).clamp_min(0)
+        return {
+            "precision": self.precision, "measure": self.measure, "rows": low.numel(), "pairs_bounded": self.work.get("bounded", 0),
+            "pairs_evaluated": self.work.get("evaluated", 0), "rows_refined": self.work.get("refined", 0),
+            "rows_evaluated_whole": self.work.get("exhausted", 0), "worst_error": float(error.max()), "mean_error": float(error.mean()),
+        }  # fmt: skip
+
+    def factors(self, layer: int, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What an importance of these rows is multiplied by to get its lower and its upper bound."""
+        low, high = (t[layer].numpy()[queries].astype(np.float64) for t in (self.normaliser_low, self.normaliser_high))
+        if self.measure == "signed":
+            return np.ones_like(low), np.ones_like(low)
+        middle = (
+            (self.normaliser_low[layer] + (self.normaliser_high[layer] - self.normaliser_low[layer]) / 2)
+            .numpy()[queries]
+            .astype(np.float64)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            below = np.where((high > low) & (high > 0), middle / high, 1.0)
+            above = np.where(high > low, np.where(low > 0, middle / low, np.inf), 1.0)
+        return below, above
+
     def sub_edges(self, layer: int, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Stored sub-edges with positive importance into the given query positions (sorted): query, key, head, importance."""
+        """Stored sub-edges into the given query positions (sorted): query, key, head, importance.
+
+        Head -1 stands for a pair's other heads, whose importances together lie between 0 and the one given.
+        """
         if self.dense is not None:
             rows = self.dense[layer].numpy()[:, queries]
             head, row, key = rows.nonzero()
             return queries[row], key, head, rows[head, row, key]
         index, importance = self.sparse[layer]  # type: ignore[index]
         query, key, head = index.numpy()
-        keep = np.isin(query, queries)
+        if len(queries) == len(self.tokens):
+            keep: Any = slice(None)
+        else:
+            wanted = np.zeros(len(self.tokens), bool)
+            wanted[queries] = True
+            keep = wanted[query]
         return query[keep].astype(np.int64), key[keep].astype(np.int64), head[keep].astype(np.int64), importance.numpy()[keep]
 
     def edges(self, layer: int, floor: float | None = None) -> pd.DataFrame:
-        """Sub-edges of one layer above ``floor`` (default: the trace's own, at least 1e-3): ``query, key, head, importance``."""
+        """Sub-edges of one layer whose importance may be above ``floor`` (default: the trace's own, at least 1e-3).
+
+        Columns ``query, key, head, importance, low, high``: the estimate, and what the exact importance lies between.
+        """
         layer = self._layer(layer)
         floor = max(self.floor, 1e-3) if floor is None else floor
         if floor < self.floor:
-            raise ValueError(f"sub-edges below {self.floor} were not kept; trace again with floor={floor} or dense=True")
+            way = "precision='exact', dense=True" if floor == 0 else f"floor={floor}"
+            raise ValueError(f"sub-edges below {self.floor} were not kept; trace again with {way}")
         query, key, head, importance = self.sub_edges(layer, np.arange(len(self.tokens)))
-        keep = importance > floor
-        table = pd.DataFrame({"query": query[keep], "key": key[keep], "head": head[keep], "importance": importance[keep]})
+        below, above = self.factors(layer, np.arange(len(self.tokens)))
+        low, high = importance * below[query], importance * above[query]
+        keep = (np.maximum(np.abs(low), np.abs(high)) > floor) & (head >= 0)
+        columns = {"query": query, "key": key, "head": head, "importance": importance, "low": low, "high": high}
+        table = pd.DataFrame({name: values[keep] for name, values in columns.items()})
         return table.sort_values(["query", "key", "head"], ignore_index=True)
 
     def route(self, position: int = -1, threshold: float = 0.04, renormalize: bool = True) -> Route:
         """The route of ``position``'s last state: every edge above ``threshold``, followed top-down (algorithm 1 of the paper).
 
+        It is the route of exact importances. Where the certified intervals leave a decision open (which they do not at the thresholds
+        that were asked for when tracing), the model runs once more to settle it; a trace keeps no model alive for that.
+
         Raises:
-            ValueError: threshold outside [0, 1) or below the floor of this trace.
+            ValueError: threshold outside [0, 1) or below the floor of this trace; a decision is open and the model is gone.
             IndexError: position out of range.
         """
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
         if threshold < self.floor:
             raise ValueError(
-                f"threshold {threshold} is below this trace's floor {self.floor}; trace again with floor={threshold} or dense=True"
+                f"threshold {threshold} is below this trace's floor {self.floor}; trace again with "
+                + (f"floor={threshold}" if threshold > 0 else "precision='exact', dense=True")
             )
         count = len(self.tokens)
         if not -count <= position < count:
             raise IndexError(f"position {position} is out of range: the prompt has {count} tokens")
-        return extract(self, position % count, float(threshold), renormalize)
+        try:
+            return extract(self, position % count, float(threshold), renormalize)
+        except OpenRows as found:
+            self._settle_rows(float(threshold), renormalize, found)
+            return extract(self, position % count, float(threshold), renormalize)
+
+    def _settle_rows(self, threshold: float, renormalize: bool, found: OpenRows) -> None:
+        """Evaluate every row that is open at a threshold whole, by one more forward pass."""
+        import torch
+
+        everyone = np.arange(len(self.tokens))
+        rows = {layer: open_rows(self, layer, everyone, threshold, renormalize) for layer in range(self.n_layers)}
+        rows = {layer: queries for layer, queries in rows.items() if len(queries)}
+        settled = self.settle(rows) if self.settle else None
+        if settled is None:
+            raise ValueError(
+                f"at threshold {threshold} this trace leaves {sum(map(len, rows.values()))} rows open (first met: layer {found.layer}, position "
+                f"{found.queries[0]}) and its model is gone; trace again with thresholds=[{threshold}], or use one of {list(self.thresholds)}"
+            )
+        fields = {
+            "heads": "heads", "heads_low": "heads_low", "heads_high": "heads_high", "normaliser_low": "low", "normaliser_high": "high",
+            "attention_residual": "attention_residual", "attention_bias": "bias", "ffn": "ffn", "ffn_residual": "ffn_residual",
+        }  # fmt: skip
+        for layer, queries in rows.items():
+            at = torch.from_numpy(queries)
+            for mine, theirs in fields.items():
+                getattr(self, mine)[layer, at] = getattr(settled[layer], theirs)[at]
+            chosen = torch.zeros(len(self.tokens), dtype=torch.bool)
+            chosen[at] = True
+            parts = [(self.sparse[layer], ~chosen), (settled[layer].edges, chosen)]  # type: ignore[index]
+            kept = [(index[:, mask[index[0].long()]], value[mask[index[0].long()]]) for (index, value), mask in parts]
+            self.sparse[layer] = (torch.cat([i for i, _ in kept], 1), torch.cat([v for _, v in kept]))  # type: ignore[index]
+        self.work["exhausted"] = self.work.get("exhausted", 0) + sum(map(len, rows.values()))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the trace as one safetensors file (:func:`load_trace` reads it back)."""
@@ -123,8 +231,7 @@ class Trace:
                 tensors[f"dense.{layer}"] = self.dense[layer]
             else:
                 tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"] = self.sparse[layer]  # type: ignore[index]
-        plain = ("tokens", "token_ids", "model", "shapes", "floor", "precision", "backend", "bias", "prediction", "timings")
-        header = {name: getattr(self, name) for name in plain}
+        header = {name: getattr(self, name) for name in _PLAIN}
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "trace": json.dumps(header, ensure_ascii=False)}
         return write_atomically(path, lambda temporary: save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata))
 
@@ -151,6 +258,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safetensors handle is no dict)
         header = json.loads(metadata["trace"])
         header["prediction"] = [(text, p) for text, p in header["prediction"]]
+        header["thresholds"] = tuple(header["thresholds"])
         layers = range(len(header["shapes"]))
         if "dense.0" in tensors:
             stored: dict = {"dense": [tensors[f"dense.{layer}"] for layer in layers]}

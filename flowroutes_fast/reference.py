@@ -26,6 +26,12 @@ def proximity(part: Tensor, whole: Tensor, distance_norm: float = 1) -> Tensor:
     return (norm(whole, distance_norm, dim=-1) - norm(part - whole, distance_norm, dim=-1)).clamp_min(0)
 
 
+def signed_share(part: Tensor, whole: Tensor) -> Tensor:
+    """Signed flow ⟨sign(y), z⟩ / ‖y‖₁ over the last dimension, broadcasting; over all parts of y it sums to 1 (0 where y = 0)."""
+    norm = whole.abs().sum(-1)
+    return (torch.copysign(torch.ones_like(whole), whole) * part).sum(-1) * torch.where(norm > 0, 1 / norm, 0)
+
+
 def attention_pattern(
     query: Tensor,
     key: Tensor,

@@ -31,8 +31,8 @@ class Route:
     """The sub-edges through which one position's last state is reached.
 
     ``edges`` has one row per sub-edge: ``layer``, ``kind`` (one of :data:`KINDS`), ``source`` and ``target`` (token positions),
-    ``head`` (-1 where it has no meaning) and ``importance`` (share of its node's total, in [0, 1]). The root is the state of
-    ``position`` after the last layer.
+    ``head`` (-1 where it has no meaning, or for the heads of a token edge that are too small to be told apart) and ``importance`` (share of
+    its node's total, in [0, 1]; with ``measure="signed"`` in [-1, 1]). The root is the state of ``position`` after the last layer.
     """
 
     tokens: list[str]
@@ -43,6 +43,7 @@ class Route:
     shapes: list[str]  # per layer: "sequential" or "parallel"
     edges: pd.DataFrame = field(repr=False)
     prediction: list[tuple[str, float]] = field(default_factory=list)
+    measure: str = "proximity"
 
     @property
     def n_layers(self) -> int:
@@ -144,12 +145,54 @@ class _Rows:
         return pd.DataFrame({name: np.concatenate(parts) for name, parts in self.columns.items()}).astype(COLUMNS)
 
 
+class OpenRows(Exception):
+    """A certified trace leaves a decision open at some rows that a route visits."""
+
+    def __init__(self, layer: int, queries: np.ndarray) -> None:
+        super().__init__(layer, queries)
+        self.layer, self.queries = layer, queries
+
+
+def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, renormalize: bool) -> np.ndarray:
+    """Those of the rows ``active`` (sorted) where the certified intervals do not say what is above the threshold."""
+    below, above = trace.factors(layer, active)
+    query, key, head, value = trace.sub_edges(layer, active)
+    row = np.searchsorted(active, query)
+    found = np.zeros(len(active), bool)
+
+    def check(row: np.ndarray | slice, low: np.ndarray, high: np.ndarray) -> None:
+        inside = (low * below[row] <= threshold) & (high * above[row] > threshold)
+        found[row] |= inside if isinstance(row, slice) else False
+        if not isinstance(row, slice):
+            found[row[inside]] = True
+
+    everyone = slice(None)
+    check(everyone, trace.attention_residual[layer].numpy()[active], trace.attention_residual[layer].numpy()[active])
+    if trace.shapes[layer] == "parallel":
+        check(everyone, trace.ffn[layer].numpy()[active], trace.ffn[layer].numpy()[active])
+    if renormalize:
+        check(everyone, trace.attention_bias[layer].numpy()[active], trace.attention_bias[layer].numpy()[active])
+        named = head >= 0
+        check(row[named], value[named].astype(np.float64), value[named].astype(np.float64))
+    else:
+        pair, inverse = np.unique(query * len(trace.tokens) + key, return_inverse=True)
+        known = np.bincount(inverse, weights=value * (head >= 0), minlength=len(pair))
+        check(
+            np.searchsorted(active, pair // len(trace.tokens)),
+            known,
+            known + np.bincount(inverse, weights=value * (head < 0), minlength=len(pair)),
+        )
+    return active[found]
+
+
 def extract(trace: Trace, position: int, threshold: float, renormalize: bool) -> Route:
     """Follow edges downwards from the last state of ``position`` while their importance is > ``threshold`` (strictly).
 
     ``renormalize=True`` (the paper's experiments): per node, every part ≤ threshold is dropped, the survivors are divided by
     their sum. ``renormalize=False``: sub-edges are summed over heads first and the (source, target) sums are thresholded; the
-    table then lists all sub-edges of the pairs that pass. The bias part takes part in normalisation but is no edge.
+    table then lists all sub-edges of the pairs that pass; from a certified trace, those too small to be evaluated as one row with head -1.
+    The bias part takes part in normalisation but is no edge. Signed flows are compared, and renormalised, by absolute value.
+    Raises :class:`OpenRows` where a certified trace does not decide.
     """
     found = _Rows()
     active = np.array([position])
@@ -164,7 +207,7 @@ def extract(trace: Trace, position: int, threshold: float, renormalize: bool) ->
         active = _attention_node(found, trace, layer, active, threshold, renormalize)
     return Route(
         tokens=list(trace.tokens), position=position, threshold=threshold, renormalize=renormalize, model=trace.model, shapes=list(trace.shapes),
-        edges=found.table(), prediction=list(trace.prediction) if position == len(trace.tokens) - 1 else [],
+        edges=found.table(), prediction=list(trace.prediction) if position == len(trace.tokens) - 1 else [], measure=trace.measure,
     )  # fmt: skip
 
 
@@ -172,8 +215,8 @@ def _same_token(
     found: _Rows, layer: int, active: np.ndarray, parts: dict[str, np.ndarray], threshold: float, renormalize: bool
 ) -> np.ndarray:
     """The node after the FFN; returns the positions whose state after attention is reached."""
-    kept = {kind: values > threshold for kind, values in parts.items()}
-    total = np.sum([values * kept[kind] for kind, values in parts.items()], axis=0)
+    kept = {kind: np.abs(values) > threshold for kind, values in parts.items()}
+    total = np.sum([np.abs(values) * kept[kind] for kind, values in parts.items()], axis=0)
     for kind, values in parts.items():
         keep = kept[kind]
         value = values[keep] / total[keep] if renormalize else values[keep]
@@ -185,27 +228,29 @@ def _attention_node(found: _Rows, trace: Trace, layer: int, active: np.ndarray, 
     """The node after attention (in a parallel block: after the block); returns the source positions."""
     if not len(active):
         return active
+    if trace.precision == "certified" and len(undecided := open_rows(trace, layer, active, threshold, renormalize)):
+        raise OpenRows(layer, undecided)
     query, key, head, value = trace.sub_edges(layer, active)
     alone = {"attention_residual": trace.attention_residual[layer].numpy()[active]}
     if trace.shapes[layer] == "parallel":
         alone["ffn"] = trace.ffn[layer].numpy()[active]
     constant = trace.attention_bias[layer].numpy()[active]
     if renormalize:
-        keep = value > threshold
+        keep = (np.abs(value) > threshold) & (head >= 0)
     else:
-        pair = query.astype(np.int64) * len(trace.tokens) + key
-        unique, inverse = np.unique(pair, return_inverse=True)
-        keep = np.bincount(inverse, weights=value, minlength=len(unique))[inverse] > threshold
+        value = np.where(head < 0, value / 2, value)  # the middle of what a pair's other heads may have
+        unique, inverse = np.unique(query * len(trace.tokens) + key, return_inverse=True)
+        keep = np.abs(np.bincount(inverse, weights=value, minlength=len(unique))[inverse]) > threshold
     query, key, head, value = query[keep], key[keep], head[keep], value[keep].astype(np.float64)
     row = np.searchsorted(active, query)
     total = np.ones(len(active))
     if renormalize:
-        total = np.bincount(row, weights=value, minlength=len(active)) + constant * (constant > threshold)
-        total += np.sum([v * (v > threshold) for v in alone.values()], axis=0)
+        total = np.bincount(row, weights=np.abs(value), minlength=len(active)) + np.abs(constant) * (np.abs(constant) > threshold)
+        total += np.sum([np.abs(v) * (np.abs(v) > threshold) for v in alone.values()], axis=0)
     found.add(layer, "attention", key, query, head, value / total[row])
     sources = [key]
     for kind, values in alone.items():
-        kept = values > threshold
+        kept = np.abs(values) > threshold
         found.add(layer, kind, active[kept], active[kept], -1, values[kept] / total[kept])
         sources.append(active[kept])
     return np.unique(np.concatenate(sources)).astype(np.int64)

@@ -45,7 +45,7 @@ def walk(trace, position, threshold, renormalize):
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("position", "threshold"), [(-1, 0.03), (3, 0.1), (0, 0.0)])
 def test_extraction_is_algorithm_1(kind, renormalize, position, threshold):
-    trace = fr.trace(tiny(kind), None, IDS)
+    trace = fr.trace(tiny(kind), None, IDS, precision="exact")
     route = trace.route(position, threshold, renormalize)
     rows = {tuple(row) for row in route.edges[["layer", "kind", "source", "target", "head"]].itertuples(index=False)}
     assert rows == walk(trace, position % len(IDS), threshold, renormalize)

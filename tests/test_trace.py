@@ -31,7 +31,7 @@ def test_parts_add_up_to_the_states(kind, attention, bias):
 @pytest.mark.parametrize("kind", KINDS)
 def test_importances_equal_an_fp64_evaluation(kind):
     model = tiny(kind)
-    trace = fr.trace(model, None, IDS)
+    trace = fr.trace(model, None, IDS, precision="exact")
 
     def compare(layer):
         parts = parts_of(layer)
@@ -59,7 +59,7 @@ def test_importances_equal_an_fp64_evaluation(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shares_sum_to_one(kind):
-    trace = fr.trace(tiny(kind), None, IDS)
+    trace = fr.trace(tiny(kind), None, IDS, precision="exact")
     total = trace.heads.sum(-1) + trace.attention_residual + trace.attention_bias
     if kind == "neox":
         assert trace.shapes == ["parallel"] * 3
@@ -107,7 +107,7 @@ def test_parity_with_the_reference_tool(demo, name, text):
 
 @pytest.mark.demo_model
 def test_the_demo_prediction_and_route(demo):
-    trace = fr.trace(*demo, IOI)
+    trace = fr.trace(*demo, IOI, precision="exact")
     assert trace.prediction[0][0] == " Mary"
     assert trace.prediction[0][1] == pytest.approx(0.92, abs=0.01)
     route = trace.route()
@@ -118,7 +118,7 @@ def test_the_demo_prediction_and_route(demo):
 
 def test_dense_or_edges_say_the_same():
     model = tiny("llama")
-    dense, sparse = fr.trace(model, None, IDS), fr.trace(model, None, IDS, dense=False, floor=0.01)
+    dense, sparse = fr.trace(model, None, IDS, precision="exact"), fr.trace(model, None, IDS, precision="exact", dense=False, floor=0.01)
     for renormalize in (True, False):
         a, b = (t.route(threshold=0.02, renormalize=renormalize).edges for t in (dense, sparse))
         keys = ["layer", "kind", "target", "source", "head"]
@@ -133,7 +133,7 @@ def test_dense_or_edges_say_the_same():
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_saving_and_loading(tmp_path, dense):
-    trace = fr.trace(tiny("gpt2"), None, IDS, dense=dense)
+    trace = fr.trace(tiny("gpt2"), None, IDS, precision="exact", dense=dense)
     again = fr.load_trace(trace.save(tmp_path / "a.trace"))
     assert again.route().edges.equals(trace.route().edges)
     assert again.tokens == trace.tokens
