@@ -66,10 +66,13 @@ struct Layer {
         }
     }
 
-    static float norm(const float* x, int64_t n) {
-        float total = 0.f;
-        for (int64_t c = 0; c < n; ++c) total += x[c] * x[c];
-        return std::sqrt(total) * (1.f + 1e-5f);  // an upper bound in spite of rounding
+    static float norm(const float* x, int64_t n) {  // an upper bound in spite of rounding and underflow
+        float total = 0.f, most = 0.f;
+        for (int64_t c = 0; c < n; ++c) {
+            total += x[c] * x[c];
+            most = std::max(most, std::fabs(x[c]));
+        }
+        return (most < 1e-15f ? most * std::sqrt(float(n)) : std::sqrt(total)) * (1.f + 1e-5f) + std::numeric_limits<float>::denorm_min();
     }
 };
 
@@ -421,7 +424,9 @@ class RowBlock {
     vec4 overshoot(const float* value, const float* w_o, const int32_t* channel, vec4 y, float weight) const {
         const vec4 z = weight * dots(value, w_o + channel[0] * p.w_row, w_o + channel[1] * p.w_row, w_o + channel[2] * p.w_row,
                                      w_o + channel[3] * p.w_row, p.d_v);
-        const vec4 excess = (y < vec4{} ? -z : z) - (y < vec4{} ? -y : y);
+        const auto bits = reinterpret_cast<ivec4>(y);
+        const vec4 w = reinterpret_cast<vec4>(reinterpret_cast<ivec4>(z) ^ (bits & INT32_MIN));
+        const vec4 excess = w - reinterpret_cast<vec4>(bits & INT32_MAX);
         return excess > vec4{} ? excess : vec4{};
     }
 

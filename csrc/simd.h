@@ -32,6 +32,7 @@ inline vec flip(vec x, vec y) {
     return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) ^ (reinterpret_cast<ivec>(y) & INT32_MIN));
 }
 typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ivec4 __attribute__((vector_size(16)));
 
 inline vec4 load4(const float* p) {
     vec4 x;

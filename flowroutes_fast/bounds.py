@@ -68,9 +68,11 @@ class Attention:
         ).to(self.whole.dtype)
 
     def float(self) -> Attention:
-        """Everything in float32, for the native CPU kernels."""
+        """Everything in float32, for the native CPU kernels; float64 stays."""
+        if self.whole.dtype == torch.float64:
+            return self
         names = ("query", "key", "value", "w_o", "whole", "mask", "sinks", "row_scale", "gate")
-        tensors = {name: getattr(self, name) for name in names}
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in names}
         if all(t is None or t.dtype == torch.float32 for t in tensors.values()):
             return self
         return Attention(
@@ -95,7 +97,8 @@ class Bounds(NamedTuple):
     lse: Tensor | None = None  # log-sum-exp of the attention rows [head, query], where the backend keeps it
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Candidates:
     """Sub-edges whose bound is above a cut: index ``[3, n]`` (query, key, head; int32), bound ``[n]``, how many each row has ``[query]``.
 
     A row with more than the capacity is listed in part: its count says so.
@@ -118,6 +121,7 @@ def slack_of(attention: Attention, backend: str) -> float:
 def bound(attention: Attention, backend: str, slack: float = 0.0, threads: int = 0) -> Bounds:
     """Sums over keys of every head's sign bounds r·α·max(⟨v, g⟩ + slack·|v||g|, 0) ≥ proximity."""
     if backend == "reference":
+        attention = attention.float()
         flow = _flow(attention)
         return Bounds(_positive(attention, flow, slack).sum(-1).T, flow.sum(-1).T)
     if backend == "cpu":
@@ -146,6 +150,7 @@ def candidates(
 ) -> Candidates:
     """Sub-edges with a bound above ``cut [query]``, and all positive ones of (query, key) pairs whose sum over heads is above ``pair_cut``."""
     if backend == "reference":
+        attention = attention.float()
         upper = _positive(attention, _flow(attention), slack)
         found = (upper > cut[:, None]) | ((upper.sum(0) > pair_cut[:, None]) & (upper > 0))
         index = found.permute(1, 2, 0).nonzero().T
@@ -172,7 +177,7 @@ def candidates(
 def pairs(attention: Attention, bounds: Bounds, index: Tensor, backend: str, threads: int = 0) -> Tensor:
     """Exact proximity of the listed sub-edges ``index [3, n]`` -> ``[n]`` (equations 3 and 4)."""
     if backend == "reference":
-        a = attention
+        a = attention.float()
         return reference.pair_proximity(a.pattern, a.value, a.w_o, a.whole, index, row_scale=a.row_scale, gate=a.gate)
     if backend == "cpu":
         value = torch.empty(index.shape[1])

@@ -83,8 +83,10 @@ def certified(
     """
     if slack is None:
         slack = slack_of(attention, backend)
+    if backend in ("reference", "cpu"):
+        attention = attention.float()
     if backend == "cpu" and fused:
-        return _fused(attention.float(), others.float(), floor, thresholds, tolerance, measure, capacity, threads)
+        return _fused(attention, others.float(), floor, thresholds, tolerance, measure, capacity, threads)
     if measure == "signed":
         return _signed(attention, floor, backend, slack, threads)
     return _Rounds(attention, others, floor, thresholds, tolerance, backend, capacity, slack, threads).run()

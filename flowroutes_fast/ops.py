@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,12 @@ def _cuda_missing() -> str | None:
     return missing()
 
 
-_MISSING = {"reference": lambda: None, "cpu": lambda: native.load()[1], "triton": _triton_missing, "cuda": _cuda_missing}
+_MISSING: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: None,
+    "cpu": lambda: native.load()[1],
+    "triton": _triton_missing,
+    "cuda": _cuda_missing,
+}
 
 
 def backend_status() -> dict[str, str | None]:
@@ -310,7 +316,7 @@ def _attention_layer(
         query, key, value, w_o, whole, base = (t.float() for t in (query, key, value, w_o, whole, base))
         source = qk_source(query, key, None if mask is None else mask.float(), scaling, softcap, window, sinks)
         return _native_attention(source, value, w_o, whole, base, dense, floor, True, threads)
-    options = {"scaling": scaling, "mask": mask, "softcap": softcap, "window": window, "sinks": sinks}
+    options: dict[str, Any] = {"scaling": scaling, "mask": mask, "softcap": softcap, "window": window, "sinks": sinks}
     if chosen == "triton":
         edge = _triton_dense(query, key, value, w_o, whole, options)
     else:

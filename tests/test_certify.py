@@ -1,0 +1,377 @@
+"""Bounds and intervals: they hold the fp64 truth, on every backend that runs here, and what forces refinement is forced."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from conftest import IOI, KINDS, tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flowroutes_fast as fr
+from flowroutes_fast import native, reference
+from flowroutes_fast.bounds import Attention, bound, candidates, pairs
+from flowroutes_fast.certify import certified
+
+needs_native = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
+WAYS = ["reference", pytest.param("cpu", marks=needs_native), pytest.param("cpu, in passes", marks=needs_native)]
+TOLERANCE = 2e-6  # of |y|_1: float32 sums of what is added up
+IDS = list(range(7, 36))
+
+
+def layer(seed, n_query=19, n_key=None, heads=6, kv=2, d_qk=16, d_v=12, d_model=48, outliers=False, dtype=torch.float32, **options):
+    """A random layer whose parts add up to its state; options are those of Attention, or True for a random mask, sinks, row_scale or gate."""
+    g = torch.Generator().manual_seed(seed)
+    n_key = n_key or n_query
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    random = {
+        "mask": lambda: torch.zeros(n_query, n_key).masked_fill(torch.rand(n_query, n_key, generator=g) < 0.3, -torch.inf),
+        "sinks": lambda: normal(heads),
+        "row_scale": lambda: normal(n_query).abs() + 0.1,
+        "gate": lambda: normal(n_query, heads, d_v).sigmoid(),
+    }
+    options = {name: random[name]() if value is True else value for name, value in options.items()}
+    query, key, value = normal(heads, n_query, d_qk) * 2, normal(kv, n_key, d_qk), normal(kv, n_key, d_v)
+    w_o, rest = normal(heads, d_v, d_model) / d_v**0.5, normal(n_query, d_model)
+    if outliers:
+        rest[:, 1] = 1e4
+    query, key, value, w_o, rest = (t.to(dtype) for t in (query, key, value, w_o, rest))
+    attention = Attention(query, key, value, w_o, rest, d_qk**-0.5, **options)
+    a = doubled(attention)
+    z = torch.einsum("hqk,hkd,hdm->hqm", a.pattern, a.value.repeat_interleave(heads // kv, 0), a.w_o)
+    if a.gate is not None:
+        v = torch.einsum("hqk,hkd->qhd", a.pattern, a.value.repeat_interleave(heads // kv, 0)) * a.gate
+        z = torch.einsum("qhd,hdm->hqm", v, a.w_o)
+    if a.row_scale is not None:
+        z = z * a.row_scale[:, None]
+    whole = (z.sum(0) + rest).to(dtype)
+    return Attention(query, key, value, w_o, whole, d_qk**-0.5, **options), reference.proximity(rest.float(), whole.float())[None]
+
+
+def doubled(a):
+    names = ("query", "key", "value", "w_o", "whole", "mask", "sinks", "row_scale", "gate")
+    tensors = {n: None if getattr(a, n) is None else getattr(a, n).double() for n in names}
+    return Attention(**tensors, scaling=a.scaling, softcap=a.softcap, window=a.window)
+
+
+def truth(a):
+    """Proximities ``[head, query, key]`` in fp64."""
+    a = doubled(a)
+    return reference.attention_proximity(a.pattern, a.value, a.w_o, a.whole, row_scale=a.row_scale, gate=a.gate)
+
+
+def run(a, others, way, **options):
+    options = {"floor": 1e-3, **options}
+    return certified(a, others, backend=way.split(",")[0], fused="," not in way, **options)
+
+
+def check(found, a, others, floor):
+    """Intervals hold the truth; every pair above the floor is there, its values are exact and its missing heads fit what is left open."""
+    near = truth(a)
+    total = near.sum((0, 2)) + others.double().sum(0)
+    unit = TOLERANCE * torch.maximum(a.whole.double().abs().sum(-1), total)
+    assert (found.low.double() <= total + unit).all()
+    assert (total <= found.high.double() + unit).all()
+    by_head = near.sum(-1).T
+    assert (found.head_low.double() <= by_head + unit[:, None]).all()
+    assert (by_head <= found.head_high.double() + unit[:, None]).all()
+    query, key, head = found.index.long()
+    named = head >= 0
+    error = (near[head[named], query[named], key[named]] - found.value[named]).abs() / unit[query[named]] * TOLERANCE
+    assert not error.numel() or float(error.max()) <= TOLERANCE
+    listed = torch.zeros_like(near)
+    listed[head[named], query[named], key[named]] = found.value[named].double()
+    rest = torch.zeros_like(near[0])
+    rest[query[~named], key[~named]] = found.value[~named].double()
+    pair = near.sum(0)
+    reached = pair > floor * total[:, None] + unit[:, None]
+    missing = pair - listed.sum(0)
+    assert (missing[reached] <= rest[reached] + unit[:, None].expand_as(pair)[reached]).all()
+    assert (missing[reached] >= -unit[:, None].expand_as(pair)[reached]).all()
+
+
+CASES = [
+    {},
+    {"n_query": 1},
+    {"n_query": 1, "heads": 1, "kv": 1, "d_qk": 1, "d_v": 1, "d_model": 1},
+    {"window": 5},
+    {"mask": True},
+    {"softcap": 3.0},
+    {"sinks": True},
+    {"row_scale": True},
+    {"gate": True},
+    {"gate": True, "row_scale": True, "sinks": True, "window": 7},
+    {"n_query": 5, "n_key": 40},
+    {"d_qk": 80, "d_v": 112, "d_model": 123, "heads": 3, "kv": 1},
+    {"d_qk": 256, "d_v": 192, "d_model": 33, "heads": 2, "kv": 2},
+    {"n_query": 150, "d_model": 200},
+    {"outliers": True},
+    {"dtype": torch.bfloat16, "outliers": True},
+    {"dtype": torch.float16},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: " ".join(c) or "plain")
+def test_intervals_hold_the_truth(way, case):
+    a, others = layer(0, **case)
+    for options in ({}, {"floor": 0.02, "thresholds": (0.05,)}):
+        check(run(a, others, way, **options), a, others, options.get("floor", 1e-3))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tolerance_zero_evaluates_rows_whole(way):
+    a, others = layer(1, 40)
+    found = run(a, others, way, tolerance=0.0)
+    assert found.counts.refined > 0
+    torch.testing.assert_close(found.low, found.high, rtol=1e-6, atol=0)
+    total = truth(a).sum((0, 2)) + others.double().sum(0)
+    torch.testing.assert_close(found.low.double(), total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tolerance_per_row(way):
+    a, others = layer(1, 40)
+    tolerance = torch.full((40,), 0.5)
+    tolerance[[3, 30]] = 0
+    found = run(a, others, way, tolerance=tolerance)
+    width = found.high - found.low
+    assert width[[3, 30]].max() <= 1e-6 * found.high.max()
+    assert width.max() > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_full_candidate_buffer_falls_back_to_exact(way):
+    a, others = layer(2, 25)
+    found = run(a, others, way, capacity=1, tolerance=0.5)
+    assert found.counts.exhausted > 15
+    check(found, a, others, 1e-3)
+    torch.testing.assert_close(found.low[5:], found.high[5:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_ambiguous_at_the_thresholds_asked_for(way):
+    for seed in range(5):
+        a, others = layer(seed, 30)
+        wanted = (0.01, 0.02, 0.05, 0.1)
+        found = run(a, others, way, thresholds=wanted, tolerance=0.3)
+        near = torch.cat([truth(a).permute(1, 0, 2).flatten(1), truth(a).sum(0), others.T.double()], 1)
+        for threshold in wanted:
+            low, high = threshold * found.low.double()[:, None], threshold * found.high.double()[:, None]
+            slack = 1e-6 * high
+            assert not ((near > low + slack) & (near <= high - slack)).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: " ".join(c) or "plain")
+def test_bound_candidates_and_pairs(backend, case):
+    a, others = layer(3, **case)
+    near, exact = truth(a), doubled(a)
+    flow = reference.sign_flow(exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate)
+    unit = float(a.whole.double().abs().sum(-1).max())
+    bounds = bound(a, backend)
+    torch.testing.assert_close(bounds.upper.double(), flow.clamp_min(0).sum(-1).T, rtol=1e-4, atol=TOLERANCE * unit)
+    torch.testing.assert_close(bounds.flow.double(), flow.sum(-1).T, rtol=1e-4, atol=TOLERANCE * unit)
+    cut = 0.01 * (others.sum(0) + bounds.upper.sum(1))
+    listed = candidates(a, bounds, cut, cut, backend)
+    query, key, head = listed.index.long()
+    upper = flow.clamp_min(0)
+    wanted = ((upper > cut.double()[:, None] * 1.0001) | (upper.sum(0) > cut.double()[:, None] * 1.0001)) & (upper > 1e-6 * unit)
+    got = torch.zeros_like(wanted)
+    got[head, query, key] = True
+    assert not (wanted & ~got).any()
+    value = pairs(a, bounds, listed.index, backend)
+    torch.testing.assert_close(value.double(), near[head, query, key], rtol=1e-4, atol=TOLERANCE * unit)
+    assert (value.double() <= listed.bound.double() + TOLERANCE * unit).all()
+
+
+def test_low_precision_needs_slack_and_has_it():
+    """A gradient rounded to bfloat16 breaks the bound where signs cancel; a slack of 2^-8 |v||g| mends it."""
+    broken = mended = 0
+    for seed in range(20):
+        a, others = layer(seed, 24, outliers=seed % 2 == 0, d_model=512)
+        rounded = Attention(a.query, a.key, a.value, a.w_o, a.whole, a.scaling)
+        rounded.__dict__["gradient"] = a.gradient.bfloat16().float()
+        flow = rounded.pattern * torch.einsum("hkd,qhd->hqk", a.value.repeat_interleave(3, 0), rounded.gradient)
+        near, unit = truth(a), TOLERANCE * float(a.whole.abs().sum(-1).max())
+        broken += int((near > flow.clamp_min(0) + unit).sum())
+        slack = reference.bound_slack(rounded.pattern, a.value, rounded.gradient, 2.0**-8)
+        mended += int((near > (flow + slack).clamp_min(0) + unit).sum())
+        check(certified(a, others, floor=1e-3, backend="reference", slack=2.0**-8), a, others, 1e-3)
+    assert broken > 0
+    assert mended == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", ["zeros in y", "denormals", "a head that writes nothing", "all equal", "a state of zeros"])
+def test_edge_cases(way, what):
+    a, others = layer(4, 20)
+    if what == "zeros in y":
+        a.whole[:, ::3] = 0
+        a.whole[:, 1::6] = -0.0
+    elif what == "denormals":
+        a.whole.mul_(1e-41)
+        a.value.mul_(1e-41)
+    elif what == "a head that writes nothing":
+        a.w_o[2] = 0
+    elif what == "all equal":
+        for t in (a.query, a.key, a.value, a.w_o, a.whole):
+            t.fill_(0.5)
+    else:
+        a.whole.zero_()
+    others = others * 0 if what == "a state of zeros" else others
+    found = run(a, others, way)
+    assert torch.isfinite(found.low).all()
+    check(found, a, others, 1e-3)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), tokens=st.integers(1, 60), kv=st.integers(1, 3), group=st.integers(1, 3), d=st.integers(1, 40),
+    width=st.integers(1, 90), window=st.integers(0, 9), outliers=st.booleans(), floor=st.sampled_from([1e-4, 1e-3, 0.05]),
+)  # fmt: skip
+def test_random_layers(seed, tokens, kv, group, d, width, window, outliers, floor):
+    a, others = layer(seed, tokens, heads=kv * group, kv=kv, d_qk=d, d_v=d, d_model=width + 2 * outliers, outliers=outliers, window=window)
+    check(run(a, others, "cpu", floor=floor, thresholds=(0.06,)), a, others, floor)
+
+
+@pytest.mark.parametrize("measure", ["proximity", "signed"])
+def test_backends_agree_on_a_signed_and_on_a_bounded_layer(measure):
+    a, others = layer(5, 33, window=9)
+    tables = []
+    for backend in ("reference", "cpu"):
+        found = certified(a, others, floor=0.01, backend=backend, measure=measure)
+        rows = zip(*found.index.tolist(), found.value.tolist(), strict=True)
+        tables.append(
+            {(q, k, h): v for q, k, h, v in rows if h >= 0 and abs(v) > 0.02 * (1 if measure == "signed" else float(found.high[q]))}
+        )
+    assert tables[0].keys() == tables[1].keys()
+    for at, value in tables[0].items():
+        assert value == pytest.approx(tables[1][at], rel=1e-4, abs=1e-5)
+
+
+def same_route(a, b):
+    columns = ["layer", "kind", "source", "target"]
+    x, y = (route.token_edges.sort_values(columns, ignore_index=True) for route in (a, b))
+    assert x[columns].equals(y[columns])
+    if not a.renormalize:  # sums over heads, of which the small ones are known as an interval
+        np.testing.assert_allclose(x.importance, y.importance, rtol=0.5)
+        clear = y.importance > 0.011
+        np.testing.assert_allclose(x.importance[clear], y.importance[clear], rtol=0.03)
+    else:
+        np.testing.assert_allclose(x.importance, y.importance, rtol=1e-4)
+        every = [*columns, "head"]
+        p, q = (route.edges.sort_values(every, ignore_index=True) for route in (a, b))
+        assert p[every].equals(q[every])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_certified_routes_are_exact_routes(kind, renormalize):
+    model = tiny(kind)
+    a, b = fr.trace(model, None, IDS), fr.trace(model, None, IDS, precision="exact")
+    torch.testing.assert_close(
+        a.heads.sum(-1) + a.attention_residual + a.attention_bias + (a.ffn if kind == "neox" else 0), torch.ones(3, len(IDS))
+    )
+    assert (a.heads_low <= b.heads + 1e-5).all()
+    assert (b.heads <= a.heads_high + 1e-5).all()
+    for threshold in (0.0013, 0.01, 0.0222, 0.04, 0.11):
+        same_route(a.route(threshold=threshold, renormalize=renormalize), b.route(threshold=threshold, renormalize=renormalize))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6),
+    kind=st.sampled_from(KINDS),
+    threshold=st.floats(0.001, 0.3),
+    renormalize=st.booleans(),
+    tokens=st.integers(1, 40),
+)
+def test_random_routes(seed, kind, threshold, renormalize, tokens):
+    ids = torch.randint(0, 101, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    model = tiny(kind)
+    a = fr.trace(model, None, ids, tolerance=0.2, thresholds=())
+    same_route(
+        a.route(threshold=threshold, renormalize=renormalize),
+        fr.trace(model, None, ids, precision="exact").route(threshold=threshold, renormalize=renormalize),
+    )
+
+
+def test_open_decisions_are_settled_or_refused(tmp_path):
+    model = tiny("llama")
+    exact = fr.trace(model, None, IDS, precision="exact")
+    trace = fr.trace(model, None, IDS, tolerance=0.3, thresholds=())
+    trace.save(tmp_path / "a.trace")
+    low, high = (t[2, -1].double() for t in (trace.normaliser_low, trace.normaliser_high))
+    assert high > low
+    share = float(trace.attention_residual[2, -1])
+    threshold = share * float((low + high) / 2 / high) * 1.0001  # between what the residual may be
+    with pytest.raises(ValueError, match=r"leaves \d+ rows open .* trace again with thresholds="):
+        fr.load_trace(tmp_path / "a.trace").route(threshold=threshold)
+    before = trace.work["exhausted"]
+    same_route(trace.route(threshold=threshold), exact.route(threshold=threshold))
+    assert trace.work["exhausted"] > before
+    assert trace.normaliser_low[2, -1] == trace.normaliser_high[2, -1]
+    again = fr.trace(model, None, IDS, tolerance=0.3, thresholds=())
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="its model is gone"):
+        again.route(threshold=threshold)
+
+
+def test_certificate_edges_and_refusals():
+    trace = fr.trace(tiny("llama"), None, IDS)
+    summary = trace.certificate
+    assert summary["rows"] == 3 * len(IDS)
+    assert summary["pairs_bounded"] == 3 * 6 * len(IDS) * (len(IDS) + 1) // 2
+    assert 0 < summary["pairs_evaluated"] < summary["pairs_bounded"]
+    assert 0 <= summary["mean_error"] <= summary["worst_error"] <= 0.01
+    assert trace.normaliser_bounds.shape == (3, len(IDS), 2)
+    edges = trace.edges(1)
+    assert list(edges) == ["query", "key", "head", "importance", "low", "high"]
+    assert (edges.low <= edges.importance).all()
+    assert (edges.importance <= edges.high).all()
+    assert (edges["head"] >= 0).all()
+    assert (edges.high > 1e-3).all()
+    with pytest.raises(ValueError, match="precision='exact', dense=True"):
+        trace.attention(0)
+    with pytest.raises(ValueError, match=r"below this trace's floor 0.001; trace again with floor=0.0005"):
+        trace.route(threshold=0.0005)
+    with pytest.raises(ValueError, match="sub-edges below 0.001 were not kept"):
+        trace.edges(0, floor=1e-4)
+
+
+def test_signed_flow():
+    model = tiny("qwen2")
+    trace, exact = fr.trace(model, None, IDS, measure="signed"), fr.trace(model, None, IDS, precision="exact")
+    ones = torch.ones(3, len(IDS))
+    torch.testing.assert_close(trace.heads.sum(-1) + trace.attention_residual + trace.attention_bias, ones, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trace.ffn + trace.ffn_residual, ones, rtol=0, atol=1e-5)
+    assert float(trace.heads.min()) < 0
+    edges = trace.edges(1)
+    assert (edges.importance < 0).any()
+    assert (edges.importance.abs() > 1e-3).all()
+    norm = exact.normaliser_low[1]  # proximities are at most the positive flow
+    near = exact.attention(1) * norm[:, None, None]
+    for row in edges[edges.importance > 0.01].itertuples():
+        state = float(trace.normaliser_low[1, row.query])
+        assert float(near[row.query, row.key, row.head]) <= row.importance * state * 1.0001 + 1e-5
+    for renormalize in (True, False):
+        route = trace.route(threshold=0.005, renormalize=renormalize)
+        assert route.measure == "signed"
+        assert (route.edges.importance < 0).any()
+    with pytest.raises(ValueError, match="measure='signed' is known exactly"):
+        fr.trace(model, None, IDS, measure="signed", precision="exact")
+
+
+@pytest.mark.demo_model
+def test_demo_model(demo):
+    certified_, exact = fr.trace(*demo, IOI), fr.trace(*demo, IOI, precision="exact")
+    for renormalize in (True, False):
+        same_route(certified_.route(renormalize=renormalize), exact.route(renormalize=renormalize))
+    assert certified_.certificate["worst_error"] <= 0.01
