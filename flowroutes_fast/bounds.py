@@ -75,12 +75,8 @@ class Attention:
         tensors: dict[str, Any] = {name: getattr(self, name) for name in names}
         if all(t is None or t.dtype == torch.float32 for t in tensors.values()):
             return self
-        return Attention(
-            **{n: None if t is None else t.float() for n, t in tensors.items()},
-            scaling=self.scaling,
-            softcap=self.softcap,
-            window=self.window,
-        )
+        cast: dict[str, Any] = {n: None if t is None else t.float() for n, t in tensors.items()}
+        return Attention(**cast, scaling=self.scaling, softcap=self.softcap, window=self.window)
 
     @property
     def triton_options(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flowroutes_fast.certify import certified
 
 needs_native = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
 WAYS = ["reference", pytest.param("cpu", marks=needs_native), pytest.param("cpu, in passes", marks=needs_native)]
-TOLERANCE = 2e-6  # of |y|_1: float32 sums of what is added up
+TOLERANCE = 3e-6  # of |y|_1: float32 sums of what is added up
 IDS = list(range(7, 36))
 
 
@@ -73,7 +73,9 @@ def check(found, a, others, floor):
     """Intervals hold the truth; every pair above the floor is there, its values are exact and its missing heads fit what is left open."""
     near = truth(a)
     total = near.sum((0, 2)) + others.double().sum(0)
-    unit = TOLERANCE * torch.maximum(a.whole.double().abs().sum(-1), total)
+    exact = doubled(a)
+    flow = reference.sign_flow(exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate)
+    unit = TOLERANCE * torch.maximum(exact.whole.abs().sum(-1), flow.abs().sum((0, 2)))
     assert (found.low.double() <= total + unit).all()
     assert (total <= found.high.double() + unit).all()
     by_head = near.sum(-1).T
@@ -342,7 +344,7 @@ def test_certificate_edges_and_refusals():
         trace.attention(0)
     with pytest.raises(ValueError, match=r"below this trace's floor 0.001; trace again with floor=0.0005"):
         trace.route(threshold=0.0005)
-    with pytest.raises(ValueError, match="sub-edges below 0.001 were not kept"):
+    with pytest.raises(ValueError, match=r"sub-edges below 0\.001 were not kept"):
         trace.edges(0, floor=1e-4)
 
 
