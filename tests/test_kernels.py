@@ -1,0 +1,291 @@
+"""GPU kernels against the reference in fp64 on the same rounded inputs: on a GPU if there is one, in Triton's interpreter otherwise."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+ON_GPU = torch.cuda.is_available()
+# The interpreter must be asked for before triton is imported, which other tests may have done: then a child process runs this file.
+IN_CHILD = not ON_GPU and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+if not ON_GPU and not IN_CHILD:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Largest error relative to |y|_1. 16-bit inputs are exact in the reference too; what is left is g (or a gated v) in two 16-bit numbers.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-5}
+DTYPES = tuple(TOLERANCE)
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+if IN_CHILD:
+
+    def test_in_the_interpreter():
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        child = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=environment, capture_output=True, text=True)
+        assert child.returncode == 0, child.stdout[-5000:]
+
+else:
+    from flowroutes_fast.kernels import bound, dense, pairs, parts
+    from flowroutes_fast.kernels.common import Tile
+
+    from flowroutes_fast import reference
+
+
+class Case:
+    """Random inputs of one layer, and fp64 copies of them."""
+
+    def __init__(self, heads, group, queries, keys, d_qk, d_v, width, dtype=torch.float32, seed=0, **options):
+        torch.manual_seed(seed)
+        self.query, self.key = torch.randn(heads, queries, d_qk), torch.randn(heads // group, keys, d_qk)
+        # heads adjacent in memory, and W_O as a linear layer stores it
+        self.value = torch.randn(keys, heads // group, d_v).transpose(0, 1)
+        self.w_o = (torch.randn(width, heads, d_v) / d_v**0.5).permute(1, 2, 0)
+        self.whole = torch.randn(queries, width)
+        self.gate = torch.rand(queries, heads, d_v) if options.pop("gate", False) else None
+        self.row_scale = torch.rand(queries) + 0.5 if options.pop("row_scale", False) else None
+        self.options = {"scaling": d_qk**-0.5, **options}
+        self.sinks = torch.randn(heads) if self.options.pop("sinks", False) else None
+        mask = self.options.pop("mask", None)
+        if mask is not None:
+            hidden = torch.rand((heads, queries, keys) if mask == "heads" else (queries, keys)) < 0.4
+            hidden[..., 0, :] = queries > 1  # a row that sees nothing
+            lowest = -torch.inf if mask == "heads" else torch.finfo(torch.float32).min
+            self.options["mask"] = torch.randn(hidden.shape).masked_fill(hidden, lowest)
+        for name in ("query", "key", "value", "w_o"):
+            setattr(self, name, getattr(self, name).to(dtype))
+        self.dtype, self.norm = dtype, self.whole.abs().sum(-1).double()
+        self.to_device()
+        mask = self.options.get("mask")
+        exact = self.options | ({} if mask is None else {"mask": mask.double().masked_fill(mask < -1e30, -torch.inf)})
+        sinks = None if self.sinks is None else self.sinks.double()
+        self.pattern = reference.attention_pattern(self.query.double(), self.key.double(), sinks=sinks, **exact).nan_to_num(0)
+        self.extra = {k: None if t is None else t.double() for k, t in (("row_scale", self.row_scale), ("gate", self.gate))}
+        self.exact = (self.pattern, self.value.double(), self.w_o.double(), self.whole.double())
+        self.g = reference.sign_gradient(self.whole.double(), self.w_o.double(), self.extra["gate"])
+
+    def to_device(self):
+        for name, item in vars(self).items():
+            if isinstance(item, torch.Tensor):
+                setattr(self, name, item.to(DEVICE))
+        self.options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()}
+
+    def rows(self, **options):
+        return bound.bound_rows(
+            self.query, self.key, self.value, self.g.float(), sinks=self.sinks, row_scale=self.row_scale, **self.options, **options
+        )
+
+    def bounds(self, slack):
+        """Exact sign bounds [head, query, key]."""
+        scale = 1 if self.row_scale is None else self.row_scale.double()[:, None]
+        slack = reference.bound_slack(self.pattern * scale, self.value.double(), self.g, slack)
+        return (reference.sign_flow(*self.exact, **self.extra) + slack).clamp_min(0)
+
+    def close(self, found, wanted, query_dim):
+        """Within tolerance of |y|_1, everywhere."""
+        assert found.dtype == torch.float32
+        assert found.shape == wanted.shape
+        norm = self.norm.view([-1 if d == query_dim else 1 for d in range(found.dim())])
+        error = ((found.double() - wanted).abs() / norm).nan_to_num(torch.inf)
+        assert error.max() <= TOLERANCE[self.dtype], error.max()
+
+
+# heads, group, queries, keys, d_qk, d_v, D
+CASES = {
+    "one": ((1, 1, 1, 1, 16, 16, 1), {}),
+    "odd": ((6, 3, 33, 33, 20, 12, 123), {}),
+    "offset": ((2, 1, 5, 33, 16, 24, 33), {"row_scale": True}),
+    "window": ((4, 2, 33, 49, 8, 16, 33), {"window": 9, "softcap": 2.0, "sinks": True}),
+    "mask": ((2, 2, 18, 33, 16, 5, 33), {"mask": "all", "sinks": True}),
+    "head_mask": ((3, 1, 17, 5, 16, 16, 33), {"mask": "heads", "softcap": 5.0}),
+    "wide": ((2, 2, 5, 18, 80, 112, 40), {"row_scale": True}),
+    "gate": ((4, 2, 18, 18, 16, 16, 33), {"gate": True, "row_scale": True, "window": 30}),
+}
+KINDS = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+# everything on a GPU; the interpreter takes seconds for each, so there every shape meets one type and one shape meets all
+EVERY = [(s, t) for n, s in enumerate(CASES) for m, t in enumerate(DTYPES) if ON_GPU or s == "odd" or m == n % len(DTYPES)]
+SHAPES = pytest.mark.parametrize(("shape", "dtype"), EVERY, ids=lambda x: str(x).removeprefix("torch."))
+
+
+def make(shape, dtype=torch.float32):
+    sizes, options = CASES[shape]
+    return Case(*sizes, dtype=dtype, **options)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Fresh memory is full of NaN: whatever is not written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+
+
+def every_edge(case):
+    heads, queries, keys = case.pattern.shape
+    index = torch.cartesian_prod(torch.arange(queries), torch.arange(keys), torch.arange(heads)).T.to(DEVICE, torch.int32)
+    order = torch.randperm(index.shape[1])
+    return index[:, (order if ON_GPU else order[:300]).to(DEVICE)]
+
+
+if not IN_CHILD:
+
+    @SHAPES
+    def test_rows(shape, dtype):
+        case = make(shape, dtype)
+        lse, upper, signed = case.rows()
+        flow = reference.sign_flow(*case.exact, **case.extra)
+        case.close(signed, flow.sum(-1).T, 0)
+        case.close(upper, flow.clamp_min(0).sum(-1).T, 0)
+        total = case.pattern.sum(-1)
+        assert ((lse == -torch.inf) <= (total == 0)).all()
+        with_slack = case.rows(slack=0.01)
+        case.close(with_slack[1], case.bounds(0.01).sum(-1).T, 0)
+        torch.testing.assert_close(with_slack[2], signed)
+
+    @SHAPES
+    def test_candidates(shape, dtype):
+        case = make(shape, dtype)
+        exact = case.bounds(0.01)
+        pair = exact.sum(0)
+        cut, pair_cut = exact.amax((0, 2)) * 0.5, pair.amax(-1) * 0.7
+        lse = case.rows()[0]
+        heads, _, keys = exact.shape
+        found = bound.bound_candidates(
+            case.query, case.key, case.value, case.g.float(), lse, cut, pair_cut, capacity=heads * keys, slack=0.01,
+            row_scale=case.row_scale, **case.options,
+        )  # fmt: skip
+        index, b = bound.compact(*found)
+        i, j, h = index.long()
+        at = (i * keys + j) * heads + h
+        assert (at.diff() > 0).all(), "sorted by query, key, head, without duplicates"
+        case_norm = case.norm[i]
+        assert ((b - exact[h, i, j]).abs() <= TOLERANCE[dtype] * case_norm).all()
+        margin = TOLERANCE[dtype] * case.norm[:, None] * heads
+        listed = torch.zeros(exact.shape, dtype=torch.bool, device=DEVICE)
+        listed[h, i, j] = True
+        must = (exact > cut[:, None] + margin) | ((pair > pair_cut[:, None] + margin) & (exact > margin))
+        may = (exact > cut[:, None] - margin) | ((pair > pair_cut[:, None] - margin) & (exact > -margin) & (case.pattern > 0))
+        assert (must <= listed).all()
+        assert (listed <= may).all()
+        assert found[3].sum() == len(b)
+
+    def test_candidates_count_past_their_capacity():
+        case = make("odd")
+        lse, zero = case.rows()[0], torch.zeros(33, device=DEVICE)
+        inputs = (case.query, case.key, case.value, case.g.float(), lse)
+        all_of_them = bound.bound_candidates(*inputs, zero, zero, capacity=6 * 33, **case.options)
+        key, head, b, counts = bound.bound_candidates(*inputs, zero, zero, capacity=1, **case.options)
+        torch.testing.assert_close(counts, all_of_them[3])
+        torch.testing.assert_close(counts.long(), (case.bounds(0) > 0).sum((0, 2)))
+        assert (counts > 1).any()
+        index, _ = bound.compact(key, head, b, counts)
+        assert index.shape == (3, 33)
+        none = bound.bound_candidates(*inputs, zero + torch.inf, zero + torch.inf, capacity=4, **case.options)
+        assert not none[3].any()
+        assert (none[0] == -1).all()
+        assert bound.compact(*none)[0].shape == (3, 0)
+
+    @SHAPES
+    def test_pairs(shape, dtype):
+        case = make(shape, dtype)
+        lse, index = case.rows()[0], every_edge(case)
+        exact = reference.pair_proximity(*case.exact, index, **case.extra)
+        found = pairs.pair_proximity(
+            case.query, case.key, case.value, case.w_o, case.whole, lse, index, row_scale=case.row_scale, gate=case.gate, **case.options
+        )
+        assert ((found - exact).abs() <= TOLERANCE[dtype] * case.norm[index[0].long()]).all()
+
+    @SHAPES
+    def test_dense(shape, dtype):
+        case = make(shape, dtype)
+        exact = reference.attention_proximity(*case.exact, **case.extra)
+        inputs = (case.query, case.key, case.value, case.w_o, case.whole, case.rows()[0])
+        case.close(dense.dense_proximity(*inputs, row_scale=case.row_scale, gate=case.gate, **case.options), exact, 1)
+        if case.gate is None:
+            case.close(dense.dense_heads(*inputs, row_scale=case.row_scale, **case.options), exact.sum(-1).T, 0)
+
+    @pytest.mark.parametrize("tile", [(16, 32, 8, 2, 16), (32, 16, 4, 1, 0)], ids=["chunks", "whole"])
+    @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[-1:], ids=lambda d: str(d)[6:])
+    def test_tiles_agree(tile, dtype):
+        """Any tile gives the same numbers: here the head's width is taken in pieces, and at once."""
+        case = Case(4, 2, 33, 33, 40, 33, 70, dtype=dtype, gate=True)
+        tile = Tile(*tile)
+        if dtype == torch.float32 and not tile.chunk:
+            tile = tile._replace(chunk=64)
+        lse, upper, _ = case.rows(tile=tile)
+        exact = case.bounds(0)
+        case.close(upper, exact.sum(-1).T, 0)
+        cut = exact.amax((0, 2)) * 0.3
+        inputs = (case.query, case.key, case.value, case.g.float(), lse, cut, cut + torch.inf)
+        index, b = bound.compact(*bound.bound_candidates(*inputs, capacity=132, tile=tile, **case.options))
+        i, j, h = index.long()
+        assert ((b - exact[h, i, j]).abs() <= TOLERANCE[dtype] * case.norm[i]).all()
+        exact = reference.pair_proximity(*case.exact, index, **case.extra)
+        inputs = (case.query, case.key, case.value, case.w_o, case.whole, lse, index)
+        found = pairs.pair_proximity(*inputs, gate=case.gate, tile=tile, **case.options)
+        assert ((found - exact).abs() <= TOLERANCE[dtype] * case.norm[i]).all()
+
+    def test_bounds_hold():
+        """With the documented slack no bound is below its proximity, in the dtype with the coarsest rounding."""
+        case = Case(4, 2, 33, 33, 16, 24, 60, dtype=torch.bfloat16)
+        case.whole *= 100  # terms are not clipped, so that bound and proximity are equal where all signs agree
+        case.exact = (*case.exact[:3], case.whole.double())
+        slack = bound.required_slack(torch.bfloat16, 24)
+        upper = case.rows(slack=slack)[1]
+        by_head = reference.attention_proximity(*case.exact).sum(-1).T
+        assert (upper.double() >= by_head * (1 - 1e-5)).all()
+
+    @pytest.mark.parametrize("width", [1, 33, 123, 2050])
+    @KINDS
+    def test_parts(width, dtype):
+        torch.manual_seed(0)
+        whole = torch.randn(5, width + 7).to(DEVICE, dtype)[:, :width]
+        for part in (torch.randn(5, width), torch.randn(1, width), torch.randn(width, 5).T):
+            part = part.to(DEVICE, dtype)
+            found = parts.part_proximity(part, whole)
+            exact = reference.proximity(part.double(), whole.double())
+            assert ((found - exact).abs() <= TOLERANCE[dtype] * whole.double().abs().sum(-1)).all()
+
+    def test_signs_of_zero():
+        part, whole = torch.tensor([[-1.0, 2.0]], device=DEVICE), torch.tensor([[-0.0, 4.0]], device=DEVICE)
+        torch.testing.assert_close(parts.part_proximity(part, whole), reference.proximity(part, whole))
+
+    def test_nothing_to_do():
+        case = make("odd")
+        index = torch.zeros(3, 0, dtype=torch.int32, device=DEVICE)
+        inputs = (case.query, case.key, case.value, case.w_o, case.whole, case.rows()[0])
+        assert pairs.pair_proximity(*inputs, index, **case.options).shape == (0,)
+
+    def test_certified_layer():
+        """Bound, list, evaluate, refine: intervals hold the exact normaliser, and everything above the floor is listed with its value."""
+        from flowroutes_fast.bounds import Attention
+        from flowroutes_fast.certify import certified
+
+        case = Case(4, 2, 20, 20, 16, 16, 48, dtype=torch.bfloat16, sinks=True, row_scale=True)
+        a = Attention(
+            case.query, case.key, case.value, case.w_o, case.whole, case.options["scaling"], sinks=case.sinks, row_scale=case.row_scale
+        )
+        others = case.whole.abs().sum(-1)[None] * 0.1
+        found = certified(a, others, floor=0.01, thresholds=(0.05,), backend="triton")
+        exact = reference.attention_proximity(*case.exact, **case.extra)
+        total, slack = exact.sum((0, 2)) + others[0], TOLERANCE[torch.bfloat16] * case.norm
+        assert (found.low <= total + slack).all()
+        assert (total <= found.high + slack).all()
+        query, key, head = found.index.long()
+        assert ((found.value - exact[head, query, key]).abs() <= slack[query]).all()
+        listed = torch.zeros_like(exact, dtype=torch.bool)
+        listed[head, query, key] = True
+        assert not ((exact.sum(0) > 0.0101 * total[:, None]) & (exact > slack[:, None]) & ~listed).any()
