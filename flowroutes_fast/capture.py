@@ -40,6 +40,7 @@ class Layer:
     resid_mid: Tensor | None  # [token, d_model]; None in a parallel block
     ffn_out: Tensor  # [token, d_model]
     resid_post: Tensor  # [token, d_model]
+    neurons: Tensor | None = None  # what the FFN's down projection multiplies [token, neuron], if asked for
 
     @property
     def index(self) -> int:
@@ -138,10 +139,11 @@ def _finish(block: Block, kept: dict[str, Any]) -> Layer:
         resid_mid=None if block.parallel else kept["resid_mid"][0],
         ffn_out=kept["ffn_out"][0],
         resid_post=kept["resid_post"][0],
+        neurons=kept["neurons"][0] if "neurons" in kept else None,
     )  # fmt: skip
 
 
-def capture(model: nn.Module, input_ids: Tensor, on_layer: Callable[[Layer], None]) -> Any:
+def capture(model: nn.Module, input_ids: Tensor, on_layer: Callable[[Layer], None], neurons: bool = False) -> Any:
     """Run the model once on ``input_ids [1, token]``; call ``on_layer`` as each block finishes. Returns the model's output.
 
     The model is left as it was, also after an exception: attention implementation, hooks, training mode.
@@ -168,6 +170,10 @@ def capture(model: nn.Module, input_ids: Tensor, on_layer: Callable[[Layer], Non
             block.mid.register_forward_pre_hook(lambda m, args, kwargs: kept.update(resid_mid=_first(args, kwargs)), with_kwargs=True)
         )
         handles.append(block.ffn.register_forward_hook(lambda m, args, output: kept.update(ffn_out=_tensor(output))))
+        if neurons:
+            if block.down is None:
+                raise ValueError(f"layer {block.index}: the FFN of {block.family.name} has no down projection whose neurons could be read")
+            handles.append(block.down.register_forward_pre_hook(lambda m, args: kept.update(neurons=args[0])))
         handles.append(block.module.register_forward_hook(left))
 
     import inspect

@@ -12,6 +12,7 @@ from flowroutes_fast import reference
 from flowroutes_fast.bounds import Attention
 from flowroutes_fast.capture import Layer
 from flowroutes_fast.certify import Counts, certified
+from flowroutes_fast.neurons import NeuronImportances, neuron_importances
 
 BIAS_MODES = ("part", "value", "exclude")
 
@@ -29,6 +30,7 @@ class Options:
     tolerance: float = 1e-2
     bias: str = "part"
     threads: int = 0
+    neurons: bool = False
 
 
 @dataclass
@@ -52,6 +54,7 @@ class LayerImportances:
     ffn: Tensor  # [query]
     ffn_residual: Tensor  # [query]
     counts: Counts
+    neurons: NeuronImportances | None = None
 
 
 @dataclass
@@ -106,12 +109,37 @@ def importances(layer: Layer, options: Options, exact_rows: Tensor | None = None
     if not parallel:
         total = middle if options.measure == "signed" else ffn + through
         ffn_share, ffn_residual = _divide(ffn, total), _divide(through, total)
+    if options.neurons:
+        found.neurons = _neurons(layer, through, found.low - ffn if parallel else None, found.high - found.low, options)
     found.attention_residual, found.bias = _divide(residual, middle), _divide(constant, middle)
     found.ffn, found.ffn_residual, found.shape = ffn_share, ffn_residual, layer.block.shape
     for name in ("low", "high", "heads", "heads_low", "heads_high", "attention_residual", "bias", "ffn", "ffn_residual"):
         setattr(found, name, getattr(found, name).to("cpu", torch.float32))
     found.edges = (found.edges[0].cpu(), found.edges[1].to("cpu", torch.float32))
     return found
+
+
+def _neurons(layer: Layer, through: Tensor, parallel_rest: Tensor | None, width: Tensor, options: Options) -> NeuronImportances:
+    """Neurons as parts of the state after the FFN, in the FFN's place; a parallel block's other parts are known as an interval."""
+    post, bias = layer.resid_post.float(), layer.block.down_bias
+    others = through if parallel_rest is None else parallel_rest
+    if bias is not None and options.measure == "proximity":
+        others = others + reference.proximity(bias[None], post)
+    tolerance = 0.0 if options.precision == "exact" else options.tolerance
+    activation: Tensor = layer.neurons  # type: ignore[assignment]
+    found = neuron_importances(
+        activation.float(),
+        layer.block.w_down(),
+        post,
+        others,
+        floor=options.floor,
+        tolerance=tolerance,
+        measure=options.measure,
+    )
+    if parallel_rest is not None and options.measure == "proximity":
+        before, found.high = found.low + (found.high - found.low) / 2, found.high + width
+        found.importance = found.importance * (before / (found.low + (found.high - found.low) / 2))[found.index[0].long()]
+    return NeuronImportances(*(t.cpu() for t in (found.index, found.importance, found.low, found.high)))
 
 
 def check_finite(layer: Layer) -> None:

@@ -14,6 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from flowroutes_fast.files import write_atomically
+from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, extract, open_rows
 
 FORMAT = "flowroutes_fast.trace"
@@ -22,6 +23,7 @@ Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: q
 _ARRAYS = (
     "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "ffn", "ffn_residual"
 )  # fmt: skip
+_NEURON = ("index", "importance", "low", "high")
 _PLAIN = (
     "tokens", "token_ids", "model", "shapes", "floor", "precision", "measure", "backend", "bias", "tolerance", "thresholds", "work",
     "prediction", "timings",
@@ -72,6 +74,7 @@ class Trace:
     timings: dict[str, float] = field(default_factory=dict)
     dense: list[Tensor] | None = field(default=None, repr=False)  # per layer [head, query, key]
     sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # per layer: index [3, n], importance [n]
+    neuron_parts: list[NeuronImportances] | None = field(default=None, repr=False)  # per layer
     settle: Settle | None = field(default=None, repr=False)
 
     @property
@@ -167,6 +170,22 @@ class Trace:
         table = pd.DataFrame({name: values[keep] for name, values in columns.items()})
         return table.sort_values(["query", "key", "head"], ignore_index=True)
 
+    def neurons(self, layer: int) -> pd.DataFrame:
+        """FFN neurons of one layer whose share of the state after the FFN may be above the floor; needs ``trace(..., neurons=True)``.
+
+        Columns ``position, neuron, importance, low, high``. The neurons take the FFN's place among the parts: they share one normalisation
+        with the residual connection and the bias (in a parallel block, with the attention too).
+        """
+        if self.neuron_parts is None:
+            raise ValueError("neurons were not traced; call trace(..., neurons=True)")
+        found = self.neuron_parts[self._layer(layer)]
+        position, neuron = found.index.numpy()
+        value, low, high = found.importance.numpy(), found.low.numpy()[position], found.high.numpy()[position]
+        middle = low + (high - low) / 2
+        below, above = (1.0, 1.0) if self.measure == "signed" else (middle / high, middle / low)
+        columns = {"position": position, "neuron": neuron, "importance": value, "low": value * below, "high": value * above}
+        return pd.DataFrame(columns)
+
     def route(self, position: int = -1, threshold: float = 0.04, renormalize: bool = True) -> Route:
         """The route of ``position``'s last state: every edge above ``threshold``, followed top-down (algorithm 1 of the paper).
 
@@ -231,6 +250,8 @@ class Trace:
                 tensors[f"dense.{layer}"] = self.dense[layer]
             else:
                 tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"] = self.sparse[layer]  # type: ignore[index]
+        for layer, found in enumerate(self.neuron_parts or []):
+            tensors |= {f"neuron_{name}.{layer}": getattr(found, name) for name in _NEURON}
         header = {name: getattr(self, name) for name in _PLAIN}
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "trace": json.dumps(header, ensure_ascii=False)}
         return write_atomically(path, lambda temporary: save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata))
@@ -264,6 +285,8 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
             stored: dict = {"dense": [tensors[f"dense.{layer}"] for layer in layers]}
         else:
             stored = {"sparse": [(tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"]) for layer in layers]}
+        if "neuron_index.0" in tensors:
+            stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in _NEURON)) for layer in layers]
         return Trace(**header, **{name: tensors[name] for name in _ARRAYS}, **stored)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"'{path}' is a damaged trace file: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ def trace(
     tolerance: float = 1e-2,
     dense: bool | None = None,
     bias: str = "part",
+    neurons: bool = False,
     threads: int = 0,
 ) -> Trace:
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
@@ -61,6 +63,7 @@ def trace(
         dense: exact: keep the importances of all sub-edges; None: while all layers together take less than 1 GB.
         bias: ``"part"``: output and value biases are one part without a source token; ``"value"``: the value bias stays inside the
             sub-edges; ``"exclude"``: the constant part is left out of the normalisation.
+        neurons: also split every FFN into its neurons (``trace.neurons(layer)``).
         threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
 
     Raises:
@@ -79,7 +82,7 @@ def trace(
     elif dense is None:
         dense = len(blocks) * heads * len(ids) ** 2 * 4 < DENSE_LIMIT
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
-    options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads)
+    options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
     results: list[LayerImportances] = []
     seconds = [0.0]
 
@@ -89,7 +92,7 @@ def trace(
         seconds[0] += time.perf_counter() - start
 
     start = time.perf_counter()
-    output = capture(model, _batch(model, ids), on_layer)
+    output = capture(model, _batch(model, ids), on_layer, neurons)
     timings = {"total": time.perf_counter() - start, "importances": seconds[0]}
     counts = [r.counts for r in results]
     return Trace(
@@ -118,7 +121,8 @@ def trace(
         timings=timings,
         dense=[r.dense for r in results] if dense else None,  # type: ignore[misc]
         sparse=None if dense else [r.edges for r in results],
-        settle=_settler(weakref.ref(model), ids, options) if precision == "certified" else None,
+        neuron_parts=[r.neurons for r in results] if neurons else None,  # type: ignore[misc]
+        settle=_settler(weakref.ref(model), ids, replace(options, neurons=False)) if precision == "certified" else None,
     )
 
 

@@ -7,7 +7,7 @@ the value bias lies. Everything that only changes the attention weights (rotary 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,16 +50,18 @@ class Family:
     output: str = "o_proj"
     ffn: str = "mlp"
     mid: str = "post_attention_layernorm"
+    down: str = "down_proj"
     parallel: Callable[[Any], bool] = lambda config: False
     value_bias: Callable[[nn.Module, int, int], Tensor | None] = _none
 
 
 _LLAMA = Family("llama", value_bias=_separate("v_proj"))
-_GPT2 = Family("gpt2", layers="h", attention="attn", output="c_proj", ffn="mlp", mid="ln_2", value_bias=_gpt2)
+_GPT2 = Family("gpt2", layers="h", attention="attn", output="c_proj", ffn="mlp", mid="ln_2", down="c_proj", value_bias=_gpt2)
 _NEOX = Family(
     "gpt_neox",
     attention="attention",
     output="dense",
+    down="dense_4h_to_h",
     parallel=lambda config: bool(getattr(config, "use_parallel_residual", True)),
     value_bias=_neox,
 )
@@ -73,7 +75,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
-    "starcoder2": _LLAMA,
+    "starcoder2": replace(_LLAMA, name="starcoder2", down="c_proj"),
 }
 
 
@@ -89,6 +91,7 @@ class Block:
     ffn: nn.Module
     mid: nn.Module
     parallel: bool
+    down: nn.Module | None  # the FFN's last projection, where there is one
 
     @property
     def shape(self) -> str:
@@ -105,6 +108,17 @@ class Block:
         if type(self.output).__name__ == "Conv1D":  # [head * d_head, d_model]
             return weight.view(heads, -1, weight.shape[1])
         return weight.view(weight.shape[0], heads, -1).permute(1, 2, 0)
+
+    def w_down(self) -> Tensor:
+        """The down projection as ``[neuron, d_model]`` float32."""
+        weight: Tensor = self.down.weight.detach().float()  # type: ignore[union-attr, operator, assignment]
+        return weight if type(self.down).__name__ == "Conv1D" else weight.T
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        """Bias of the down projection ``[d_model]`` float32 or None."""
+        bias = getattr(self.down, "bias", None)
+        return None if bias is None else bias.detach().float()
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -135,7 +149,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
         return [
             Block(
                 i, family, layer, getattr(layer, family.attention), getattr(getattr(layer, family.attention), family.output),
-                getattr(layer, family.ffn), getattr(layer, family.mid), family.parallel(config),
+                getattr(layer, family.ffn), getattr(layer, family.mid), family.parallel(config), getattr(getattr(layer, family.ffn), family.down, None),
             )
             for i, layer in enumerate(layers)
         ]  # fmt: skip
