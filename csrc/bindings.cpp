@@ -201,6 +201,17 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("arguments"), py::arg("index"), py::arg("value"), py::arg("n"), py::arg("isa") = "auto");
     m.def(
+        "rank1_proximity",
+        [](uintptr_t activation, uintptr_t w, uintptr_t whole, uintptr_t near, int64_t rows, int64_t parts, int64_t d_model, int threads,
+           const std::string& isa) {
+            const Kernels& k = kernels(isa);
+            py::gil_scoped_release release;
+            k.rank1(reinterpret_cast<const float*>(activation), reinterpret_cast<const float*>(w), reinterpret_cast<const float*>(whole),
+                    reinterpret_cast<float*>(near), rows, parts, d_model, threads);
+        },
+        py::arg("activation"), py::arg("w"), py::arg("whole"), py::arg("near"), py::arg("rows"), py::arg("parts"), py::arg("d_model"),
+        py::arg("threads") = 0, py::arg("isa") = "auto");
+    m.def(
         "part_proximity",
         [](uintptr_t part, uintptr_t whole, uintptr_t out, int64_t rows, int64_t part_rows, int64_t d_model, int threads, const std::string& isa) {
             const Kernels& k = kernels(isa);

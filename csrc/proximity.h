@@ -96,6 +96,8 @@ struct Kernels {
     // value[n] = proximity of sub-edge n; the list is sorted by (query, head) inside blocks of rows by the kernel itself
     void (*pairs)(const Certified&, const int32_t* query, const int32_t* key, const int32_t* head, float* value, int64_t n);
     void (*attention)(const AttentionProximity&, std::vector<Edge>&);
+    // near[i, n]: on entry the sign bound of the rank-1 part activation[i, n] * w[n], on return its proximity to whole[i]; all contiguous
+    void (*rank1)(const float* activation, const float* w, const float* whole, float* near, int64_t rows, int64_t parts, int64_t d_model, int threads);
     // out[n] = proximity of part[n % part_rows] to whole[n]; rows of d_model, contiguous
     void (*parts)(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d_model, int threads);
 };

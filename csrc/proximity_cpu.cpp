@@ -168,6 +168,39 @@ void parts(const float* part, const float* whole, float* out, int64_t rows, int6
     }
 }
 
+// Only channels with |y_d| < |activation| * max_d |w_d| can take anything off the bound.
+void rank1(const float* activation, const float* w, const float* whole, float* near, int64_t rows, int64_t parts, int64_t d, int threads) {
+    threads = thread_count(threads);
+    const Magnitudes order(whole, rows, d, threads);
+    std::vector<float> reach(parts);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < parts; ++n)
+            for (int64_t c = 0; c < d; ++c) reach[n] = std::max(reach[n], std::fabs(w[n * d + c]));
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; ++i) {
+            const int32_t* channel = order.channel.data() + i * d;
+            const float* y = order.sorted.data() + i * d;
+            for (int64_t n = 0; n < parts; ++n) {
+                float& out = near[i * parts + n];
+                const float a = activation[i * parts + n];
+                if (!(out > 0.f)) {
+                    out = 0.f;
+                    continue;
+                }
+                const int32_t count = order.prefix(i, std::fabs(a) * reach[n] * (1.f + 1e-6f));
+                float over = 0.f;
+                for (int32_t c = 0; c < count; ++c) {
+                    const float z = a * w[n * d + channel[c]];
+                    over += std::max(0.f, (std::signbit(y[c]) ? -z : z) - std::fabs(y[c]));
+                }
+                out = std::max(0.f, out - 2.f * over);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 void certified(const Certified&, std::vector<Edge>&, Counts&);
@@ -182,7 +215,7 @@ void pairs(const Certified&, const int32_t*, const int32_t*, const int32_t*, flo
 #define FLOWROUTES_TEXT(a) FLOWROUTES_TEXT_(a)
 const Kernels& FLOWROUTES_JOIN(kernels_, FLOWROUTES_ISA)() {
     using namespace FLOWROUTES_ISA;
-    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA), certified, bound, pairs, attention, parts};
+    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA), certified, bound, pairs, attention, rank1, parts};
     return table;
 }
 

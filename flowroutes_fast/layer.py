@@ -135,7 +135,8 @@ def _neurons(layer: Layer, through: Tensor, parallel_rest: Tensor | None, width:
         floor=options.floor,
         tolerance=tolerance,
         measure=options.measure,
-    )
+        backend=options.backend, threads=options.threads,
+    )  # fmt: skip
     if parallel_rest is not None and options.measure == "proximity":
         before, found.high = found.low + (found.high - found.low) / 2, found.high + width
         found.importance = found.importance * (before / (found.low + (found.high - found.low) / 2))[found.index[0].long()]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowroutes_fast import reference
+from flowroutes_fast import native, reference
+from flowroutes_fast.ops import choose_backend
 
 FIRST_CUT = 1e-3
 REFINE = 0.2
@@ -39,6 +40,8 @@ def neuron_importances(
     floor: float = 1e-3,
     tolerance: float = 1e-2,
     measure: str = "proximity",
+    backend: str = "auto",
+    threads: int = 0,
 ) -> NeuronImportances:
     """Neurons whose share of the state after the FFN may be above ``floor``.
 
@@ -49,6 +52,8 @@ def neuron_importances(
         others: summed proximities of the state's other parts ``[token]``; not used for signed flow.
         floor: share above which a neuron is listed.
         tolerance: largest (high − low) / (high + low) of a row's normaliser; 0 evaluates every neuron with a positive bound.
+        backend: ``"cpu"``: the native kernel, which evaluates every neuron, so that ``low`` and ``high`` are equal; ``"reference"``: PyTorch
+            on any device, which evaluates those above a cut (also taken for ``"triton"`` and ``"cuda"``); ``"auto"``.
         measure: ``"proximity"``, or ``"signed"``: a_n ⟨w_n, sign(y)⟩ / ‖y‖₁.
 
     Returns:
@@ -61,8 +66,13 @@ def neuron_importances(
         norm = whole.abs().sum(-1)
         share = flow * torch.where(norm > 0, 1 / norm, 0)[:, None]
         at = (share.abs() > floor).nonzero()
-        return NeuronImportances(at.T.to(torch.int32), share[at[:, 0], at[:, 1]], norm, norm)
+        return NeuronImportances(at.T.to(torch.int32), share[at[:, 0], at[:, 1]], norm, norm.clone())
     bound = flow.clamp_min_(0)
+    if choose_backend(backend, whole) == "cpu":
+        near = _native(activation, w_down, whole, bound, threads)
+        total = others + near.sum(-1)
+        at = (near > (floor * total)[:, None]).nonzero()
+        return NeuronImportances(at.T.to(torch.int32), near[at[:, 0], at[:, 1]] / total[at[:, 0]], total, total.clone())
     near = torch.zeros_like(bound)
     done = torch.zeros_like(bound, dtype=torch.bool)
     ceiling = others + bound.sum(-1)
@@ -84,6 +94,16 @@ def neuron_importances(
     at = (near > (floor * low)[:, None]).nonzero()
     value = near[at[:, 0], at[:, 1]] / middle[at[:, 0]]
     return NeuronImportances(at.T.to(torch.int32), value, low, high)
+
+
+def _native(activation: Tensor, w_down: Tensor, whole: Tensor, bound: Tensor, threads: int) -> Tensor:
+    """Proximities ``[token, neuron]``, in the place of the bounds."""
+    activation, w_down, whole = (t.float().contiguous() for t in (activation, w_down, whole))
+    near = bound.float().contiguous()
+    native.extension().rank1_proximity(
+        activation.data_ptr(), w_down.data_ptr(), whole.data_ptr(), near.data_ptr(), *activation.shape, whole.shape[1], threads
+    )
+    return near
 
 
 def _evaluate(activation: Tensor, w_down: Tensor, whole: Tensor, at: Tensor) -> Tensor:

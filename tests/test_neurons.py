@@ -33,11 +33,11 @@ def dense(activation, w_down, whole):
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6), tokens=st.integers(1, 9), neurons=st.integers(1, 80), width=st.integers(1, 60), outliers=st.booleans(),
-    tolerance=st.sampled_from([0.0, 0.01, 0.3]), floor=st.sampled_from([1e-4, 1e-3, 0.05]),
+    backend=st.sampled_from(["reference", "auto"]), tolerance=st.sampled_from([0.0, 0.01, 0.3]), floor=st.sampled_from([1e-4, 1e-3, 0.05]),
 )  # fmt: skip
-def test_intervals_and_values(seed, tokens, neurons, width, outliers, tolerance, floor):
+def test_intervals_and_values(seed, tokens, neurons, width, outliers, tolerance, floor, backend):
     activation, w_down, whole, others = problem(seed, tokens, neurons, width, outliers)
-    found = neuron_importances(activation, w_down, whole, others, floor=floor, tolerance=tolerance)
+    found = neuron_importances(activation, w_down, whole, others, floor=floor, tolerance=tolerance, backend=backend)
     near = dense(activation, w_down, whole)
     total, unit = near.sum(-1) + others.double(), 3e-6 * whole.double().abs().sum(-1)
     assert (found.low <= total + unit).all()
