@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test test-gpu bench lint clean
 
 setup: $(VENV)/.ready
 
@@ -22,8 +22,11 @@ demo: setup
 test: setup
 	$(BIN)/pytest
 
+test-gpu: setup
+	$(BIN)/pytest -m gpu
+
 bench: setup
-	$(BIN)/python benchmarks/dense.py
+	$(BIN)/flowroutes bench
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: ``flowroutes trace``, ``flowroutes doctor``, ``flowroutes --version``."""
+"""The command line: ``flowroutes trace``, ``flowroutes bench``, ``flowroutes doctor``, ``flowroutes --version``."""
 
 from __future__ import annotations
 
@@ -73,6 +73,48 @@ def _report(result, route) -> None:  # type: ignore[no-untyped-def]
     typer.echo("tokens      " + " ".join(f"{i}:{show_token(token)}" for i, token in enumerate(result.tokens)) + "\n")
     typer.echo(route.to_text())
     typer.echo(f"\n{len(route.edges)} sub-edges, {len(route.token_edges)} token edges above {route.threshold}")
+
+
+@app.command()
+def bench(
+    tokens: Annotated[str, typer.Option(help="Lengths, comma separated.")] = "256,512,1024",
+    shapes: Annotated[str, typer.Option(help="Layer shapes: smollm2-135m, llama-2-7b, llama-3-8b, llama-70b.")] = "smollm2-135m,llama-2-7b",
+    what: Annotated[str, typer.Option(help="Any of kernels, end-to-end, memory.")] = "kernels,end-to-end,memory",
+    out: Annotated[Path, typer.Option(help="Folder for <device>.json and plots.")] = Path("benchmarks/results"),
+    backend: Annotated[str, typer.Option(help="Backend of the kernels.")] = "auto",
+    quick: Annotated[bool, typer.Option(help="Fewer layers, no rivals, fewer repetitions.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Also write a Chrome trace of one traced pass.")] = None,
+) -> None:
+    """Correctness first, then speed: kernels against plain PyTorch and the roofline, traces against the forward pass."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from flowroutes_fast.bench.report import plots, tables
+    from flowroutes_fast.bench.run import run, write_profile
+
+    try:
+        lengths = tuple(int(n) for n in tokens.split(","))
+    except ValueError:
+        raise ValueError(f"tokens must be whole numbers, comma separated, got {tokens!r}") from None
+    if min(lengths) < 1:
+        raise ValueError(f"tokens must be positive, got {tokens!r}")
+    console = Console()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("starting")
+        path = run(
+            tokens=lengths, shapes=tuple(shapes.split(",")), what=tuple(what.split(",")), out=out, backend=backend, quick=quick,
+            step=lambda text: progress.update(task, description=text),
+        )  # fmt: skip
+        if profile is not None:
+            progress.update(task, description="profile")
+            write_profile(profile, min(lengths))
+    import json
+
+    report = json.loads(path.read_text())
+    for table in tables(report):
+        console.print(table)
+    pictures = plots(report, path.with_suffix(""))
+    console.print("wrote " + ", ".join(str(p) for p in (path, *pictures)))
 
 
 @app.command()
