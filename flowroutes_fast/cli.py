@@ -33,7 +33,9 @@ def trace(
     threshold: Annotated[float, typer.Option(help="Edges above this importance are followed.")] = 0.04,
     renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for route.html and route.json.")] = None,
-    backend: Annotated[str, typer.Option(help="'auto', 'cpu' or 'reference'.")] = "auto",
+    backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'.")] = "auto",
+    precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
+    measure: Annotated[str, typer.Option(help="'proximity' or 'signed'.")] = "proximity",
 ) -> None:
     """Explain a prediction: print the route, and write it as a page and as JSON."""
     if not 0 <= threshold < 1:
@@ -45,11 +47,13 @@ def trace(
 
         check_writable(out)
     import flowroutes_fast as fr
+    from flowroutes_fast.trace import DEFAULT_THRESHOLDS
 
     start = time.perf_counter()
     loaded, tokenizer = fr.load(model)
     opened = time.perf_counter()
-    result = fr.trace(loaded, tokenizer, text, backend=backend)
+    wanted = (threshold, *DEFAULT_THRESHOLDS)
+    result = fr.trace(loaded, tokenizer, text, backend=backend, precision=precision, measure=measure, thresholds=wanted)
     route = result.route(position, threshold, renormalize)
     extracted = time.perf_counter()
     _report(result, route)

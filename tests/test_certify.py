@@ -1,6 +1,8 @@
 """Bounds and intervals: they hold the fp64 truth, on every backend that runs here, and what forces refinement is forced."""
 
 import gc
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -377,3 +379,33 @@ def test_demo_model(demo):
     for renormalize in (True, False):
         same_route(certified_.route(renormalize=renormalize), exact.route(renormalize=renormalize))
     assert certified_.certificate["worst_error"] <= 0.01
+
+
+_GROWTH = """
+import sys, torch
+from flowroutes_fast.bounds import Attention
+from flowroutes_fast.certify import certified
+
+def peak():
+    return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))
+
+torch.manual_seed(0)
+T, H, d, D = int(sys.argv[1]), 8, 16, 128
+a = Attention(torch.randn(H, T, d) * 3, torch.randn(H, T, d), torch.randn(H, T, d), torch.randn(H, d, D) / 4, torch.randn(T, D), d**-0.5)
+certified(Attention(a.query[:, :8], a.key[:, :8], a.value[:, :8], a.w_o, a.whole[:8], a.scaling), torch.ones(1, 8), floor=0.02, threads=2)
+before = peak()
+certified(a, a.whole.abs().sum(-1)[None], floor=0.02, threads=2)
+print((peak() - before) / 1e3)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_linear_in_tokens():
+    """Twice the tokens take about twice the megabytes, far below the four bytes per (query, key, head) that a dense result would take."""
+    small, large = (
+        float(subprocess.run([sys.executable, "-c", _GROWTH, str(n)], capture_output=True, text=True, check=True).stdout)
+        for n in (2000, 4000)
+    )
+    assert large < 3 * small
+    assert large < 0.2 * 8 * 4000**2 * 4 / 1e6
