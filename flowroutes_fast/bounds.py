@@ -55,9 +55,8 @@ class Attention:
     def gradient(self) -> Tensor:
         """g[i,h] = W_O[h] sign(y_i) ∘ gate ``[query, head, d_head]``, in float32 (float64 for float64 states): one GEMM of o_proj's size."""
         dtype = torch.float64 if self.whole.dtype == torch.float64 else torch.float32
-        sign = torch.copysign(torch.ones_like(self.whole, dtype=dtype), self.whole)
-        flat = self.w_o.permute(2, 0, 1).reshape(self.w_o.shape[2], -1).to(dtype)  # a view when W_O views a linear layer
-        g = (sign @ flat).view(self.n_query, self.n_head, -1)
+        flat = self.w_o.permute(2, 0, 1).reshape(self.w_o.shape[2], -1)  # a view when W_O views a linear layer
+        g = _sign_product(self.whole, flat, dtype).view(self.n_query, self.n_head, -1)
         return g if self.gate is None else g * self.gate.to(dtype)
 
     @cached_property
@@ -103,6 +102,17 @@ class Candidates:
     index: Tensor
     bound: Tensor
     counts: Tensor
+
+
+def _sign_product(whole: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """sign(whole) @ weight in ``dtype``; 16-bit weights on a GPU are multiplied as they are and summed in float32 (signs are exact)."""
+    if whole.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        sign = torch.copysign(torch.ones_like(whole, dtype=weight.dtype), whole)
+        try:
+            return torch.mm(sign, weight, out_dtype=torch.float32)
+        except (TypeError, NotImplementedError):  # a torch without out_dtype
+            pass
+    return torch.copysign(torch.ones_like(whole, dtype=dtype), whole) @ weight.to(dtype)
 
 
 def slack_of(attention: Attention, backend: str) -> float:

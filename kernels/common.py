@@ -26,7 +26,7 @@ class Tile(NamedTuple):
     chunk: int = 0
 
 
-INTERPRETER_TILE = Tile(16, 16, 1, 1)
+INTERPRETER_TILE = Tile(32, 32, 1, 1)
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def visible_scores(
 @triton.jit
 def weights(scores, lse):
     """alpha = exp(score - lse); zero for hidden keys, also in a row that sees none (where both are -inf)."""
-    return tl.where(scores == float("-inf"), 0.0, tl.exp(scores - lse))
+    return tl.where(scores == float("-inf"), 0.0, tl.exp(scores - tl.where(lse == float("-inf"), 0.0, lse)))
 
 
 @triton.jit
