@@ -491,7 +491,8 @@ void refine(RowBlock& x, int r, Counts& counts) {
     for (;;) {
         x.row_bounds(r, low, high);
         const bool crowded = p.capacity > 0 && int64_t(x.evaluated[r].size()) > p.capacity;
-        if (!crowded && !(high - low > tolerance * (high + low))) {
+        const bool whole = tolerance == 0.f && share > 0.f;  // evaluate everything, even what cannot change the normaliser
+        if (!crowded && !whole && !(high - low > tolerance * (high + low))) {
             x.unclear(r, low, high, keys);
             if (!keys.empty()) {
                 x.complete(r, keys);
@@ -501,7 +502,7 @@ void refine(RowBlock& x, int r, Counts& counts) {
         }
         if (share == 0.f) break;
         refined = true;
-        share = crowded || share * REFINE < SMALLEST_CUT ? 0.f : share * REFINE;
+        share = crowded || whole || share * REFINE < SMALLEST_CUT ? 0.f : share * REFINE;
         float limit[ROWS];
         limit[r] = share * low;
         if (share >= p.cut * RESERVE) {
