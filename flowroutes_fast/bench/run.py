@@ -270,6 +270,12 @@ def run(
     backend = ops.choose_backend(backend, torch.empty(0, device=device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     report: dict[str, Any] = {"conditions": conditions(device, backend)}
+    label = f"{report['conditions']['device']}-{torch.get_num_threads()}-cores" if device == "cpu" else report["conditions"]["device"]
+    path = out / f"{label.replace(' ', '-').lower()}.json"
+
+    def save() -> None:  # after every length: an interrupted run leaves what it measured
+        write_text(path, json.dumps(report, indent=1) + "\n")
+
     if "kernels" in what:
         step("ceilings of this machine")
         report["ceilings"] = ceiling = ceilings(device, dtype)
@@ -283,15 +289,15 @@ def run(
                 step(f"{case.name}, {n} tokens")
                 rivals = [] if quick or place != 1 else list(RIVALS)
                 report["kernels"].append(measure_layer(case, backend, rivals, ceiling, device))
+                save()
     if "end-to-end" in what:
         report["end_to_end"] = []
         for n in tokens:
             step(f"traced pass, {n} tokens")
             report["end_to_end"].append(end_to_end(n, "auto", 2 if quick else 5))
+            save()
     if "memory" in what:
         step("peak memory")
         report["memory_megabytes"] = memory((256, 512) if quick else (512, 1024, 2048))
-    label = f"{report['conditions']['device']}-{torch.get_num_threads()}-cores" if device == "cpu" else report["conditions"]["device"]
-    path = out / f"{label.replace(' ', '-').lower()}.json"
-    write_text(path, json.dumps(report, indent=1) + "\n")
+    save()
     return path
