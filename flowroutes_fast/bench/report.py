@@ -90,6 +90,6 @@ def _finish(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks(tokens, [str(n) for n in tokens])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
