@@ -38,6 +38,7 @@ def make_route(tokens, rows, n_layers=3, position=None, shape="sequential", pred
         threshold=0.04,
         renormalize=True,
         model="toy",
+        measure="proximity",
         prediction=list(prediction),
         shapes=[shape] * n_layers,
         edges=edges,
@@ -246,3 +247,19 @@ def test_long_prompt_keeps_every_label():
     coordinates = [float(x) for x in re.findall(r'<circle cx="([-\d.]+)"', page)]
     width = float(re.search(r'<svg id="graph" width="([\d.]+)"', page)[1])
     assert 0 < min(coordinates) < max(coordinates) < width
+
+
+def test_negative_and_unnamed_parts(small):
+    rows = [(0, "attention", 0, 1, 2, -0.31), (0, "attention", 0, 1, -1, 0.05), (0, "attention_residual", 1, 1, -1, 0.9)]
+    route = make_route(["a", "b"], rows, n_layers=1)
+    route.measure = "signed"
+    assert strongest_edges(route)["head"].tolist() == ["L0H2", "L0 rest"]
+    assert show_importance(-0.31) == "-.31"
+    assert show_importance(-0.0001) == "-<.001"
+    assert "signed flow" in route_text(route, 100)
+    assert "L0H2 -.31" in route_text(route, 100)
+    page = route_html(route)
+    assert "pushes the state away" in page
+    assert 'class="edge attention negative"' in page
+    assert "L0 rest" in page
+    assert "negative" not in re.sub(r"(?s)<style>.*?</style>|<script.*?</script>", "", route_html(small))

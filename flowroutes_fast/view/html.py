@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.cells import cell_len
 
-from flowroutes_fast.view.text import clip, show_token, states_of, strongest_edges
+from flowroutes_fast.view.text import clip, head_name, show_token, states_of, strongest_edges
 
 if TYPE_CHECKING:
     from flowroutes_fast.routes import Route
@@ -114,11 +114,11 @@ def _path(kind: str, start: tuple[float, float], end: tuple[float, float]) -> st
 
 def _heads(route: Route) -> dict[tuple[int, int, int], list[tuple[str, float]]]:
     """(layer, source, target) → the heads of that pair with their importance, strongest first."""
-    edges = route.edges[route.edges["kind"] == "attention"].sort_values("importance", ascending=False, kind="stable")
+    edges = route.edges[route.edges["kind"] == "attention"].sort_values("importance", ascending=False, kind="stable", key=abs)
     result: dict[tuple[int, int, int], list[tuple[str, float]]] = {}
     columns = [edges[name].tolist() for name in ("layer", "source", "target", "head", "importance")]
     for layer, source, target, head, importance in zip(*columns, strict=True):
-        result.setdefault((layer, source, target), []).append((f"L{layer}H{head}", round(importance, 5)))
+        result.setdefault((layer, source, target), []).append((head_name(layer, head), round(importance, 5)))
     return result
 
 
@@ -133,7 +133,7 @@ def _edges(route: Route, layout: _Layout, index: dict[_Node, int]) -> tuple[list
     """The token edges twice: what the template draws (in drawing order), and what the page's script reads."""
     heads = _heads(route)
     columns = [route.token_edges[name].tolist() for name in ("layer", "kind", "source", "target", "importance")]
-    rows = sorted(zip(*columns, strict=True), key=lambda row: (_ORDER.index(row[1]), row[4]))
+    rows = sorted(zip(*columns, strict=True), key=lambda row: (_ORDER.index(row[1]), abs(row[4])))
     drawn, data = [], []
     for layer, kind, source, target, importance in rows:
         start, end = _ends(route, layer, kind, source, target)
@@ -142,10 +142,10 @@ def _edges(route: Route, layout: _Layout, index: dict[_Node, int]) -> tuple[list
         data.append({**edge, "from": index[start], "to": index[end]})
         at = layout.at(start), layout.at(end)
         mark = (at[0][0] + BOW, (at[0][1] + at[1][1]) / 2) if kind == "ffn" else None
-        strength = min(max(importance, 0.0), 1.0)
+        strength = min(abs(importance), 1.0)
         drawn.append(
             {
-                "kind": "residual" if kind.endswith("residual") else kind,
+                "kind": ("residual" if kind.endswith("residual") else kind) + (" negative" if importance < 0 else ""),
                 "path": _path(kind, *at),
                 "width": round(0.5 + 5 * math.sqrt(strength), 2),
                 "opacity": round(0.4 + 0.55 * math.sqrt(strength), 2),

@@ -63,9 +63,16 @@ def token_name(route: Route, position: int, cells: int = 12) -> str:
 
 def show_importance(value: float) -> str:
     """Two decimals without the leading zero (``.12``), three below .01, ``<.001`` below that."""
+    if value < 0:
+        return "-" + show_importance(-value)
     if 0 < value < 0.0005:
         return "<.001"
     return f"{value:.{2 if value >= 0.00995 or value <= 0 else 3}f}".removeprefix("0")
+
+
+def head_name(layer: int, head: int) -> str:
+    """``L5H3``; ``L5 rest`` for the heads of a pair that are known only as a sum."""
+    return f"L{layer}H{head}" if head >= 0 else f"L{layer} rest"
 
 
 def strongest_edges(route: Route, top: int = 10, *, across: bool = False) -> pd.DataFrame:
@@ -76,9 +83,9 @@ def strongest_edges(route: Route, top: int = 10, *, across: bool = False) -> pd.
     edges = route.edges[route.edges["kind"] == "attention"]
     if across:
         edges = edges[edges["source"] != edges["target"]]
-    edges = edges.sort_values("importance", ascending=False, kind="stable").head(top)
+    edges = edges.sort_values("importance", ascending=False, kind="stable", key=abs).head(top)
     columns = {
-        "head": [f"L{layer}H{head}" for layer, head in zip(edges["layer"], edges["head"], strict=True)],
+        "head": [head_name(layer, head) for layer, head in zip(edges["layer"], edges["head"], strict=True)],
         "source": [token_name(route, position) for position in edges["source"]],
         "target": [token_name(route, position) for position in edges["target"]],
     }
@@ -140,7 +147,7 @@ def _layers(route: Route) -> list[_Layer]:
 def _sub_edges(edges: pd.DataFrame | None) -> list[_SubEdge]:
     if edges is None:
         return []
-    ordered = edges.sort_values("importance", ascending=False, kind="stable")
+    ordered = edges.sort_values("importance", ascending=False, kind="stable", key=abs)
     columns = [ordered[name].tolist() for name in ("source", "target", "layer", "head", "importance")]
     return list(zip(*columns, strict=True))
 
@@ -150,7 +157,7 @@ def _edge_text(route: Route, edges: list[_SubEdge], cells: int) -> str:
     for count in range(min(len(edges), max(cells // 8, 1)), 0, -1):
         pairs: dict[tuple[int, int], list[str]] = {}
         for source, target, layer, head, importance in edges[:count]:
-            pairs.setdefault((source, target), []).append(f"L{layer}H{head} {show_importance(importance)}")
+            pairs.setdefault((source, target), []).append(f"{head_name(layer, head)} {show_importance(importance)}")
         shown = [f"{token_name(route, s, 10)}→{token_name(route, t, 10)} {' '.join(heads)}" for (s, t), heads in pairs.items()]
         more = f" +{len(edges) - count} more" if count < len(edges) else ""
         if cell_len(line := "; ".join(shown) + more) <= cells:
@@ -230,6 +237,7 @@ def _count(number: int, noun: str) -> str:
 def _header(route: Route, width: int) -> list[str]:
     rule = "renormalized" if route.renormalize else "not renormalized"
     about = [route.model, _count(len(route.tokens), "token"), _count(route.n_layers, "layer"), f"threshold {route.threshold:g}", rule]
+    about += ["signed flow"] if route.measure == "signed" else []
     counts = route.edges["kind"].value_counts()
     kinds = [f"{counts[kind]} {kind}" for kind in ("attention", "attention_residual", "ffn", "ffn_residual") if kind in counts]
     total = _count(len(route.edges), "sub-edge") + (f": {kinds[0]}" if kinds else "")
