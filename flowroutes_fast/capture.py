@@ -25,22 +25,35 @@ _active: dict[int, dict[str, Any]] = {}  # id(attention module) -> what its curr
 
 @dataclass
 class Layer:
-    """Activations of one layer for one sequence, as the model computed them (its dtype, its device)."""
+    """Activations of one layer for one sequence, as the model computed them (its dtype, its device), without padding.
+
+    Every part of a sum is as it was added: ``residual`` and ``through`` are the state as it passes attention and the FFN by, ``ffn_out``
+    and ``mixer_out`` include norms and multipliers. A layer without attention weights has no query, key and value.
+    """
 
     block: Block
-    query: Tensor  # [head, query, d_qk]
-    key: Tensor  # [kv_head, key, d_qk]
-    value: Tensor  # [kv_head, key, d_head]
+    query: Tensor | None  # [head, query, d_qk]
+    key: Tensor | None  # [kv_head, key, d_qk]
+    value: Tensor | None  # [kv_head, key, d_head]
     scaling: float
     mask: Tensor | None  # additive [query, key] or [head, query, key]; None: causal
     softcap: float
     window: int
     sinks: Tensor | None  # [head]
-    resid_pre: Tensor  # [token, d_model]
+    residual: Tensor  # [token, d_model]
     resid_mid: Tensor | None  # [token, d_model]; None in a parallel block
+    through: Tensor | None  # [token, d_model]; None in a parallel block
     ffn_out: Tensor  # [token, d_model]
     resid_post: Tensor  # [token, d_model]
+    mixer_out: Tensor | None = None  # [token, d_model]: what a mixer without attention weights adds
+    row_scale: Tensor | None = None  # [token]: frozen divisors of norms after attention, inverted
+    out_scale: Tensor | None = None  # [d_model]: gain of a norm after attention
+    in_scale: Tensor | None = None  # [head * d_head]: gain of a norm before W_O
+    gate: Tensor | None = None  # [token, head, d_head]
+    scale: float = 1.0  # multiplier of what attention adds
     neurons: Tensor | None = None  # what the FFN's down projection multiplies [token, neuron], if asked for
+    neuron_rows: Tensor | None = None  # [token]: frozen divisor of a norm after the FFN, inverted, and multipliers
+    neuron_gain: Tensor | None = None  # [d_model]: gain of a norm after the FFN
 
     @property
     def index(self) -> int:
@@ -76,6 +89,9 @@ def _attention_interface(model: Any, blocks: list[Block]) -> Iterator[None]:
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for key, config in configs.items():
+            if blocks[0].family.hooked:  # attention weights are asked of the model itself
+                config._attn_implementation = "eager"
+                continue
             implementation = before[key] or "eager"
             name = PREFIX + implementation
             AttentionInterface.register(name, _wrap(implementation))
@@ -100,6 +116,32 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Modules compiled in place run uncompiled, so that their hooks are called."""
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside ``torch.compile``, ``DataParallel`` or a PEFT wrapper."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def _first(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
@@ -108,80 +150,213 @@ def _tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The model's mask ``[1, 1 or head, query, key]`` as an additive one without the batch dimension."""
-    if mask is None:
+def _additive(mask: Any, item: int, span: slice) -> Tensor | None:
+    """The model's mask ``[batch, 1 or head, query, key]`` as an additive one of one sequence; None where it is plainly causal."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:  # flash attention's padding, flex attention's blocks: causal, perhaps windowed
         return None
-    mask = mask[0, :, : query.shape[-2], : key.shape[-2]]
+    mask = mask[min(item, mask.shape[0] - 1), :, span, span]
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return mask[0] if mask.shape[0] == 1 else mask
+    if mask.shape[0] > 1:
+        return mask
+    seen = mask[0] > torch.finfo(mask.dtype).min / 2
+    return None if torch.equal(seen, torch.ones_like(seen).tril()) and bool((mask[0][seen] == 0).all()) else mask[0]
 
 
-def _finish(block: Block, kept: dict[str, Any]) -> Layer:
-    if kept.get("calls") != 1:
-        raise ValueError(
-            f"layer {block.index} called the attention interface {kept.get('calls', 0)} times instead of once: "
-            "this model computes attention in a way that cannot be captured"
-        )
-    options = kept["options"]
-    query, key = kept["query"][0], kept["key"][0]
-    scaling = options.get("scaling")
-    mask = _additive(kept["mask"], query, key)
+def _norm_scales(norm: nn.Module, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm at one input as ``after = row[..., None] * gain * before``: row ``[token]`` and gain ``[d]``, float32.
+
+    The gain is what the norm makes of ones (up to a factor that the rows absorb); the rows are fitted over all channels.
+    """
+    gain = norm.forward(torch.ones(1, before.shape[-1], dtype=before.dtype, device=before.device))[0].float()
+    scaled = before.float() * gain
+    total = scaled.square().sum(-1)
+    return torch.where(total > 0, (after.float() * scaled).sum(-1) / total, 0), gain
+
+
+def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer:
+    """One sequence of a batch as a Layer."""
+    family = block.family
+
+    def row(name: str) -> Tensor:
+        return kept[name][item, span]
+
+    passed = family.state_scale(block.module)
+    query = key = value = mask = sinks = None
+    softcap, window, scaling = 0.0, 0, 1.0
+    if block.attention is not None and family.hooked:
+        value = kept["value"][item, :, span]
+        pattern = kept["pattern"][item, :, span, span].float()
+        query = torch.zeros(pattern.shape[0], pattern.shape[1], 1, device=pattern.device)
+        key = torch.zeros(value.shape[0], pattern.shape[1], 1, device=pattern.device)
+        mask = pattern.log()
+    elif block.attention is not None:
+        if kept.get("calls") != 1:
+            raise ValueError(
+                f"layer {block.index} called the attention interface {kept.get('calls', 0)} times instead of once: "
+                "this model computes attention in a way that cannot be captured"
+            )
+        options = kept["options"]
+        query, key, value = (kept[name][item, :, span] for name in ("query", "key", "value"))
+        scaling = options.get("scaling")
+        scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        mask = _additive(kept["mask"], item, span)
+        softcap = float(options.get("softcap") or 0.0)
+        window = int(options.get("sliding_window") or 0) if mask is None else 0
+        sinks = options.get("s_aux")
+    ffn = [kept[f"ffn {n}"][item, span] for n in range(len(block.ffn))]
+    neurons = row("neurons") if "neurons" in kept else None
+    row_scale = out_scale = in_scale = neuron_rows = neuron_gain = None
+    if block.ffn_norm is not None:
+        ffn[0] = row("ffn_norm out")
+        if neurons is not None:
+            neuron_rows, neuron_gain = _norm_scales(block.ffn_norm, row("ffn_norm in"), ffn[0])
+    if neurons is not None and (factor := family.ffn_scale(block.module) * passed) != 1:
+        neuron_rows = torch.full((len(neurons),), factor, device=neurons.device) if neuron_rows is None else neuron_rows * factor
+    if block.post_norm is not None and block.attention is not None:
+        row_scale, out_scale = _norm_scales(block.post_norm, row("post_norm in"), row("post_norm out"))
+    if block.inner_norm is not None:
+        inner, in_scale = _norm_scales(block.inner_norm, row("inner_norm in"), row("inner_norm out"))
+        row_scale = inner if row_scale is None else row_scale * inner
+    gate = None
+    if block.gate is not None:
+        gate = family.gate_of(block.attention, kept["gate"])[item, span].float()  # type: ignore[arg-type]
+    source = row("state" if family.residual == "block" else "argument" if family.residual == "argument" else "attention in")
+    mid = None if block.parallel else row("mid")
+    through = None if mid is None else row("through") if block.through is not None else mid
+    added = ffn[0] if len(ffn) == 1 else sum(ffn)
+    mixer = row("mixer") if block.mixer is not None else None
     return Layer(
-        block, query, key, kept["value"][0],
-        scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        mask=mask,
-        softcap=float(options.get("softcap") or 0.0),
-        window=int(options.get("sliding_window") or 0) if mask is None else 0,
-        sinks=options.get("s_aux"),
-        resid_pre=kept["resid_pre"][0],
-        resid_mid=None if block.parallel else kept["resid_mid"][0],
-        ffn_out=kept["ffn_out"][0],
-        resid_post=kept["resid_post"][0],
-        neurons=kept["neurons"][0] if "neurons" in kept else None,
+        block, query, key, value, scaling, mask, softcap, window, sinks,
+        residual=_times(source, family.residual_scale(block.module) * (passed if mid is None else 1.0)),
+        resid_mid=mid,
+        through=None if through is None else _times(through, family.through_scale(block.module) * passed),
+        ffn_out=_times(added, family.ffn_scale(block.module) * passed),
+        resid_post=row("post"),
+        mixer_out=None if mixer is None else _times(mixer, family.mixer_scale(block.module)),
+        row_scale=row_scale, out_scale=out_scale, in_scale=in_scale, gate=gate,
+        scale=family.attention_scale(block.module) if block.attention is not None else 1.0,
+        neurons=neurons, neuron_rows=neuron_rows, neuron_gain=neuron_gain,
     )  # fmt: skip
 
 
-def capture(model: nn.Module, input_ids: Tensor, on_layer: Callable[[Layer], None], neurons: bool = False) -> Any:
-    """Run the model once on ``input_ids [1, token]``; call ``on_layer`` as each block finishes. Returns the model's output.
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x.float() * factor
 
-    The model is left as it was, also after an exception: attention implementation, hooks, training mode.
+
+def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[], None]) -> list[Any]:
+    """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished."""
+    family, handles = block.family, []
+
+    def enters(module: nn.Module | None, name: str) -> None:
+        if module is not None:
+            keep = lambda m, args, kwargs: kept.update({name: _first(args, kwargs)})  # noqa: E731
+            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+
+    def leaves(module: nn.Module | None, name: str, copy: bool = False) -> None:
+        def keep(m: nn.Module, args: Any, output: Any) -> None:
+            found = _tensor(output)
+            if name not in ("value", "gate") and found.dim() == 2:  # [batch * token, d_model]
+                found = found.view(kept["state"].shape)
+            kept[name] = found.clone() if copy else found  # some models add to it in place
+
+        if module is not None:
+            handles.append(module.register_forward_hook(keep))
+
+    def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        kept.clear()
+        kept["state"] = _first(args, kwargs)
+
+    def attended(module: nn.Module, args: tuple, output: Any) -> None:
+        if not isinstance(output, tuple) or not isinstance(output[1], Tensor):
+            raise ValueError(f"layer {block.index}: the attention of {family.name} did not give its attention weights")
+        kept["pattern"] = output[1]
+
+    handles.append(block.module.register_forward_pre_hook(entered, with_kwargs=True))
+    if block.attention is not None:
+        if family.residual == "argument":
+            handles.append(block.attention.register_forward_pre_hook(lambda m, args: kept.update(argument=args[1])))
+        if family.hooked:
+            handles.append(block.attention.register_forward_hook(attended))
+            if block.values is None:
+                raise ValueError(f"this {family.name} model is not built as expected: layer {block.index} has no {family.values!r}")
+            handles.append(
+                block.values.register_forward_hook(
+                    lambda m, args, output: kept.update(value=family.value_of(block.attention, output))  # type: ignore[arg-type]
+                )
+            )
+    if family.residual == "attention":
+        enters(block.attention if block.attention is not None else block.mixer, "attention in")
+    leaves(block.mixer, "mixer")
+    leaves(block.gate, "gate")
+    for norm, name in ((block.post_norm, "post_norm"), (block.ffn_norm, "ffn_norm"), (block.inner_norm, "inner_norm")):
+        enters(norm, f"{name} in")
+        leaves(norm, f"{name} out")
+    enters(block.mid, "mid")
+    enters(block.through, "through")
+    for n, module in enumerate(block.ffn):
+        leaves(module, f"ffn {n}", copy=block.parallel)
+    if neurons:
+        if block.down is None:
+            raise ValueError(f"layer {block.index}: the FFN of {family.name} has no down projection whose neurons could be read")
+        enters(block.down, "neurons")
+    enters(block.post, "post")
+
+    def left(module: nn.Module, args: tuple, output: Any) -> None:
+        kept.setdefault("post", _tensor(output))
+        done()
+
+    handles.append(block.module.register_forward_hook(left))
+    return handles
+
+
+def capture(
+    model: nn.Module,
+    input_ids: Tensor,
+    on_layer: Callable[[Layer], None] | None = None,
+    neurons: bool = False,
+    *,
+    attention_mask: Tensor | None = None,
+    on_item: Callable[[int, Layer], None] | None = None,
+    logits_to_keep: int = 1,
+) -> Any:
+    """Run the model once on ``input_ids [batch, token]``; call ``on_layer(layer)`` or ``on_item(item, layer)`` as each block finishes.
+
+    ``attention_mask [batch, token]``: 1 for tokens, 0 for padding (left or right); layers come without the padding. Returns the
+    model's output. The model is left as it was, also after an exception: attention implementation, hooks, training mode.
     """
+    model = unwrap(model)
     blocks = blocks_of(model)
+    spans = [slice(0, input_ids.shape[1])] * len(input_ids) if attention_mask is None else [_span(row) for row in attention_mask]
     handles: list[Any] = []
 
     def watch(block: Block) -> None:
         kept: dict[str, Any] = {}
-        _active[id(block.attention)] = kept
+        if block.attention is not None:
+            _active[id(block.attention)] = kept
 
-        def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def done() -> None:
+            for item, span in enumerate(spans):
+                layer = _finish(block, kept, item, span)
+                if on_layer is not None:
+                    on_layer(layer)
+                if on_item is not None:
+                    on_item(item, layer)
             kept.clear()
-            kept["resid_pre"] = _first(args, kwargs)
 
-        def left(module: nn.Module, args: tuple, output: Any) -> None:
-            kept["resid_post"] = _tensor(output)
-            layer = _finish(block, kept)
-            kept.clear()
-            on_layer(layer)
-
-        handles.append(block.module.register_forward_pre_hook(entered, with_kwargs=True))
-        handles.append(
-            block.mid.register_forward_pre_hook(lambda m, args, kwargs: kept.update(resid_mid=_first(args, kwargs)), with_kwargs=True)
-        )
-        handles.append(block.ffn.register_forward_hook(lambda m, args, output: kept.update(ffn_out=_tensor(output))))
-        if neurons:
-            if block.down is None:
-                raise ValueError(f"layer {block.index}: the FFN of {block.family.name} has no down projection whose neurons could be read")
-            handles.append(block.down.register_forward_pre_hook(lambda m, args: kept.update(neurons=args[0])))
-        handles.append(block.module.register_forward_hook(left))
+        handles.extend(_watch(block, kept, neurons, done))
 
     import inspect
 
+    accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-    with _lock, torch.no_grad(), _evaluation_mode(model), _attention_interface(model, blocks):
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask
+        if "position_ids" in accepted:
+            options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+    elif "logits_to_keep" in accepted:
+        options["logits_to_keep"] = logits_to_keep
+    with _lock, torch.no_grad(), _evaluation_mode(model), _as_written(model), _attention_interface(model, blocks):
         try:
             for block in blocks:
                 watch(block)
@@ -191,3 +366,14 @@ def capture(model: nn.Module, input_ids: Tensor, on_layer: Callable[[Layer], Non
                 handle.remove()
             for block in blocks:
                 _active.pop(id(block.attention), None)
+
+
+def _span(mask: Tensor) -> slice:
+    """Where the tokens of a padded sequence are; ``ValueError`` for a mask with holes or without tokens."""
+    found = mask.nonzero()[:, 0]
+    if not len(found):
+        raise ValueError("a sequence of the batch is padding only")
+    first, last = int(found[0]), int(found[-1])
+    if last - first + 1 != len(found):
+        raise ValueError("the attention mask has holes: padding may stand before or after the tokens of a sequence, not between them")
+    return slice(first, last + 1)

@@ -18,14 +18,14 @@ from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, extract, open_rows
 
 FORMAT = "flowroutes_fast.trace"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
 _ARRAYS = (
-    "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "ffn", "ffn_residual"
+    "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual"
 )  # fmt: skip
 _NEURON = ("index", "importance", "low", "high")
 _PLAIN = (
-    "tokens", "token_ids", "model", "shapes", "floor", "precision", "measure", "backend", "bias", "tolerance", "thresholds", "work",
+    "tokens", "token_ids", "model", "shapes", "mixers", "floor", "precision", "measure", "backend", "bias", "tolerance", "thresholds", "work",
     "prediction", "timings",
 )  # fmt: skip
 
@@ -60,6 +60,7 @@ class Trace:
     normaliser_high: Tensor
     attention_residual: Tensor
     attention_bias: Tensor
+    mixer: Tensor
     ffn: Tensor
     ffn_residual: Tensor
     floor: float
@@ -70,6 +71,7 @@ class Trace:
     tolerance: float = 0.0
     thresholds: tuple[float, ...] = ()
     work: dict[str, int] = field(default_factory=dict)
+    mixers: list[str] = field(default_factory=list)
     prediction: list[tuple[str, float]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     dense: list[Tensor] | None = field(default=None, repr=False)  # per layer [head, query, key]
@@ -227,7 +229,7 @@ class Trace:
             )
         fields = {
             "heads": "heads", "heads_low": "heads_low", "heads_high": "heads_high", "normaliser_low": "low", "normaliser_high": "high",
-            "attention_residual": "attention_residual", "attention_bias": "bias", "ffn": "ffn", "ffn_residual": "ffn_residual",
+            "attention_residual": "attention_residual", "attention_bias": "bias", "mixer": "mixer", "ffn": "ffn", "ffn_residual": "ffn_residual",
         }  # fmt: skip
         for layer, queries in rows.items():
             at = torch.from_numpy(queries)

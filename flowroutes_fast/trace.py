@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture import Layer, capture
+from flowroutes_fast.capture import Layer, capture, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
 from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, conservation_error, importances
 from flowroutes_fast.models.families import blocks_of, context_length, vocabulary_size
@@ -72,9 +72,9 @@ def trace(
         TypeError: text of a wrong type.
     """
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
-    blocks = blocks_of(model)
+    blocks = blocks_of(unwrap(model))
     ids = token_ids(model, tokenizer, text)
-    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=blocks[0].output.weight.device))  # type: ignore[arg-type]
+    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=blocks[0].device))
     check_model(model, ids)
     heads = int(getattr(model.config, "num_attention_heads", 1))  # type: ignore[union-attr]
     if precision == "certified":
@@ -100,13 +100,14 @@ def trace(
         token_ids=ids,
         model=str(getattr(model.config, "_name_or_path", "") or model.config.model_type),  # type: ignore[union-attr]
         shapes=[r.shape for r in results],
-        heads=torch.stack([r.heads for r in results]),
-        heads_low=torch.stack([r.heads_low for r in results]),
-        heads_high=torch.stack([r.heads_high for r in results]),
+        heads=_stack([r.heads for r in results]),
+        heads_low=_stack([r.heads_low for r in results]),
+        heads_high=_stack([r.heads_high for r in results]),
         normaliser_low=torch.stack([r.low for r in results]),
         normaliser_high=torch.stack([r.high for r in results]),
         attention_residual=torch.stack([r.attention_residual for r in results]),
         attention_bias=torch.stack([r.bias for r in results]),
+        mixer=torch.stack([r.mixer for r in results]),
         ffn=torch.stack([r.ffn for r in results]),
         ffn_residual=torch.stack([r.ffn_residual for r in results]),
         floor=0.0 if dense else floor,
@@ -117,6 +118,7 @@ def trace(
         tolerance=tolerance,
         thresholds=wanted,
         work={name: sum(getattr(c, name) for c in counts) for name in Counts.__dataclass_fields__},
+        mixers=[type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks],
         prediction=_prediction(output, tokenizer),
         timings=timings,
         dense=[r.dense for r in results] if dense else None,  # type: ignore[misc]
@@ -124,6 +126,12 @@ def trace(
         neuron_parts=[r.neurons for r in results] if neurons else None,  # type: ignore[misc]
         settle=_settler(weakref.ref(model), ids, replace(options, neurons=False)) if precision == "certified" else None,
     )
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    """``[query, head]`` of every layer as one tensor; layers with fewer heads are filled with zeros."""
+    most = max(r.shape[1] for r in rows)
+    return torch.stack([torch.nn.functional.pad(r, (0, most - r.shape[1])) for r in rows])
 
 
 def _settler(model: weakref.ref[nn.Module], ids: list[int], options: Options) -> Settle:
@@ -208,8 +216,8 @@ def check_model(model: nn.Module, ids: list[int]) -> None:
         _batch(model, ids[:CHECK_TOKENS]),
         lambda layer: found.append((conservation_error(layer), layer.index, layer.resid_post.dtype)),
     )
-    if len(found) != len(blocks_of(model)):
-        raise ValueError(f"{len(found)} layers were captured but the model has {len(blocks_of(model))}")
+    if len(found) != len(blocks_of(unwrap(model))):
+        raise ValueError(f"{len(found)} layers were captured but the model has {len(blocks_of(unwrap(model)))}")
     error, layer, dtype = max(found, key=lambda item: item[0])
     tolerance = _TOLERANCE.get(dtype, 1e-5)
     if error > tolerance:
