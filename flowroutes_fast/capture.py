@@ -248,20 +248,18 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
     """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished."""
     family, handles = block.family, []
 
+    def put(name: str, found: Tensor) -> None:
+        if found.dim() == 2:  # [batch * token, d]
+            found = found.unflatten(0, kept["state"].shape[:2])
+        kept[name] = found
+
     def enters(module: nn.Module | None, name: str) -> None:
         if module is not None:
-            keep = lambda m, args, kwargs: kept.update({name: _first(args, kwargs)})  # noqa: E731
-            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(lambda m, args, kwargs: put(name, _first(args, kwargs)), with_kwargs=True))
 
     def leaves(module: nn.Module | None, name: str, copy: bool = False) -> None:
-        def keep(m: nn.Module, args: Any, output: Any) -> None:
-            found = _tensor(output)
-            if name not in ("value", "gate") and found.dim() == 2:  # [batch * token, d_model]
-                found = found.view(kept["state"].shape)
-            kept[name] = found.clone() if copy else found  # some models add to it in place
-
-        if module is not None:
-            handles.append(module.register_forward_hook(keep))
+        if module is not None:  # a copy where the model may add to it in place
+            handles.append(module.register_forward_hook(lambda m, args, out: put(name, _tensor(out).clone() if copy else _tensor(out))))
 
     def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
         kept.clear()

@@ -133,6 +133,10 @@ def _opt(config: Any) -> Family:
     )  # fmt: skip
 
 
+def _bloom(config: Any) -> Family:
+    return replace(_BLOOM, through="mlp") if config.apply_residual_connection_post_layernorm else _BLOOM
+
+
 _LLAMA = Family("llama")
 _GPT2 = Family(
     "gpt2", layers="h", attention="attn", output="c_proj", mid="ln_2", down="mlp.c_proj", values="c_attn", value_of=_gpt2,
@@ -154,7 +158,7 @@ _GPTJ = Family(
 )  # fmt: skip
 _BLOOM = Family(
     "bloom", layers="h", attention="self_attention", output="dense", ffn=("mlp.dense_4h_to_h",), down="mlp.dense_4h_to_h",
-    residual="argument", through="", values="query_key_value", value_of=_interleaved, hooked=True, note="residual inside the attention module",
+    residual="argument", values="query_key_value", value_of=_interleaved, hooked=True, note="residual inside the attention module",
 )  # fmt: skip
 
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
@@ -162,7 +166,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "apertus": replace(_LLAMA, name="apertus", mid="feedforward_layernorm"),
     "bamba": replace(_JAMBA, name="bamba"),
     "bitnet": replace(_LLAMA, name="bitnet", inner_norm="attn_sub_norm", note="norm before W_O"),
-    "bloom": _BLOOM,
+    "bloom": _bloom,
     "codegen": replace(_GPTJ, name="codegen", values="qkv_proj", value_of=_codegen),
     "cohere": _COHERE,
     "cohere2": replace(_COHERE, name="cohere2"),
