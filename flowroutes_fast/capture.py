@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -240,6 +240,27 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
     )  # fmt: skip
 
 
+def rows_of(layer: Layer, rows: Tensor) -> Layer:
+    """The same layer with the query positions ``rows`` (sorted) alone; keys and values stay."""
+    n_key = len(layer.resid_post)
+    if len(rows) == n_key:
+        return layer
+    rows = rows.to(layer.resid_post.device)
+    mask = layer.mask
+    if mask is not None:
+        mask = mask[..., rows, :]
+    elif layer.query is not None and int(rows[0]) != n_key - len(rows):  # the last rows are causal without a mask
+        age = rows[:, None] - torch.arange(n_key, device=rows.device)
+        hidden = (age < 0) | (age >= layer.window if layer.window else False)
+        mask = torch.zeros(age.shape, device=rows.device).masked_fill_(hidden, float("-inf"))
+    by_row = {
+        name: None if (t := getattr(layer, name)) is None else t[rows]
+        for name in ("residual", "resid_mid", "through", "ffn_out", "resid_post", "mixer_out", "row_scale", "gate", "neurons", "neuron_rows")
+    }
+    query = None if layer.query is None else layer.query[:, rows]
+    return replace(layer, query=query, mask=mask, window=layer.window if mask is None else 0, **by_row)
+
+
 def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x.float() * factor
 
@@ -316,16 +337,17 @@ def capture(
     *,
     attention_mask: Tensor | None = None,
     on_item: Callable[[int, Layer], None] | None = None,
-    logits_to_keep: int = 1,
+    logits_to_keep: int | Tensor = 1,
 ) -> Any:
     """Run the model once on ``input_ids [batch, token]``; call ``on_layer(layer)`` or ``on_item(item, layer)`` as each block finishes.
 
+    ``logits_to_keep``: how many last positions, or which, the model computes logits of, where it can choose.
     ``attention_mask [batch, token]``: 1 for tokens, 0 for padding (left or right); layers come without the padding. Returns the
     model's output. The model is left as it was, also after an exception: attention implementation, hooks, training mode.
     """
     model = unwrap(model)
     blocks = blocks_of(model)
-    spans = [slice(0, input_ids.shape[1])] * len(input_ids) if attention_mask is None else [_span(row) for row in attention_mask]
+    spans = [slice(0, input_ids.shape[1])] * len(input_ids) if attention_mask is None else [span_of(row) for row in attention_mask]
     handles: list[Any] = []
 
     def watch(block: Block) -> None:
@@ -352,7 +374,7 @@ def capture(
         options["attention_mask"] = attention_mask
         if "position_ids" in accepted:
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    elif "logits_to_keep" in accepted:
+    if "logits_to_keep" in accepted:
         options["logits_to_keep"] = logits_to_keep
     with _lock, torch.no_grad(), _evaluation_mode(model), _as_written(model), _attention_interface(model, blocks):
         try:
@@ -366,7 +388,7 @@ def capture(
                 _active.pop(id(block.attention), None)
 
 
-def _span(mask: Tensor) -> slice:
+def span_of(mask: Tensor) -> slice:
     """Where the tokens of a padded sequence are; ``ValueError`` for a mask with holes or without tokens."""
     found = mask.nonzero()[:, 0]
     if not len(found):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture import Layer, capture, unwrap
+from flowroutes_fast.capture import Layer, capture, rows_of, span_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
 from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, conservation_error, importances
-from flowroutes_fast.models.families import blocks_of, context_length, vocabulary_size
+from flowroutes_fast.models.families import blocks_of, context_length, text_config, vocabulary_size
 from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.record import Settle, Trace
 
@@ -26,14 +26,17 @@ PRECISIONS = ("certified", "exact")
 PREDICTIONS = 10
 CHECK_TOKENS = 8
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+Exact = dict[int, np.ndarray]
 _opened: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def trace(
     model: nn.Module,
     tokenizer: Any,
-    text: str | list[int] | Tensor,
+    text: Any,
     *,
+    attention_mask: Any = None,
+    positions: Sequence[int] | None = None,
     precision: str = "certified",
     measure: str = "proximity",
     backend: str = "auto",
@@ -44,13 +47,18 @@ def trace(
     bias: str = "part",
     neurons: bool = False,
     threads: int = 0,
-) -> Trace:
+) -> Any:
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
 
     Args:
         model: a transformers decoder; it comes back unchanged (attention implementation, hooks, training mode).
         tokenizer: its tokenizer; may be None when ``text`` is given as ids.
-        text: a prompt, or token ids ``[token]`` (list or integer tensor).
+        text: a prompt, or token ids ``[token]`` (list or integer tensor): one :class:`Trace`. Several prompts, ids ``[batch, token]``, lists of
+            ids, or what a tokenizer returned: a list of traces from one padded forward pass, each as if its prompt ran alone.
+            A generated text is traced as prompt and continuation together; ``trace.route(position=k)`` explains token k + 1.
+        attention_mask: for ids ``[batch, token]``: 1 for tokens, 0 for padding on the left or on the right.
+        positions: positions whose states are explained (negative from the end); None for all. The other rows are NaN, cost nothing, and
+            routes that reach them are refused; heads, edges and neurons of these positions need no more.
         precision: ``"certified"``: every sub-edge is bounded, those that matter are evaluated, and everything carries an interval;
             routes are those of exact importances. ``"exact"``: every sub-edge by the paper's formula, to float32 rounding.
         measure: ``"proximity"``, the paper's; or ``"signed"``: ⟨sign(y), z⟩ / ‖y‖₁, which sums to 1 over all parts, is at least the
@@ -72,33 +80,109 @@ def trace(
         TypeError: text of a wrong type.
     """
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
-    blocks = blocks_of(unwrap(model))
-    ids = token_ids(model, tokenizer, text)
-    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=blocks[0].device))
-    check_model(model, ids)
-    heads = int(getattr(model.config, "num_attention_heads", 1))  # type: ignore[union-attr]
+    model = unwrap(model)
+    blocks = blocks_of(model)
+    check_weights(model)
+    prompts, several = _prompts(model, tokenizer, text, attention_mask)
+    rows = [_positions(positions, len(ids)) for ids in prompts]
+    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
+    check_model(model, prompts[0])
+    heads = int(getattr(text_config(model), "num_attention_heads", 1))
     if precision == "certified":
         dense = False
     elif dense is None:
-        dense = len(blocks) * heads * len(ids) ** 2 * 4 < DENSE_LIMIT
+        dense = positions is None and len(blocks) * heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
+    if dense and positions is not None:
+        raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
     options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
-    results: list[LayerImportances] = []
-    seconds = [0.0]
-
-    def on_layer(layer: Layer) -> None:
+    together = [list(range(len(prompts)))]
+    if any(block.mixer is not None for block in blocks):  # recurrent mixers see padding
+        together = [[i] for i in range(len(prompts))]
+    results: list[list[LayerImportances]] = [[] for _ in prompts]
+    outputs: list[Tensor | None] = [None] * len(prompts)
+    total, ours = 0.0, 0.0
+    for group in together:
         start = time.perf_counter()
-        results.append(importances(layer, options))
-        seconds[0] += time.perf_counter() - start
+        found, seconds = _run(model, [prompts[i] for i in group], [rows[i] for i in group], options)
+        total, ours = total + time.perf_counter() - start, ours + seconds
+        for i, (layers, logits) in zip(group, found, strict=True):
+            results[i], outputs[i] = layers, logits
+    weak = weakref.ref(model)
+    mixers = [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks]
+    traces = [
+        _record(
+            found, options, tokens=_token_texts(tokenizer, ids), token_ids=ids, model=_name(model), mixers=mixers, floor=0.0 if dense else floor,
+            prediction=_prediction(logits, tokenizer), timings={"total": total, "importances": ours},
+            settle=_settler(weak, ids, row, replace(options, neurons=False)) if precision == "certified" else None,
+        )
+        for found, ids, row, logits in zip(results, prompts, rows, outputs, strict=True)
+    ]  # fmt: skip
+    return traces if several else traces[0]
 
-    start = time.perf_counter()
-    output = capture(model, _batch(model, ids), on_layer, neurons)
-    timings = {"total": time.perf_counter() - start, "importances": seconds[0]}
+
+def _run(
+    model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None
+) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:
+    """One forward pass over prompts, padded on the right: per prompt its layers and last logits; and the seconds that were ours.
+
+    ``exact``: {layer: which query positions to evaluate whole}; other layers are left out.
+    """
+    longest = max(map(len, prompts))
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = _device(model) if device.type == "meta" else device
+    batch = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in prompts], device=device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts], device=device)
+    lasts = sorted({len(ids) - 1 for ids in prompts})
+    results: list[list[LayerImportances]] = [[] for _ in prompts]
+    seconds = 0.0
+
+    def on_item(item: int, layer: Layer) -> None:
+        nonlocal seconds
+        if exact is not None and layer.index not in exact:
+            return
+        start = time.perf_counter()
+        whole = None if exact is None else torch.isin(rows[item], torch.from_numpy(exact[layer.index]))
+        results[item].append(_everywhere(importances(rows_of(layer, rows[item]), options, whole), rows[item], len(prompts[item])))
+        seconds += time.perf_counter() - start
+
+    padded = len({len(ids) for ids in prompts}) > 1
+    output = capture(
+        model, batch, neurons=options.neurons, attention_mask=mask if padded else None, on_item=on_item,
+        logits_to_keep=torch.tensor(lasts, device=device) if padded else 1,
+    )  # fmt: skip
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return [(found, None) for found in results], seconds
+    place = {last: n if logits.shape[1] == len(lasts) else last for n, last in enumerate(lasts)}
+    return [(found, logits[i, place[len(ids) - 1]]) for i, (found, ids) in enumerate(zip(results, prompts, strict=True))], seconds
+
+
+def _everywhere(found: LayerImportances, rows: Tensor, tokens: int) -> LayerImportances:
+    """Importances of some rows at their places among all positions, NaN elsewhere."""
+    if len(rows) == tokens:
+        return found
+    for name in ("low", "high", "heads", "heads_low", "heads_high", "attention_residual", "bias", "mixer", "ffn", "ffn_residual"):
+        part = getattr(found, name)
+        whole = part.new_full((tokens, *part.shape[1:]), float("nan"))
+        whole[rows] = part
+        setattr(found, name, whole)
+
+    def moved(index: Tensor) -> Tensor:
+        return torch.cat([rows[index[0].long()].to(index.dtype)[None], index[1:]])
+
+    found.edges = (moved(found.edges[0]), found.edges[1])
+    if found.neurons is not None:
+        parts = found.neurons
+        low, high = (t.new_full((tokens,), float("nan")) for t in (parts.low, parts.high))
+        low[rows], high[rows] = parts.low, parts.high
+        found.neurons = replace(parts, index=moved(parts.index), low=low, high=high)
+    return found
+
+
+def _record(results: list[LayerImportances], options: Options, **known: Any) -> Trace:
     counts = [r.counts for r in results]
     return Trace(
-        tokens=_token_texts(tokenizer, ids),
-        token_ids=ids,
-        model=str(getattr(model.config, "_name_or_path", "") or model.config.model_type),  # type: ignore[union-attr]
         shapes=[r.shape for r in results],
         heads=_stack([r.heads for r in results]),
         heads_low=_stack([r.heads_low for r in results]),
@@ -110,22 +194,77 @@ def trace(
         mixer=torch.stack([r.mixer for r in results]),
         ffn=torch.stack([r.ffn for r in results]),
         ffn_residual=torch.stack([r.ffn_residual for r in results]),
-        floor=0.0 if dense else floor,
-        precision=precision,
-        measure=measure,
-        backend=backend,
-        bias=bias,
-        tolerance=tolerance,
-        thresholds=wanted,
+        precision=options.precision,
+        measure=options.measure,
+        backend=options.backend,
+        bias=options.bias,
+        tolerance=options.tolerance,
+        thresholds=options.thresholds,
         work={name: sum(getattr(c, name) for c in counts) for name in Counts.__dataclass_fields__},
-        mixers=[type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks],
-        prediction=_prediction(output, tokenizer),
-        timings=timings,
-        dense=[r.dense for r in results] if dense else None,  # type: ignore[misc]
-        sparse=None if dense else [r.edges for r in results],
-        neuron_parts=[r.neurons for r in results] if neurons else None,  # type: ignore[misc]
-        settle=_settler(weakref.ref(model), ids, replace(options, neurons=False)) if precision == "certified" else None,
+        dense=_same_heads([r.dense for r in results]) if options.dense else None,  # type: ignore[misc]
+        sparse=None if options.dense else [r.edges for r in results],
+        neuron_parts=[r.neurons for r in results] if options.neurons else None,  # type: ignore[misc]
+        **known,
     )
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or model.config.model_type)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the first weights are that are anywhere."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def check_weights(model: nn.Module) -> None:
+    """``ValueError`` for a model without (all of) its weights; those that accelerate loads on demand are there."""
+    for name, module in model.named_modules():
+        missing = [n for n, p in module.named_parameters(recurse=False) if p.is_meta]
+        if missing and not hasattr(module, "_hf_hook"):
+            raise ValueError(f"the model has no weights for {name}.{missing[0]} (it is on the meta device): load it whole, or with device_map=")
+
+
+def _prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any) -> tuple[list[list[int]], bool]:
+    """What was given to trace as lists of ids, and whether it was a batch."""
+    if isinstance(text, Mapping):
+        attention_mask = text.get("attention_mask") if attention_mask is None else attention_mask
+        text = text["input_ids"]
+    if isinstance(text, Tensor):
+        text = text.tolist() if text.dim() == 2 and not text.is_floating_point() else text
+    several = isinstance(text, (list, tuple)) and len(text) > 0 and not isinstance(text[0], (int, float))
+    if not several:
+        if attention_mask is not None:
+            raise ValueError("an attention mask belongs to a batch of ids [batch, token]; one prompt has no padding")
+        return [token_ids(model, tokenizer, text)], False
+    if attention_mask is None:
+        return [_named(i, lambda one=one: token_ids(model, tokenizer, one)) for i, one in enumerate(text)], True
+    mask = torch.as_tensor(attention_mask)
+    lengths = {len(ids) for ids in text}
+    if len(lengths) > 1 or tuple(mask.shape) != (len(text), *lengths):
+        raise ValueError(f"the attention mask has shape {list(mask.shape)}, the ids have {[len(text), *lengths]}")
+    spans = [_named(i, lambda row=row: span_of(row)) for i, row in enumerate(mask)]
+    return [_named(i, lambda p=(ids, s): token_ids(model, tokenizer, list(p[0][p[1]]))) for i, (ids, s) in enumerate(zip(text, spans, strict=True))], True  # type: ignore[misc]
+
+
+def _named(item: int, call: Any) -> Any:
+    """What goes wrong in one prompt of a batch says which."""
+    try:
+        return call()
+    except ValueError as error:
+        raise ValueError(f"prompt {item}: {error}") from error
+
+
+def _positions(positions: Sequence[int] | None, tokens: int) -> Tensor:
+    if positions is None:
+        return torch.arange(tokens)
+    chosen = [positions] if isinstance(positions, int) else [int(p) for p in positions]
+    if not chosen:
+        raise ValueError("positions is empty: there is nothing to explain")
+    for p in chosen:
+        if not -tokens <= p < tokens:
+            raise ValueError(f"position {p} is out of range: the prompt has {tokens} tokens")
+    return torch.tensor(sorted({p % tokens for p in chosen}))
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
@@ -134,7 +273,12 @@ def _stack(rows: list[Tensor]) -> Tensor:
     return torch.stack([torch.nn.functional.pad(r, (0, most - r.shape[1])) for r in rows])
 
 
-def _settler(model: weakref.ref[nn.Module], ids: list[int], options: Options) -> Settle:
+def _same_heads(dense: list[Tensor]) -> list[Tensor]:
+    most = max(d.shape[0] for d in dense)
+    return [torch.nn.functional.pad(d, (0, 0, 0, 0, 0, most - d.shape[0])) for d in dense]
+
+
+def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options) -> Settle:
     """A function that runs the model again and evaluates the given rows whole: ``{layer: [query]}`` in, ``{layer: ...}`` out.
 
     It returns None once the model is gone.
@@ -144,16 +288,8 @@ def _settler(model: weakref.ref[nn.Module], ids: list[int], options: Options) ->
         alive = model()
         if alive is None:
             return None
-        settled: dict[int, LayerImportances] = {}
-
-        def on_layer(layer: Layer) -> None:
-            if layer.index in rows:
-                exact = torch.zeros(len(ids), dtype=torch.bool)
-                exact[torch.from_numpy(rows[layer.index])] = True
-                settled[layer.index] = importances(layer, options, exact)
-
-        capture(alive, _batch(alive, ids), on_layer)
-        return settled
+        ((found, _),), _ = _run(alive, [ids], [positions], options, rows)
+        return dict(zip(sorted(rows), found, strict=True))
 
     return settle
 
@@ -200,7 +336,7 @@ def token_ids(model: nn.Module, tokenizer: Any, text: str | list[int] | Tensor) 
     for position, token in enumerate(ids):
         if not 0 <= token < size:
             raise ValueError(f"token id {token} at position {position} is outside the model's vocabulary of {size}; is this its tokenizer?")
-    limit = context_length(model.config)
+    limit = context_length(text_config(model))
     if limit is not None and len(ids) > limit:
         raise ValueError(f"the text has {len(ids)} tokens but the model's context holds {limit}: shorten it")
     return ids
@@ -210,17 +346,19 @@ def check_model(model: nn.Module, ids: list[int]) -> None:
     """Once per model: do the captured parts add up to the states? ``ValueError`` if they do not."""
     if model in _opened:
         return
+    blocks = blocks_of(model)
     found: list[tuple[float, int, torch.dtype]] = []
-    capture(
-        model,
-        _batch(model, ids[:CHECK_TOKENS]),
-        lambda layer: found.append((conservation_error(layer), layer.index, layer.resid_post.dtype)),
-    )
-    if len(found) != len(blocks_of(unwrap(model))):
-        raise ValueError(f"{len(found)} layers were captured but the model has {len(blocks_of(unwrap(model)))}")
+
+    def add(layer: Layer) -> None:
+        found.append((conservation_error(layer), layer.index, layer.resid_post.dtype))
+
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    capture(model, torch.tensor([ids[:CHECK_TOKENS]], device=_device(model) if device.type == "meta" else device), add)
+    if len(found) != len(blocks):
+        raise ValueError(f"{len(found)} layers were captured but the model has {len(blocks)}")
     error, layer, dtype = max(found, key=lambda item: item[0])
     tolerance = _TOLERANCE.get(dtype, 1e-5)
-    if error > tolerance:
+    if not error <= tolerance:
         raise ValueError(
             f"layer {layer}: the captured parts miss the residual state by {error:.1e} relative (allowed for {dtype}: {tolerance:.0e}); "
             "this checkpoint does something that its family's adapter does not know, so its routes would be wrong"
@@ -228,17 +366,12 @@ def check_model(model: nn.Module, ids: list[int]) -> None:
     _opened.add(model)
 
 
-def _batch(model: nn.Module, ids: list[int]) -> Tensor:
-    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)  # type: ignore[operator]
-
-
 def _token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
     return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]
 
 
-def _prediction(output: Any, tokenizer: Any) -> list[tuple[str, float]]:
-    logits = getattr(output, "logits", None)
+def _prediction(logits: Tensor | None, tokenizer: Any) -> list[tuple[str, float]]:
     if logits is None:
         return []
-    top = logits[0, -1].float().softmax(-1).topk(min(PREDICTIONS, logits.shape[-1]))
+    top = logits.float().softmax(-1).topk(min(PREDICTIONS, logits.shape[-1]))
     return list(zip(_token_texts(tokenizer, top.indices.tolist()), top.values.tolist(), strict=True))

@@ -70,7 +70,7 @@ OPTIONS = {name: GROUPED for name in ALIKE} | {
     "recurrent_gemma": GROUPED | {"lru_width": 60, "attention_window_size": 6, "block_types": ["recurrent", "attention"], "num_hidden_layers": 4},
 }  # fmt: skip
 VARIANTS = {  # another block shape of the same family
-    "falcon, sequential": ("falcon", {"parallel_attn": False, "multi_query": False, "alibi": True}),
+    "falcon, sequential": ("falcon", {"parallel_attn": False, "multi_query": False, "alibi": True, "attn_implementation": "eager"}),
     "falcon, new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt_neox, sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "opt, norms after": ("opt", {"do_layer_norm_before": False}),

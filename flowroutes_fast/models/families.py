@@ -137,6 +137,15 @@ def _bloom(config: Any) -> Family:
     return replace(_BLOOM, through="mlp") if config.apply_residual_connection_post_layernorm else _BLOOM
 
 
+def _falcon_family(config: Any) -> Family:
+    if config.alibi and config._attn_implementation not in (None, "eager"):
+        raise ValueError(
+            "falcon with ALiBi computes something else in transformers' sdpa attention than in its eager one, which alone gives its "
+            "attention weights: load the model with attn_implementation='eager'"
+        )
+    return _FALCON
+
+
 _LLAMA = Family("llama")
 _GPT2 = Family(
     "gpt2", layers="h", attention="attn", output="c_proj", mid="ln_2", down="mlp.c_proj", values="c_attn", value_of=_gpt2,
@@ -161,6 +170,11 @@ _BLOOM = Family(
     residual="argument", values="query_key_value", value_of=_interleaved, hooked=True, note="residual inside the attention module",
 )  # fmt: skip
 
+_FALCON = replace(
+    _BLOOM, name="falcon", residual="block", value_of=_falcon, ffn=("mlp",),
+    parallel=lambda config: config.new_decoder_architecture or config.parallel_attn, note="parallel, or sequential (falcon-rw)",
+)  # fmt: skip
+
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "afmoe": replace(_GEMMA2, name="afmoe", mid="pre_mlp_layernorm", ffn_norm="post_mlp_layernorm", gate="gate_proj", note="output gate"),
     "apertus": replace(_LLAMA, name="apertus", mid="feedforward_layernorm"),
@@ -174,10 +188,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "deepseek_v3": replace(_LLAMA, name="deepseek_v3", values="", note="latent attention"),
     "ernie4_5": replace(_LLAMA, name="ernie4_5"),
     "exaone4": replace(_OLMO2, name="exaone4"),
-    "falcon": replace(
-        _BLOOM, name="falcon", residual="block", value_of=_falcon, ffn=("mlp",),
-        parallel=lambda config: config.new_decoder_architecture or config.parallel_attn, note="parallel, or sequential (falcon-rw)",
-    ),
+    "falcon": _falcon_family,
     "falcon_h1": replace(
         _JAMBA, name="falcon_h1", attention_scale=_number("attn_out_multiplier"), mixer_scale=_number("ssm_out_multiplier"),
         note="attention and Mamba side by side",
