@@ -253,7 +253,7 @@ def rows_of(layer: Layer, rows: Tensor) -> Layer:
         age = rows[:, None] - torch.arange(n_key, device=rows.device)
         hidden = (age < 0) | (age >= layer.window if layer.window else False)
         mask = torch.zeros(age.shape, device=rows.device).masked_fill_(hidden, float("-inf"))
-    by_row = {
+    by_row: dict[str, Any] = {
         name: None if (t := getattr(layer, name)) is None else t[rows]
         for name in ("residual", "resid_mid", "through", "ffn_out", "resid_post", "mixer_out", "row_scale", "gate", "neurons", "neuron_rows")
     }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flowroutes_fast import reference
+from flowroutes_fast import native, reference
 from flowroutes_fast.bounds import Attention
 from flowroutes_fast.capture import Layer
 from flowroutes_fast.certify import Counts, certified
@@ -114,6 +114,8 @@ def importances(layer: Layer, options: Options, exact_rows: Tensor | None = None
     ``exact_rows [query]`` (bool): rows to evaluate whole, whatever the tolerance.
     """
     check_finite(layer)
+    if layer.residual.device.type == "cpu" and options.backend in ("triton", "cuda"):  # a layer that was offloaded
+        options = replace(options, backend="cpu" if native.load()[0] is not None else "reference")
     parts = parts_of(layer, options.bias)
     share = _signed_shares if options.measure == "signed" else _proximities
     residual, constant, mixer, ffn, through = share(layer, parts, options)

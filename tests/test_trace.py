@@ -151,7 +151,7 @@ def test_saving_and_loading(tmp_path, dense):
         ([], {}, ValueError, "no tokens"),
         ([5, 101], {}, ValueError, "token id 101 at position 1"),
         ([5] * 65, {}, ValueError, "65 tokens but the model's context holds 64"),
-        ([[1, 2]], {}, ValueError, r"shape \[token\]"),
+        ([[[1, 2]]], {}, ValueError, r"shape \[token\]"),
         ([1.5], {}, TypeError, "integers"),
         ("hello", {}, TypeError, "needs a tokenizer"),
         ([5], {"backend": "tpu"}, ValueError, "unknown backend 'tpu'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,8 @@ def save_activations(path: Path) -> None:
     def keep(layer: Layer) -> None:
         if layer.index in REAL_LAYERS:
             parts = parts_of(layer)
-            tensors = {
+            assert parts.w_o is not None
+            tensors: dict[str, Any] = {
                 "query": layer.query, "key": layer.key, "value": parts.value, "w_o": parts.w_o.permute(2, 0, 1).reshape(576, -1),
                 "whole": parts.whole, "others": reference.proximity(parts.residual, parts.whole),
             }  # fmt: skip

@@ -379,7 +379,7 @@ REFUSED = {
 
 def text_config(model: Any) -> Any:
     """The config of the language model, below a wrapper (image-text models, PEFT) if there is one."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
