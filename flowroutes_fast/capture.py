@@ -374,7 +374,7 @@ def capture(
         options["attention_mask"] = attention_mask
         if "position_ids" in accepted:
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    if "logits_to_keep" in accepted:
+    if "logits_to_keep" in accepted and blocks[0].family.last_logits:
         options["logits_to_keep"] = logits_to_keep
     with _lock, torch.no_grad(), _evaluation_mode(model), _as_written(model), _attention_interface(model, blocks):
         try:

@@ -24,8 +24,8 @@ def truth(layer):
     y, post = (layer.resid_post if layer.resid_mid is None else layer.resid_mid).to(d), layer.resid_post.to(d)
     residual, ffn = proximity(layer.residual.to(d), y), proximity(layer.ffn_out.to(d), post)
     others = residual.clone()
-    for part in (layer.mixer_out,):
-        others += 0 if part is None else proximity(part.to(d), y)
+    if layer.mixer_out is not None:
+        others += proximity(layer.mixer_out.to(d), y)
     edge = torch.zeros(len(y), len(y), 1, dtype=d)
     if layer.query is not None:
         heads, group = layer.query.shape[0], layer.query.shape[0] // layer.key.shape[0]
@@ -44,7 +44,7 @@ def truth(layer):
             term = term * layer.gate.to(d)[:, None]
         weight = block.output.weight.to(d)
         weight = weight if type(block.output).__name__ == "Conv1D" else weight.T
-        z = term @ weight.view(heads, -1, len(y[0])) if False else torch.einsum("qkhd,hdm->qkhm", term, weight.view(heads, -1, y.shape[1]))
+        z = torch.einsum("qkhd,hdm->qkhm", term, weight.view(heads, -1, y.shape[1]))
         if block.inner_norm is not None:  # rows and gains of the norm, from its definition
             mixed = term.sum(1).flatten(1)
             scale = torch.rsqrt(mixed.square().mean(-1) + block.inner_norm.variance_epsilon)

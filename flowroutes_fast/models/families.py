@@ -94,6 +94,7 @@ class Family:
         through: the module whose input passes the FFN by; default: the state after attention itself.
         post: the module whose input is the block's last sum; default: the block's output.
         values, value_of: the module that projects the values, and how its output splits into heads.
+        last_logits: logits of the last positions can be asked for without leaving out states of the others.
         hooked: attention weights come from the attention module's second output, not through the attention interface.
     """
 
@@ -123,6 +124,7 @@ class Family:
     values: str = "v_proj"
     value_of: Values = _plain
     hooked: bool = False
+    last_logits: bool = True
     note: str = ""
 
 
@@ -197,7 +199,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, name="gemma3_text"),
     "gemma4_text": replace(
-        _GEMMA2, name="gemma4_text", ffn=("mlp", "post_per_layer_input_norm"), state_scale=_number("layer_scalar"), values="", note="layer scalar",
+        _GEMMA2, name="gemma4_text", ffn=("mlp", "post_per_layer_input_norm"), state_scale=_number("layer_scalar"), values="", last_logits=False, note="layer scalar",
     ),
     "glm": replace(_LLAMA, name="glm"),
     "glm4": replace(_LLAMA, name="glm4", post_norm="post_self_attn_layernorm", ffn_norm="post_mlp_layernorm"),
