@@ -112,7 +112,8 @@ class Trace:
 
         ``worst_error`` and ``mean_error`` are (high − low) / (high + low) of the normalisers: the relative error of any importance.
         """
-        low, high = self.normaliser_low.double(), self.normaliser_high.double()
+        traced = ~self.normaliser_low.isnan()
+        low, high = self.normaliser_low[traced].double(), self.normaliser_high[traced].double()
         error = ((high - low) / (high + low).clamp_min(1e-300)).clamp_min(0)
         return {
             "precision": self.precision, "measure": self.measure, "rows": low.numel(), "pairs_bounded": self.work.get("bounded", 0),

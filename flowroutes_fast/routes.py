@@ -199,6 +199,8 @@ def extract(trace: Trace, position: int, threshold: float, renormalize: bool) ->
     for layer in reversed(range(trace.n_layers)):
         if not len(active):
             break
+        if len(missing := active[np.isnan(trace.ffn[layer].numpy()[active])]):
+            raise ValueError(f"position {missing[0]} was not traced, and the route reaches it in layer {layer}; trace without positions=")
         parallel = trace.shapes[layer] == "parallel"
         parts = [("ffn", trace.ffn)] if parallel else [("ffn", trace.ffn), ("ffn_residual", trace.ffn_residual)]
         if not parallel:
