@@ -184,9 +184,9 @@ def _record(results: list[LayerImportances], options: Options, **known: Any) -> 
     counts = [r.counts for r in results]
     return Trace(
         shapes=[r.shape for r in results],
-        heads=_stack([r.heads for r in results]),
-        heads_low=_stack([r.heads_low for r in results]),
-        heads_high=_stack([r.heads_high for r in results]),
+        heads=_heads_of(results, "heads"),
+        heads_low=_heads_of(results, "heads_low"),
+        heads_high=_heads_of(results, "heads_high"),
         normaliser_low=torch.stack([r.low for r in results]),
         normaliser_high=torch.stack([r.high for r in results]),
         attention_residual=torch.stack([r.attention_residual for r in results]),
@@ -271,6 +271,12 @@ def _stack(rows: list[Tensor]) -> Tensor:
     """``[query, head]`` of every layer as one tensor; layers with fewer heads are filled with zeros."""
     most = max(r.shape[1] for r in rows)
     return torch.stack([torch.nn.functional.pad(r, (0, most - r.shape[1])) for r in rows])
+
+
+def _heads_of(results: list[LayerImportances], name: str) -> Tensor:
+    heads = _stack([getattr(r, name) for r in results])
+    heads[torch.stack([r.low for r in results]).isnan()] = float("nan")
+    return heads
 
 
 def _same_heads(dense: list[Tensor]) -> list[Tensor]:

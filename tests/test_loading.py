@@ -95,7 +95,7 @@ def test_positions_limit_the_rows(name, positions):
             assert set(some.neurons(layer)["position"]) == set(rows)
     assert some.certificate["worst_error"] < 1e-5
     with pytest.raises(ValueError, match="position .* was not traced"):
-        some.route(position=positions[0], threshold=0.01)
+        some.route(position=positions[0], threshold=0.001)
 
 
 def test_positions_in_exact_precision():
@@ -109,7 +109,8 @@ def test_positions_in_exact_precision():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "qwen3_next", "bitnet"])
 def test_half_precision(name, dtype):
-    model = make(name)
+    whole = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "shared_expert_intermediate_size": 32}
+    model = make(name, **(whole if name == "qwen3_next" else {}))
     reference = fr.trace(model, None, IDS, precision="exact")
     model = model.to(dtype)
     exact, certified = fr.trace(model, None, IDS, precision="exact"), fr.trace(model, None, IDS)

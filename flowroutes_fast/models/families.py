@@ -332,10 +332,9 @@ def _weight(module: Any, layer: int) -> Tensor:
 
 
 def _bias(module: Any) -> Tensor | None:
-    from flowroutes_fast.models.weights import plain
+    from flowroutes_fast.models.weights import effective_bias
 
-    bias = getattr(plain(module), "bias", None)
-    return None if bias is None else bias.detach().float()
+    return effective_bias(module)
 
 
 def _find(root: Any, path: str) -> Any:

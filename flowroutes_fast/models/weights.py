@@ -25,6 +25,15 @@ def effective_weight(module: Any, layer: int) -> Tensor:
         return weight.clone() if hasattr(base, "_hf_hook") else weight
 
 
+def effective_bias(module: Any) -> Tensor | None:
+    """The module's bias in float32, or None."""
+    base = plain(module)
+    if getattr(base, "bias", None) is None:
+        return None
+    with _aligned(base):
+        return base.bias.detach().float().clone()
+
+
 def _aligned(module: Any) -> Any:
     if not hasattr(module, "_hf_hook"):
         return contextlib.nullcontext()
@@ -35,10 +44,10 @@ def _aligned(module: Any) -> Any:
 
 def _dequantised(module: Any, layer: int) -> Tensor:
     weight: Any = module.weight
-    if hasattr(weight, "dequantize") and type(weight) is not torch.nn.Parameter and type(weight) is not Tensor:  # torchao, GGUF tensors
-        weight = weight.dequantize()
-    elif type(module).__module__.startswith("bitsandbytes"):
+    if type(module).__module__.startswith("bitsandbytes"):
         weight = _bitsandbytes(module)
+    elif type(weight) is not torch.nn.Parameter and type(weight) is not Tensor:  # torchao and other tensor subclasses
+        weight = weight.dequantize()
     weight = weight.detach()
     if not weight.is_floating_point() or weight.is_meta:
         raise ValueError(f"layer {layer}: the weight of a {type(module).__name__} is stored as {weight.dtype} on {weight.device}, which cannot be read")
