@@ -255,7 +255,18 @@ def rows_of(layer: Layer, rows: Tensor) -> Layer:
         mask = torch.zeros(age.shape, device=rows.device).masked_fill_(hidden, float("-inf"))
     by_row: dict[str, Any] = {
         name: None if (t := getattr(layer, name)) is None else t[rows]
-        for name in ("residual", "resid_mid", "through", "ffn_out", "resid_post", "mixer_out", "row_scale", "gate", "neurons", "neuron_rows")
+        for name in (
+            "residual",
+            "resid_mid",
+            "through",
+            "ffn_out",
+            "resid_post",
+            "mixer_out",
+            "row_scale",
+            "gate",
+            "neurons",
+            "neuron_rows",
+        )
     }
     query = None if layer.query is None else layer.query[:, rows]
     return replace(layer, query=query, mask=mask, window=layer.window if mask is None else 0, **by_row)

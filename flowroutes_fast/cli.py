@@ -1,4 +1,4 @@
-"""The command line: ``flowroutes trace``, ``flowroutes bench``, ``flowroutes doctor``, ``flowroutes --version``."""
+"""The command line: ``flowroutes trace``, ``flowroutes models``, ``flowroutes bench``, ``flowroutes doctor``, ``flowroutes --version``."""
 
 from __future__ import annotations
 
@@ -119,6 +119,23 @@ def bench(
         console.print(table)
     pictures = plots(report, path.with_suffix(""))
     console.print("wrote " + ", ".join(str(p) for p in (path, *pictures)))
+
+
+@app.command()
+def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False) -> None:
+    """The model families that can be traced, and what is particular about each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flowroutes_fast.models import table
+
+    if markdown:
+        typer.echo(table.markdown(), nl=False)
+        return
+    shown = Table(*table.COLUMNS)
+    for row in table.rows():
+        shown.add_row(*row)
+    Console().print(shown)
 
 
 @app.command()

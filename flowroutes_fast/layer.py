@@ -174,7 +174,9 @@ def _neurons(layer: Layer, through: Tensor, parallel_rest: Tensor | None, width:
     tolerance = 0.0 if options.precision == "exact" else options.tolerance
     activation = layer.neurons.float() * rows[:, None]  # type: ignore[union-attr]
     if _relative(activation[-1] @ w_down + constant[-1], layer.ffn_out[-1].float()) > 0.05:
-        raise ValueError(f"layer {layer.index}: the neurons of this {layer.block.family.name} FFN do not add up to what it adds to the state")
+        raise ValueError(
+            f"layer {layer.index}: the neurons of this {layer.block.family.name} FFN do not add up to what it adds to the state"
+        )
     found = neuron_importances(
         activation,
         w_down,

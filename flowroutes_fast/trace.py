@@ -222,7 +222,9 @@ def check_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         missing = [n for n, p in module.named_parameters(recurse=False) if p.is_meta]
         if missing and not hasattr(module, "_hf_hook"):
-            raise ValueError(f"the model has no weights for {name}.{missing[0]} (it is on the meta device): load it whole, or with device_map=")
+            raise ValueError(
+                f"the model has no weights for {name}.{missing[0]} (it is on the meta device): load it whole, or with device_map="
+            )
 
 
 def _prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any) -> tuple[list[list[int]], bool]:
@@ -244,7 +246,10 @@ def _prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any) -> tupl
     if len(lengths) > 1 or tuple(mask.shape) != (len(text), *lengths):
         raise ValueError(f"the attention mask has shape {list(mask.shape)}, the ids have {[len(text), *lengths]}")
     spans = [_named(i, lambda row=row: span_of(row)) for i, row in enumerate(mask)]
-    return [_named(i, lambda p=(ids, s): token_ids(model, tokenizer, list(p[0][p[1]]))) for i, (ids, s) in enumerate(zip(text, spans, strict=True))], True  # type: ignore[misc]
+    return [
+        _named(i, lambda p=(ids, s): token_ids(model, tokenizer, list(p[0][p[1]])))
+        for i, (ids, s) in enumerate(zip(text, spans, strict=True))
+    ], True  # type: ignore[misc]
 
 
 def _named(item: int, call: Any) -> Any:

@@ -7,13 +7,28 @@ GROUPED = {
     "max_position_embeddings": 64, "head_dim": 12, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attention_bias": True,
 }  # fmt: skip
 ALONE = {k: v for k, v in GROUPED.items() if k not in ("num_key_value_heads", "head_dim")}
-EXPERTS = {"intermediate_size": 76, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 1}
+EXPERTS = {
+    "intermediate_size": 76,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "decoder_sparse_step": 1,
+}
 LATENT = {
     "hidden_size": 60, "intermediate_size": 77, "moe_intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6,
     "vocab_size": 101, "max_position_embeddings": 64, "q_lora_rank": 18, "kv_lora_rank": 14, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 11,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
-MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 30, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+MAMBA = {
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 30,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 ALIKE = (
     "llama mistral qwen2 qwen3 gemma olmo nemotron seed_oss apertus helium ernie4_5 hunyuan_v1_dense glm glm4 phi3 starcoder2 smollm3 "

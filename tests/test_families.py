@@ -77,7 +77,9 @@ def model(request):
 
 def test_parts_add_up_at_every_node(model):
     found = []
-    output = capture(model, torch.tensor([IDS]), lambda layer: found.append((layer.index, conservation_error(layer), layer.mixer_out, layer.query)))
+    output = capture(
+        model, torch.tensor([IDS]), lambda layer: found.append((layer.index, conservation_error(layer), layer.mixer_out, layer.query))
+    )
     assert [index for index, *_ in found] == list(range(len(found)))
     assert len(found) >= 2
     assert max(error for _, error, *_ in found) < 1e-5
@@ -133,3 +135,11 @@ def test_families_without_an_answer_are_refused(kind):
 
     with pytest.raises(ValueError, match=REFUSED.get(kind, "encoder")[:30]):
         family_of(AutoConfig.for_model(kind))
+
+
+def test_the_table_in_the_documentation_is_the_adapters():
+    from pathlib import Path
+
+    from flowroutes_fast.models.table import markdown
+
+    assert (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8") == markdown()

@@ -46,7 +46,10 @@ def test_a_batch_equals_single_runs(name):
 def test_padding_is_no_part(side):
     model = tiny("qwen2")
     pads = [[0] * (13 - len(ids)) for ids in PROMPTS]
-    rows = [(p + i, [0] * len(p) + [1] * len(i)) if side == "left" else (i + p, [1] * len(i) + [0] * len(p)) for i, p in zip(PROMPTS, pads, strict=True)]
+    rows = [
+        (p + i, [0] * len(p) + [1] * len(i)) if side == "left" else (i + p, [1] * len(i) + [0] * len(p))
+        for i, p in zip(PROMPTS, pads, strict=True)
+    ]
     encoded = {"input_ids": torch.tensor([r[0] for r in rows]), "attention_mask": torch.tensor([r[1] for r in rows])}
     for trace, ids in zip(fr.trace(model, None, encoded, tolerance=0), PROMPTS, strict=True):
         same(trace, fr.trace(model, None, ids, tolerance=0))
@@ -81,7 +84,10 @@ def test_a_generated_text_is_explained_token_by_token():
 @pytest.mark.parametrize("positions", [[-1], [2, 7], [11, 12]])
 def test_positions_limit_the_rows(name, positions):
     model = make(name)
-    whole, some = fr.trace(model, None, IDS, tolerance=0, neurons=name == "llama"), fr.trace(model, None, IDS, tolerance=0, positions=positions, neurons=name == "llama")
+    whole, some = (
+        fr.trace(model, None, IDS, tolerance=0, neurons=name == "llama"),
+        fr.trace(model, None, IDS, tolerance=0, positions=positions, neurons=name == "llama"),
+    )
     rows = [p % 13 for p in positions]
     others = [p for p in range(13) if p not in rows]
     for field in ("heads", "attention_residual", "mixer", "ffn"):
@@ -187,7 +193,9 @@ def test_bitsandbytes_weights():
     for name in list(weights):
         parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         old = getattr(parent, child)
-        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4")
+        new = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
         new.load_state_dict(old.state_dict())
         try:
             setattr(parent, child, new.to("cpu"))

@@ -354,18 +354,30 @@ def family_of(config: Any) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder model; information flow routes are defined for decoder-only models")
     if getattr(config, "is_decoder", True) is False and kind in _ENCODERS:
-        raise ValueError(f"{kind} is an encoder; information flow routes are defined for decoders, where positions see only what came before")
+        raise ValueError(
+            f"{kind} is an encoder; information flow routes are defined for decoders, where positions see only what came before"
+        )
     if kind in REFUSED:
         raise ValueError(f"model family {kind!r} cannot be traced: {REFUSED[kind]}")
     if kind not in FAMILIES:
-        raise ValueError(
-            f"model family {kind!r} is not known to flowroutes_fast; known families: {', '.join(sorted(FAMILIES))}"
-        )
+        raise ValueError(f"model family {kind!r} is not known to flowroutes_fast; known families: {', '.join(sorted(FAMILIES))}")
     found = FAMILIES[kind]
     return found if isinstance(found, Family) else found(config)
 
 
-_ENCODERS = ("bert", "roberta", "distilbert", "deberta", "deberta-v2", "electra", "modernbert", "xlm-roberta", "albert", "camembert", "mpnet")
+_ENCODERS = (
+    "bert",
+    "roberta",
+    "distilbert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "modernbert",
+    "xlm-roberta",
+    "albert",
+    "camembert",
+    "mpnet",
+)
 REFUSED = {
     "deepseek_v4": "it has several residual streams, and a route is defined on one",
     "gemma3n": "it has several residual streams, and a route is defined on one",
@@ -408,7 +420,11 @@ def _block(index: int, layer: nn.Module, family: Family, config: Any) -> Block:
     attention = _find(layer, family.attention)
     output = _find(attention, family.output) if attention is not None else None
     mixer = next((m for name in family.mixers if (m := _find(layer, name)) is not None), None)
-    if attention is not None and (getattr(layer, "block_type", None) == "linear_attention" or output is None) and (mixer or family.name == "minimax"):
+    if (
+        attention is not None
+        and (getattr(layer, "block_type", None) == "linear_attention" or output is None)
+        and (mixer or family.name == "minimax")
+    ):
         mixer, attention, output = mixer or attention, None, None  # a mixer under the attention's name
     elif mixer is attention:
         mixer = None

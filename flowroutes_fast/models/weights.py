@@ -50,7 +50,9 @@ def _dequantised(module: Any, layer: int) -> Tensor:
         weight = weight.dequantize()
     weight = weight.detach()
     if not weight.is_floating_point() or weight.is_meta:
-        raise ValueError(f"layer {layer}: the weight of a {type(module).__name__} is stored as {weight.dtype} on {weight.device}, which cannot be read")
+        raise ValueError(
+            f"layer {layer}: the weight of a {type(module).__name__} is stored as {weight.dtype} on {weight.device}, which cannot be read"
+        )
     return weight.float()
 
 
