@@ -30,12 +30,9 @@ MAMBA = {
     "mamba_chunk_size": 8,
 }
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-ALIKE = (
-    "llama mistral qwen2 qwen3 gemma olmo nemotron seed_oss apertus helium ernie4_5 hunyuan_v1_dense glm glm4 phi3 starcoder2 smollm3 "
-    "bitnet granite olmo2 exaone4 cohere stablelm"
-).split()  # fmt: skip
+ALIKE = ["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "nemotron", "seed_oss", "apertus", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "phi3", "starcoder2", "smollm3", "bitnet", "granite", "olmo2", "exaone4", "cohere", "stablelm"]  # fmt: skip
 
-OPTIONS = {name: GROUPED for name in ALIKE} | {
+OPTIONS = dict.fromkeys(ALIKE, GROUPED) | {
     "afmoe": GROUPED | EXPERTS | {"num_dense_layers": 1, "sliding_window": 5, "num_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "bamba": {k: v for k, v in GROUPED.items() if k != "head_dim"} | MAMBA | {"attn_layer_indices": [1]},
     "bitnet": GROUPED | {"attention_bias": False, "head_dim": 10},

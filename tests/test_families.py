@@ -1,5 +1,7 @@
 """Every family: parts add up at every node, exact equals an independent float64 evaluation, certified routes are exact routes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from families import OPTIONS, VARIANTS, make
 import flowroutes_fast as fr
 from flowroutes_fast.capture import capture
 from flowroutes_fast.layer import conservation_error
-from flowroutes_fast.models.families import FAMILIES, REFUSED
+from flowroutes_fast.models.families import FAMILIES, REFUSED, blocks_of
+from flowroutes_fast.models.table import markdown, rows
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 7, 51]
 NAMES = sorted(FAMILIES) + sorted(VARIANTS)
@@ -123,6 +126,40 @@ def test_certified_routes_are_exact_routes(model):
     assert bool(((exact.heads >= low - 2e-5) & (exact.heads <= high + 2e-5)).all())
 
 
+def test_neurons_add_up_to_the_ffn(model):
+    """Where the table says so, neurons exist; their exact proximities are those of activation times column of the down projection."""
+    table = {row[0]: row[4] for row in rows()}[model.config.model_type]
+    if table == "no":
+        with pytest.raises(ValueError, match=r"no down projection|do not add up"):
+            fr.trace(model, None, IDS, neurons=True)
+        return
+    if table == "dense layers only" and any(block.down is None for block in blocks_of(model)):
+        with pytest.raises(ValueError, match="no down projection"):
+            fr.trace(model, None, IDS, neurons=True)
+        return
+    trace = fr.trace(model, None, IDS, neurons=True, precision="exact", floor=1e-4)
+    layers = []
+
+    def compare(layer):
+        d = torch.float64
+        post = layer.resid_post.to(d)
+        rows_, gain = (1.0 if t is None else t.to(d) for t in (layer.neuron_rows, layer.neuron_gain))
+        scale = rows_[:, None] if isinstance(rows_, torch.Tensor) else rows_
+        part = (layer.neurons.to(d) * scale)[..., None] * layer.block.w_down().to(d) * gain
+        bias = 0 if layer.block.down_bias is None else layer.block.down_bias.to(d) * scale * gain
+        torch.testing.assert_close(part.sum(1) + bias, layer.ffn_out.to(d), atol=1e-4, rtol=1e-4)
+        found = trace.neurons(layer.index)
+        near = proximity(part, post[:, None])[found["position"].to_numpy(), found["neuron"].to_numpy()]
+        ratio = found["importance"].to_numpy() / near.numpy()
+        for position in set(found["position"]):  # one normaliser per position
+            mine = ratio[found["position"] == position]
+            np.testing.assert_allclose(mine, mine[0], rtol=1e-3)
+        layers.append(layer.index)
+
+    capture(model, torch.tensor([IDS]), compare, neurons=True)
+    assert len(layers) == len(trace.shapes)
+
+
 def test_every_family_of_the_table_is_tested():
     assert set(OPTIONS) == set(FAMILIES)
 
@@ -138,8 +175,4 @@ def test_families_without_an_answer_are_refused(kind):
 
 
 def test_the_table_in_the_documentation_is_the_adapters():
-    from pathlib import Path
-
-    from flowroutes_fast.models.table import markdown
-
     assert (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8") == markdown()

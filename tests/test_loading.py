@@ -100,7 +100,7 @@ def test_positions_limit_the_rows(name, positions):
         if name == "llama":
             assert set(some.neurons(layer)["position"]) == set(rows)
     assert some.certificate["worst_error"] < 1e-5
-    with pytest.raises(ValueError, match="position .* was not traced"):
+    with pytest.raises(ValueError, match=r"position .* was not traced"):
         some.route(position=positions[0], threshold=0.001)
 
 
@@ -235,7 +235,7 @@ def test_models_without_weights_are_refused():
     config = tiny("llama").config
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="no weights for model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"no weights for model.embed_tokens.weight"):
         fr.trace(empty, None, IDS)
     half = tiny("llama")
     half.model.layers[2].mlp.down_proj.to("meta")

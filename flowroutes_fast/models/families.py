@@ -160,7 +160,9 @@ _OPT = Family("opt", layers="layers", output="out_proj", ffn=("fc2",), down="fc2
 _GEMMA2 = Family("gemma2", mid="pre_feedforward_layernorm", post_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
 _OLMO2 = Family("olmo2", mid="mlp", post_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
 _COHERE = Family("cohere", parallel=lambda config: True, mid=None)
-_JAMBA = Family("jamba", mid="pre_ff_layernorm", ffn=("feed_forward",), down="feed_forward.down_proj", mixers=("mamba",))
+_JAMBA = Family(
+    "jamba", mid="pre_ff_layernorm", ffn=("feed_forward",), down="feed_forward.down_proj", mixers=("mamba",), note="mixture of experts"
+)
 _GRANITE = Family(
     "granite", attention_scale=_number("residual_multiplier"), ffn_scale=_number("residual_multiplier"), note="residual multiplier"
 )
@@ -178,16 +180,16 @@ _FALCON = replace(
 )  # fmt: skip
 
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
-    "afmoe": replace(_GEMMA2, name="afmoe", mid="pre_mlp_layernorm", ffn_norm="post_mlp_layernorm", gate="gate_proj", note="output gate"),
+    "afmoe": replace(_GEMMA2, name="afmoe", mid="pre_mlp_layernorm", ffn_norm="post_mlp_layernorm", gate="gate_proj", note="mixture of experts"),
     "apertus": replace(_LLAMA, name="apertus", mid="feedforward_layernorm"),
-    "bamba": replace(_JAMBA, name="bamba"),
+    "bamba": replace(_JAMBA, name="bamba", note=""),
     "bitnet": replace(_LLAMA, name="bitnet", inner_norm="attn_sub_norm", note="norm before W_O"),
     "bloom": _bloom,
     "codegen": replace(_GPTJ, name="codegen", values="qkv_proj", value_of=_codegen),
     "cohere": _COHERE,
     "cohere2": replace(_COHERE, name="cohere2"),
-    "deepseek_v2": replace(_LLAMA, name="deepseek_v2", values="", note="latent attention"),
-    "deepseek_v3": replace(_LLAMA, name="deepseek_v3", values="", note="latent attention"),
+    "deepseek_v2": replace(_LLAMA, name="deepseek_v2", values="", note="latent attention; mixture of experts"),
+    "deepseek_v3": replace(_LLAMA, name="deepseek_v3", values="", note="latent attention; mixture of experts"),
     "ernie4_5": replace(_LLAMA, name="ernie4_5"),
     "exaone4": replace(_OLMO2, name="exaone4"),
     "falcon": _falcon_family,
@@ -199,7 +201,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, name="gemma3_text"),
     "gemma4_text": replace(
-        _GEMMA2, name="gemma4_text", ffn=("mlp", "post_per_layer_input_norm"), state_scale=_number("layer_scalar"), values="", last_logits=False, note="layer scalar",
+        _GEMMA2, name="gemma4_text", ffn=("mlp", "post_per_layer_input_norm"), state_scale=_number("layer_scalar"), values="", last_logits=False, down="", note="layer scalar",
     ),
     "glm": replace(_LLAMA, name="glm"),
     "glm4": replace(_LLAMA, name="glm4", post_norm="post_self_attn_layernorm", ffn_norm="post_mlp_layernorm"),
@@ -222,7 +224,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
         _LLAMA, name="lfm2", output="out_proj", mid="ffn_norm", ffn=("feed_forward",), down="feed_forward.w2", mixers=("conv",),
     ),
     "llama": _LLAMA,
-    "llama4_text": replace(_LLAMA, name="llama4_text", ffn=("feed_forward",), down="feed_forward.down_proj", note="chunked attention"),
+    "llama4_text": replace(_LLAMA, name="llama4_text", ffn=("feed_forward",), down="feed_forward.down_proj", note="chunked attention; mixture of experts"),
     "minicpm3": replace(
         _GRANITE, name="minicpm3", attention_scale=_number("residual_scale"), ffn_scale=_number("residual_scale"), values="", note="latent attention",
     ),
@@ -249,7 +251,7 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "qwen3": replace(_LLAMA, name="qwen3"),
     "qwen3_moe": replace(_LLAMA, name="qwen3_moe", note="mixture of experts"),
     "qwen3_next": replace(
-        _LLAMA, name="qwen3_next", mixers=("linear_attn",), gate="q_proj", gate_of=_second_half, note="output gate; mixture of experts",
+        _LLAMA, name="qwen3_next", mixers=("linear_attn",), gate="q_proj", gate_of=_second_half, note="mixture of experts",
     ),
     "recurrent_gemma": replace(
         _LLAMA, name="recurrent_gemma", attention="temporal_block", mid="channel_pre_norm", ffn=("mlp_block",), down="mlp_block.down_proj",

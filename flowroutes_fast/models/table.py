@@ -19,8 +19,9 @@ def _row(kind: str) -> tuple[str, str, str, str, str]:
     config._attn_implementation = "eager"
     family = family_of(config)
     weights = "from the model's eager attention" if family.hooked else "recomputed from queries and keys"
+    neurons = "dense layers only" if family.down and "experts" in family.note else "yes" if family.down else "no"
     shape = "parallel" if family.parallel(config) else "sequential"
-    return kind, shape, weights, ", ".join(_particulars(family)) or "–", "yes" if family.down else "no"
+    return kind, shape, weights, ", ".join(_particulars(family)) or "–", neurons
 
 
 def _particulars(family: Family) -> list[str]:
