@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowroutes_fast.files import write_atomically
 from flowroutes_fast.neurons import NeuronImportances
-from flowroutes_fast.routes import OpenRows, Route, extract, open_rows
+from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
 
 FORMAT = "flowroutes_fast.trace"
 FORMAT_VERSION = 3
@@ -189,37 +189,102 @@ class Trace:
         columns = {"position": position, "neuron": neuron, "importance": value, "low": value * below, "high": value * above}
         return pd.DataFrame(columns)
 
-    def route(self, position: int = -1, threshold: float = 0.04, renormalize: bool = True) -> Route:
+    def has_mixer(self, layer: int) -> bool:
+        """Does a mixer without attention weights (Mamba, linear attention, convolution) take part in this layer?"""
+        return bool(self.mixers) and bool(self.mixers[layer])
+
+    def route(
+        self,
+        position: int | Sequence[int] = -1,
+        threshold: float | None = None,
+        renormalize: bool = True,
+        *,
+        rule: str = "importance",
+        keep: float | None = None,
+    ) -> Route:
         """The route of ``position``'s last state: every edge above ``threshold``, followed top-down (algorithm 1 of the paper).
 
         It is the route of exact importances. Where the certified intervals leave a decision open (which they do not at the thresholds
         that were asked for when tracing), the model runs once more to settle it; a trace keeps no model alive for that.
 
+        Args:
+            position: where to start, negative from the end; several positions give the union of their routes.
+            threshold: importances above it are followed; 0.04 by default.
+            renormalize: drop sub-edges up to the threshold before heads are summed, and divide the survivors by their sum.
+            rule: ``"importance"``, the paper's; or ``"flow"``: mass 1 starts at the root and splits at every node over what enters it, in
+                proportion to importance; an edge's flow is the mass it carries. A route by flow holds the edges with a flow above
+                ``threshold``, or the strongest share ``keep`` of all that carry any, as far as they hang together with a root.
+                Sub-edges below the floor of the trace are no candidates, and certified importances enter as estimated.
+            keep: share of the edges to keep, in (0, 1]; with ``rule="flow"``, instead of a threshold.
+
         Raises:
-            ValueError: threshold outside [0, 1) or below the floor of this trace; a decision is open and the model is gone.
+            ValueError: threshold outside [0, 1) or below the floor of this trace; a decision is open and the model is gone; options
+                that exclude each other.
             IndexError: position out of range.
         """
+        positions = self._positions(position)
+        if rule not in ("importance", "flow"):
+            raise ValueError(f"unknown rule {rule!r}: choose 'importance' or 'flow'")
+        if keep is not None and (rule != "flow" or threshold is not None):
+            raise ValueError("keep belongs to rule='flow', without a threshold")
+        if keep is not None and not 0 < keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], got {keep}")
+        if rule == "flow" and threshold is None and keep is None:
+            raise ValueError("rule='flow' needs a threshold of the flow, or keep= (the share of edges to keep)")
+        if rule == "flow" and not renormalize:
+            raise ValueError("rule='flow' has no renormalize=False: flow is a share of the root's mass")
+        threshold = 0.04 if threshold is None else float(threshold)
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+        if rule == "flow":
+            return by_flow(self, positions, threshold, keep)
         if threshold < self.floor:
             raise ValueError(
                 f"threshold {threshold} is below this trace's floor {self.floor}; trace again with "
                 + (f"floor={threshold}" if threshold > 0 else "precision='exact', dense=True")
             )
-        count = len(self.tokens)
-        if not -count <= position < count:
-            raise IndexError(f"position {position} is out of range: the prompt has {count} tokens")
         try:
-            return extract(self, position % count, float(threshold), renormalize)
+            return extract(self, positions, threshold, renormalize)
         except OpenRows as found:
-            self._settle_rows(float(threshold), renormalize, found)
-            return extract(self, position % count, float(threshold), renormalize)
+            self._settle_rows(threshold, renormalize, found)
+            return extract(self, positions, threshold, renormalize)
+
+    def token_attribution(self, position: int | Sequence[int] | slice = -1) -> pd.DataFrame:
+        """How much each token supplies to the last state of ``position`` (several: to each of them equally).
+
+        Mass 1 starts at the root and goes down the whole graph; every node hands its mass to the sources of its incoming edges in
+        proportion to their importance (equation 5; signed flow: its absolute value), an FFN's and a residual connection's source being the
+        same position. Biases have no source and take nothing. What arrives at the embeddings sums to 1.
+
+        Returns:
+            A table ``position, token, importance``, all tokens. ``table.attrs["unresolved"]`` is the mass, summed over layers, that met
+            sub-edges below the trace's floor; it went to those above. It is 0 with ``precision="exact", dense=True``.
+        """
+        from flowroutes_fast.mass import push
+
+        positions = list(range(len(self.tokens)))[position] if isinstance(position, slice) else self._positions(position)
+        if not positions:
+            raise ValueError(f"the span {position} holds no position")
+        mass, _, unresolved = push(self, positions)
+        table = pd.DataFrame({"position": np.arange(len(mass)), "token": self.tokens, "importance": mass})
+        table.attrs["unresolved"] = unresolved
+        return table
+
+    def _positions(self, position: int | Sequence[int]) -> list[int]:
+        count = len(self.tokens)
+        chosen = [int(p) for p in position] if isinstance(position, (Sequence, np.ndarray)) else [int(position)]
+        if not chosen:
+            raise ValueError("position is empty: a route needs a root")
+        for p in chosen:
+            if not -count <= p < count:
+                raise IndexError(f"position {p} is out of range: the prompt has {count} tokens")
+        return sorted({p % count for p in chosen})
 
     def _settle_rows(self, threshold: float, renormalize: bool, found: OpenRows) -> None:
         """Evaluate every row that is open at a threshold whole, by one more forward pass."""
         import torch
 
-        everyone = np.arange(len(self.tokens))
+        everyone = (~self.normaliser_low[0].isnan()).numpy().nonzero()[0]
         rows = {layer: open_rows(self, layer, everyone, threshold, renormalize) for layer in range(self.n_layers)}
         rows = {layer: queries for layer, queries in rows.items() if len(queries)}
         settled = self.settle(rows) if self.settle else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,29 +21,37 @@ if TYPE_CHECKING:
     from flowroutes_fast.record import Trace
 
 FORMAT = "flowroutes_fast.route"
-FORMAT_VERSION = 1
-KINDS = ("attention", "attention_residual", "ffn", "ffn_residual")
+FORMAT_VERSION = 2
+KINDS = ("attention", "mixer", "attention_residual", "ffn", "ffn_residual")
 COLUMNS = {"layer": "int64", "kind": "object", "source": "int64", "target": "int64", "head": "int64", "importance": "float64"}
 
 
 @dataclass(eq=False)
 class Route:
-    """The sub-edges through which one position's last state is reached.
+    """The sub-edges through which the last states of one or several positions are reached.
 
     ``edges`` has one row per sub-edge: ``layer``, ``kind`` (one of :data:`KINDS`), ``source`` and ``target`` (token positions),
     ``head`` (-1 where it has no meaning, or for the heads of a token edge that are too small to be told apart) and ``importance`` (share of
-    its node's total, in [0, 1]; with ``measure="signed"`` in [-1, 1]). The root is the state of ``position`` after the last layer.
+    its node's total, in [0, 1]; with ``measure="signed"`` in [-1, 1]; with ``rule="flow"`` its flow, the share of the roots' mass that
+    passes through it). The roots are the states of ``positions`` after the last layer; ``position`` is the last of them.
+    ``"mixer"`` is what a layer without attention weights (Mamba, linear attention) adds: its sources are not known.
     """
 
     tokens: list[str]
     position: int
-    threshold: float
+    threshold: float  # rule="flow": of the flow; with ``keep``, the one that keeps so much
     renormalize: bool
     model: str
     shapes: list[str]  # per layer: "sequential" or "parallel"
     edges: pd.DataFrame = field(repr=False)
     prediction: list[tuple[str, float]] = field(default_factory=list)
     measure: str = "proximity"
+    positions: tuple[int, ...] = ()
+    rule: str = "importance"
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        self.positions = tuple(self.positions) or (self.position,)
 
     @property
     def n_layers(self) -> int:
@@ -64,6 +72,10 @@ class Route:
         return f"{below}_{source}", f"{'I' if parallel else 'A'}{layer}_{target}"
 
     @property
+    def roots(self) -> list[str]:
+        return [f"I{self.n_layers - 1}_{position}" for position in self.positions]
+
+    @property
     def root(self) -> str:
         return f"I{self.n_layers - 1}_{self.position}"
 
@@ -71,8 +83,9 @@ class Route:
         """The route as a multigraph: an edge per sub-edge, from source to target state, with ``kind``, ``layer``, ``head``, ``importance``."""
         import networkx as nx
 
-        graph = nx.MultiDiGraph(model=self.model, position=self.position, threshold=self.threshold, renormalize=self.renormalize)
-        graph.add_node(self.root)
+        about = {name: getattr(self, name) for name in ("model", "position", "positions", "threshold", "renormalize", "rule", "measure")}
+        graph = nx.MultiDiGraph(**about)
+        graph.add_nodes_from(self.roots)
         for layer, kind, source, target, head, importance in self._rows():
             start, end = self.nodes_of(layer, kind, source, target)
             key = f"L{layer}H{head}" if head >= 0 else kind
@@ -105,7 +118,7 @@ class Route:
         return write_text(path, json.dumps(document, ensure_ascii=False, allow_nan=False))
 
     def __repr__(self) -> str:
-        return f"Route({len(self.edges)} sub-edges to {self.tokens[self.position]!r}@{self.position}, threshold={self.threshold}, {self.model})"
+        return f"Route({len(self.edges)} sub-edges to {', '.join(f'{self.tokens[p]!r}@{p}' for p in self.positions)}, threshold={self.threshold}, {self.model})"
 
 
 def load_route(path: str | os.PathLike[str]) -> Route:
@@ -116,8 +129,8 @@ def load_route(path: str | os.PathLike[str]) -> Route:
         raise ValueError(f"'{path}' is not a whole route file: {error}") from error
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise ValueError(f"'{path}' is not a route file of flowroutes_fast")
-    if (version := document.pop("version", None)) != FORMAT_VERSION:
-        raise ValueError(f"'{path}' is a route file of version {version}; this release reads version {FORMAT_VERSION}")
+    if (version := document.pop("version", None)) not in (1, FORMAT_VERSION):
+        raise ValueError(f"'{path}' is a route file of version {version}; this release reads versions up to {FORMAT_VERSION}")
     try:
         edges = pd.DataFrame(document.pop("edges")).astype(COLUMNS)
         document["prediction"] = [(text, float(p)) for text, p in document["prediction"]]
@@ -145,6 +158,42 @@ class _Rows:
         return pd.DataFrame({name: np.concatenate(parts) for name, parts in self.columns.items()}).astype(COLUMNS)
 
 
+class EdgeRows(NamedTuple):
+    """Edges of one kind: source and target positions, heads (-1: none), importances."""
+
+    kind: str
+    source: np.ndarray
+    target: np.ndarray
+    head: np.ndarray
+    importance: np.ndarray
+
+
+def same_token_parts(trace: Trace, layer: int, queries: np.ndarray) -> list[EdgeRows]:
+    """Edges into the node after attention (parallel block: after the block) that stay at their position."""
+    values = {"attention_residual": trace.attention_residual}
+    if trace.has_mixer(layer):
+        values["mixer"] = trace.mixer
+    if trace.shapes[layer] == "parallel":
+        values["ffn"] = trace.ffn
+    return _alone(layer, queries, values)
+
+
+def after_ffn(trace: Trace, layer: int, queries: np.ndarray) -> list[EdgeRows]:
+    """Edges into the node after the FFN of a sequential block."""
+    return _alone(layer, queries, {"ffn": trace.ffn, "ffn_residual": trace.ffn_residual})
+
+
+def _alone(layer: int, queries: np.ndarray, values: dict[str, Any]) -> list[EdgeRows]:
+    none = np.full(len(queries), -1)
+    return [EdgeRows(kind, queries, queries, none, v[layer].numpy()[queries].astype(np.float64)) for kind, v in values.items()]
+
+
+def check_traced(trace: Trace, layer: int, queries: np.ndarray) -> None:
+    """``ValueError`` if a position is needed that ``trace(positions=)`` left out."""
+    if len(missing := queries[np.isnan(trace.ffn[layer].numpy()[queries])]):
+        raise ValueError(f"position {missing[0]} was not traced, and the route reaches it in layer {layer}; trace without positions=")
+
+
 class OpenRows(Exception):
     """A certified trace leaves a decision open at some rows that a route visits."""
 
@@ -167,9 +216,8 @@ def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, re
             found[row[inside]] = True
 
     everyone = slice(None)
-    check(everyone, trace.attention_residual[layer].numpy()[active], trace.attention_residual[layer].numpy()[active])
-    if trace.shapes[layer] == "parallel":
-        check(everyone, trace.ffn[layer].numpy()[active], trace.ffn[layer].numpy()[active])
+    for part in same_token_parts(trace, layer, active):
+        check(everyone, part.importance, part.importance)
     if renormalize:
         check(everyone, trace.attention_bias[layer].numpy()[active], trace.attention_bias[layer].numpy()[active])
         named = head >= 0
@@ -185,8 +233,8 @@ def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, re
     return active[found]
 
 
-def extract(trace: Trace, position: int, threshold: float, renormalize: bool) -> Route:
-    """Follow edges downwards from the last state of ``position`` while their importance is > ``threshold`` (strictly).
+def extract(trace: Trace, positions: Sequence[int], threshold: float, renormalize: bool) -> Route:
+    """Follow edges downwards from the last states of ``positions`` while their importance is > ``threshold`` (strictly).
 
     ``renormalize=True`` (the paper's experiments): per node, every part ≤ threshold is dropped, the survivors are divided by
     their sum. ``renormalize=False``: sub-edges are summed over heads first and the (source, target) sums are thresholded; the
@@ -195,35 +243,47 @@ def extract(trace: Trace, position: int, threshold: float, renormalize: bool) ->
     Raises :class:`OpenRows` where a certified trace does not decide.
     """
     found = _Rows()
-    active = np.array([position])
+    active = np.unique(np.asarray(positions, np.int64))
     for layer in reversed(range(trace.n_layers)):
         if not len(active):
             break
-        if len(missing := active[np.isnan(trace.ffn[layer].numpy()[active])]):
-            raise ValueError(f"position {missing[0]} was not traced, and the route reaches it in layer {layer}; trace without positions=")
-        parallel = trace.shapes[layer] == "parallel"
-        parts = [("ffn", trace.ffn)] if parallel else [("ffn", trace.ffn), ("ffn_residual", trace.ffn_residual)]
-        if not parallel:
-            alone = {kind: values[layer].numpy()[active] for kind, values in parts}
-            active = _same_token(found, layer, active, alone, threshold, renormalize)
+        check_traced(trace, layer, active)
+        if trace.shapes[layer] != "parallel":
+            active = _ffn_node(found, layer, active, after_ffn(trace, layer, active), threshold, renormalize)
         active = _attention_node(found, trace, layer, active, threshold, renormalize)
+    return _route(trace, positions, threshold, found, renormalize=renormalize)
+
+
+def by_flow(trace: Trace, positions: Sequence[int], threshold: float | None, keep: float | None) -> Route:
+    """The edges with the most flow (see :mod:`flowroutes_fast.mass`) that hang together with a root; ``importance`` is their flow."""
+    from flowroutes_fast.mass import connected, push, strongest
+
+    _, flows, _ = push(trace, positions)
+    limit = strongest(flows, keep) if keep is not None else threshold
+    assert limit is not None
+    found = _Rows()
+    for layer, part in connected(trace, flows, positions, limit):
+        found.add(layer, part.kind, part.source, part.target, part.head, part.importance)
+    return _route(trace, positions, limit, found, rule="flow", keep=keep, renormalize=True)
+
+
+def _route(trace: Trace, positions: Sequence[int], threshold: float, found: _Rows, **known: Any) -> Route:
+    last = max(positions)
     return Route(
-        tokens=list(trace.tokens), position=position, threshold=threshold, renormalize=renormalize, model=trace.model, shapes=list(trace.shapes),
-        edges=found.table(), prediction=list(trace.prediction) if position == len(trace.tokens) - 1 else [], measure=trace.measure,
+        tokens=list(trace.tokens), position=last, positions=tuple(sorted(set(positions))), threshold=threshold, model=trace.model,
+        shapes=list(trace.shapes), edges=found.table(), prediction=list(trace.prediction) if last == len(trace.tokens) - 1 else [],
+        measure=trace.measure, **known,
     )  # fmt: skip
 
 
-def _same_token(
-    found: _Rows, layer: int, active: np.ndarray, parts: dict[str, np.ndarray], threshold: float, renormalize: bool
-) -> np.ndarray:
+def _ffn_node(found: _Rows, layer: int, active: np.ndarray, parts: list[EdgeRows], threshold: float, renormalize: bool) -> np.ndarray:
     """The node after the FFN; returns the positions whose state after attention is reached."""
-    kept = {kind: np.abs(values) > threshold for kind, values in parts.items()}
-    total = np.sum([np.abs(values) * kept[kind] for kind, values in parts.items()], axis=0)
-    for kind, values in parts.items():
-        keep = kept[kind]
-        value = values[keep] / total[keep] if renormalize else values[keep]
-        found.add(layer, kind, active[keep], active[keep], -1, value)
-    return active[np.logical_or.reduce(list(kept.values()))]
+    kept = [np.abs(part.importance) > threshold for part in parts]
+    total = np.sum([np.abs(part.importance) * keep for part, keep in zip(parts, kept, strict=True)], axis=0)
+    for part, keep in zip(parts, kept, strict=True):
+        value = part.importance[keep] / total[keep] if renormalize else part.importance[keep]
+        found.add(layer, part.kind, active[keep], active[keep], -1, value)
+    return active[np.logical_or.reduce(kept)]
 
 
 def _attention_node(found: _Rows, trace: Trace, layer: int, active: np.ndarray, threshold: float, renormalize: bool) -> np.ndarray:
@@ -233,9 +293,7 @@ def _attention_node(found: _Rows, trace: Trace, layer: int, active: np.ndarray, 
     if trace.precision == "certified" and len(undecided := open_rows(trace, layer, active, threshold, renormalize)):
         raise OpenRows(layer, undecided)
     query, key, head, value = trace.sub_edges(layer, active)
-    alone = {"attention_residual": trace.attention_residual[layer].numpy()[active]}
-    if trace.shapes[layer] == "parallel":
-        alone["ffn"] = trace.ffn[layer].numpy()[active]
+    alone = same_token_parts(trace, layer, active)
     constant = trace.attention_bias[layer].numpy()[active]
     if renormalize:
         keep = (np.abs(value) > threshold) & (head >= 0)
@@ -248,11 +306,11 @@ def _attention_node(found: _Rows, trace: Trace, layer: int, active: np.ndarray, 
     total = np.ones(len(active))
     if renormalize:
         total = np.bincount(row, weights=np.abs(value), minlength=len(active)) + np.abs(constant) * (np.abs(constant) > threshold)
-        total += np.sum([np.abs(v) * (np.abs(v) > threshold) for v in alone.values()], axis=0)
+        total += np.sum([np.abs(p.importance) * (np.abs(p.importance) > threshold) for p in alone], axis=0)
     found.add(layer, "attention", key, query, head, value / total[row])
     sources = [key]
-    for kind, values in alone.items():
-        kept = np.abs(values) > threshold
-        found.add(layer, kind, active[kept], active[kept], -1, values[kept] / total[kept])
+    for part in alone:
+        kept = np.abs(part.importance) > threshold
+        found.add(layer, part.kind, active[kept], active[kept], -1, part.importance[kept] / total[kept])
         sources.append(active[kept])
     return np.unique(np.concatenate(sources)).astype(np.int64)

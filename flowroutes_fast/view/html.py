@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.cells import cell_len
 
-from flowroutes_fast.view.text import clip, head_name, show_token, states_of, strongest_edges
+from flowroutes_fast.view.text import clip, head_name, rule_text, show_token, states_of, strongest_edges
 
 if TYPE_CHECKING:
     from flowroutes_fast.routes import Route
 
 KINDS = {
     "attention": "attention",
+    "mixer": "mixer without attention weights (sources unknown)",
     "attention_residual": "residual connection around attention",
     "ffn": "FFN",
     "ffn_residual": "residual connection around the FFN",
@@ -161,13 +162,13 @@ def _nodes(route: Route, layout: _Layout) -> list[dict[str, Any]]:
     outer, inner = states_of(route)
     nodes: list[_Node] = [*(("X", *at) for at in outer), *(("A", *at) for at in inner)]
     nodes.sort(key=lambda node: (-layout.at(node)[1], node[2]))
-    root = ("X", route.n_layers, route.position)
+    roots = {("X", route.n_layers, position) for position in route.positions}
     return [
         {
             "node": node,
             "x": layout.at(node)[0],
             "y": layout.at(node)[1],
-            "kind": "root" if node == root else node[0],
+            "kind": "root" if node in roots else node[0],
             "name": _node_name(node),
             "text": _node_text(node),
             "position": node[2],
@@ -187,7 +188,7 @@ def _tokens(route: Route, layout: _Layout, nodes: list[dict[str, Any]]) -> list[
             "breaks": token.count("\n"),
             "touched": position in touched,
             "embedded": position in embedded,
-            "root": position == route.position,
+            "root": position in route.positions,
         }
         for position, token in enumerate(route.tokens)
     ]
@@ -216,7 +217,8 @@ def route_html(route: Route) -> str:
         nodes=nodes,
         edges=edges,
         root=layout.at(("X", route.n_layers, route.position)),
-        root_token=show_token(route.tokens[route.position]),
+        root_tokens=[(show_token(route.tokens[position]), position) for position in route.positions],
+        rule=rule_text(route),
         prediction=[(show_token(text), p) for text, p in route.prediction],
         counts=[(kind, int(counts[kind])) for kind in KINDS if kind in counts],
         crossing=len(crossing),

@@ -98,7 +98,7 @@ def states_of(route: Route) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]
 
     Level 0 is the embedding, level l + 1 the residual stream after layer l. Parallel layers have no state after attention.
     """
-    outer = {(route.n_layers, route.position)}
+    outer = {(route.n_layers, position) for position in route.positions}
     inner: set[tuple[int, int]] = set()
     columns = [route.token_edges[name].tolist() for name in ("layer", "kind", "source", "target")]
     for layer, kind, source, target in zip(*columns, strict=True):
@@ -194,7 +194,7 @@ def _columns(route: Route, rows: list[_Layer], room: int) -> _Columns:
     for row in rows:
         for position in row.marks:
             times[position] = times.get(position, 0) + 1
-    times[route.position] = len(rows) + 1
+    times |= dict.fromkeys(route.positions, len(rows) + 1)
     touched = sorted(times)
     for positions, smallest in ((list(range(len(route.tokens))), 4), (touched, 3)):
         for cap in range(9, smallest - 1, -1):
@@ -234,15 +234,22 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def rule_text(route: Route) -> str:
+    """How the route was cut, in words."""
+    if route.rule == "flow":
+        return f"flow above {route.threshold:.2g}" + (f" (the strongest {100 * route.keep:g} %)" if route.keep is not None else "")
+    return f"threshold {route.threshold:g}, " + ("importances renormalized per node" if route.renormalize else "not renormalized")
+
+
 def _header(route: Route, width: int) -> list[str]:
-    rule = "renormalized" if route.renormalize else "not renormalized"
-    about = [route.model, _count(len(route.tokens), "token"), _count(route.n_layers, "layer"), f"threshold {route.threshold:g}", rule]
+    about = [route.model, _count(len(route.tokens), "token"), _count(route.n_layers, "layer"), rule_text(route)]
     about += ["signed flow"] if route.measure == "signed" else []
     counts = route.edges["kind"].value_counts()
-    kinds = [f"{counts[kind]} {kind}" for kind in ("attention", "attention_residual", "ffn", "ffn_residual") if kind in counts]
+    kinds = [f"{counts[kind]} {kind}" for kind in ("attention", "mixer", "attention_residual", "ffn", "ffn_residual") if kind in counts]
     total = _count(len(route.edges), "sub-edge") + (f": {kinds[0]}" if kinds else "")
     lines = _wrapped(about, width, " · ") + _wrapped([total, *kinds[1:]], width)
-    root = f"root: {show_token(route.tokens[route.position])}@{route.position} after L{route.n_layers - 1}"
+    names = ", ".join(f"{show_token(route.tokens[position])}@{position}" for position in route.positions)
+    root = f"{'root' if len(route.positions) == 1 else 'roots'}: {names} after L{route.n_layers - 1}"
     guesses = [f"{clip(show_token(text), 14)} {show_importance(p)}" for text, p in route.prediction[:5]]
     return lines + _wrapped([root + (f", next {guesses[0]}" if guesses else ""), *guesses[1:]], width)
 
