@@ -1,4 +1,4 @@
-"""The command line: ``flowroutes trace``, ``flowroutes bench``, ``flowroutes doctor``, ``flowroutes --version``."""
+"""The command line: ``flowroutes trace``, ``flowroutes estimate``, ``flowroutes bench``, ``flowroutes doctor``, ``flowroutes --version``."""
 
 from __future__ import annotations
 
@@ -80,6 +80,39 @@ def _report(result, route) -> None:  # type: ignore[no-untyped-def]
 
 
 @app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="'demo', a local folder, a .gguf file or a hub id; its configuration alone is read.")],
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")],
+    precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
+    measure: Annotated[str, typer.Option(help="'proximity' or 'signed'.")] = "proximity",
+    backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'; it need not be available here.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights, say bfloat16; as loading gives it by default.")] = None,
+    neurons: Annotated[bool, typer.Option(help="Also split FFNs into neurons.")] = False,
+    batch: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
+) -> None:
+    """Peak memory and duration of a trace, before anything is loaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import flowroutes_fast as fr
+    from flowroutes_fast.estimate import _duration, _size
+
+    found = fr.estimate(model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch)
+    sequences = f" × {batch}" if batch > 1 else ""
+    table = Table(title=f"{found.model}, {tokens} tokens{sequences}, {precision}, {measure}, backend {found.backend}", title_justify="left")
+    table.add_column("what")
+    table.add_column("estimate", justify="right")
+    table.add_column("how it is known", overflow="fold")
+    for name, size, how in found.rows():
+        table.add_row(name, _size(size), how, style="bold" if name == "total" else None, end_section=name in ("allocator", "total"))
+    table.add_row("time", _duration(found.seconds), found.time_source)
+    console = Console()
+    console.print(table)
+    for note in found.notes:
+        console.print(note)
+
+
+@app.command()
 def bench(
     tokens: Annotated[str, typer.Option(help="Lengths, comma separated.")] = "256,512,1024",
     shapes: Annotated[str, typer.Option(help="Layer shapes: smollm2-135m, llama-2-7b, llama-3-8b, llama-70b.")] = "smollm2-135m,llama-2-7b",
@@ -140,7 +173,7 @@ def main() -> None:
     """Entry point: one sentence for what the user can mend, a traceback for what only we can."""
     try:
         app(standalone_mode=True)
-    except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
+    except (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError) as error:
         typer.echo(f"flowroutes: {error}", err=True)
         sys.exit(2)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowroutes_fast.capture import Layer, capture
 from flowroutes_fast.certify import MEASURES, Counts
+from flowroutes_fast.estimate import check_memory
 from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, conservation_error, importances
 from flowroutes_fast.models.families import blocks_of, context_length, vocabulary_size
 from flowroutes_fast.ops import choose_backend
@@ -83,6 +84,7 @@ def trace(
         dense = len(blocks) * heads * len(ids) ** 2 * 4 < DENSE_LIMIT
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
     options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
+    check_memory(model, len(ids), options)
     results: list[LayerImportances] = []
     seconds = [0.0]
 
