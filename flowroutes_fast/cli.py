@@ -1,4 +1,4 @@
-"""The command line: ``flowroutes trace``, ``flowroutes models``, ``flowroutes bench``, ``flowroutes doctor``, ``flowroutes --version``."""
+"""The command line: ``flowroutes trace``, ``estimate``, ``models``, ``bench``, ``doctor`` and ``--version``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,17 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def trace(
     text: Annotated[str, typer.Argument(help="The prompt to explain.")],
     model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.")] = "demo",
-    position: Annotated[int, typer.Option(help="Token position whose prediction is explained; negative from the end.")] = -1,
-    threshold: Annotated[float, typer.Option(help="Edges above this importance are followed.")] = 0.04,
+    position: Annotated[
+        list[int] | None,
+        typer.Option(help="Token position whose prediction is explained; negative from the end. May be repeated. [default: -1]"),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Edges above this importance (--rule flow: flow) are followed. [default: 0.04 without --keep]")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="'importance' (each edge on its own) or 'flow' (what the edge carries to the root).")
+    ] = "importance",
+    keep: Annotated[float | None, typer.Option(help="With --rule flow, instead of a threshold: share of the edges to keep.")] = None,
     renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for route.html and route.json.")] = None,
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'.")] = "auto",
@@ -38,7 +47,9 @@ def trace(
     measure: Annotated[str, typer.Option(help="'proximity' or 'signed'.")] = "proximity",
 ) -> None:
     """Explain a prediction: print the route, and write it as a page and as JSON."""
-    if not 0 <= threshold < 1:
+    if threshold is None and keep is None:
+        threshold = 0.04
+    if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     if not text.strip():
         raise ValueError("the text is empty: there is nothing to trace")
@@ -52,9 +63,9 @@ def trace(
     start = time.perf_counter()
     loaded, tokenizer = fr.load(model)
     opened = time.perf_counter()
-    wanted = (threshold, *DEFAULT_THRESHOLDS)
+    wanted = (*([threshold] if threshold is not None and rule == "importance" else []), *DEFAULT_THRESHOLDS)
     result = fr.trace(loaded, tokenizer, text, backend=backend, precision=precision, measure=measure, thresholds=wanted)
-    route = result.route(position, threshold, renormalize)
+    route = result.route(position or -1, threshold, renormalize, rule=rule, keep=keep)
     extracted = time.perf_counter()
     _report(result, route)
     sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.heads.shape[-1]} heads · backend {result.backend} · {result.precision}"
@@ -70,13 +81,46 @@ def trace(
 
 
 def _report(result, route) -> None:  # type: ignore[no-untyped-def]
-    from flowroutes_fast.view.text import show_token
+    from flowroutes_fast.view.text import rule_text, show_token
 
     for text, probability in result.prediction[:1]:
         typer.echo(f"prediction  {text!r} with probability {probability:.2f}")
     typer.echo("tokens      " + " ".join(f"{i}:{show_token(token)}" for i, token in enumerate(result.tokens)) + "\n")
     typer.echo(route.to_text())
-    typer.echo(f"\n{len(route.edges)} sub-edges, {len(route.token_edges)} token edges above {route.threshold}")
+    typer.echo(f"\n{len(route.edges)} sub-edges, {len(route.token_edges)} token edges: {rule_text(route)}")
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="'demo', a local folder, a .gguf file or a hub id; its configuration alone is read.")],
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")],
+    precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
+    measure: Annotated[str, typer.Option(help="'proximity' or 'signed'.")] = "proximity",
+    backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'; it need not be available here.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights, say bfloat16; as loading gives it by default.")] = None,
+    neurons: Annotated[bool, typer.Option(help="Also split FFNs into neurons.")] = False,
+    batch: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
+) -> None:
+    """Peak memory and duration of a trace, before anything is loaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import flowroutes_fast as fr
+    from flowroutes_fast.estimate import _duration, _size
+
+    found = fr.estimate(model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch)
+    sequences = f" × {batch}" if batch > 1 else ""
+    table = Table(title=f"{found.model}, {tokens} tokens{sequences}, {precision}, {measure}, backend {found.backend}", title_justify="left")
+    table.add_column("what")
+    table.add_column("estimate", justify="right")
+    table.add_column("how it is known", overflow="fold")
+    for name, size, how in found.rows():
+        table.add_row(name, _size(size), how, style="bold" if name == "total" else None, end_section=name in ("allocator", "total"))
+    table.add_row("time", _duration(found.seconds), found.time_source)
+    console = Console()
+    console.print(table)
+    for note in found.notes:
+        console.print(note)
 
 
 @app.command()
@@ -157,7 +201,7 @@ def main() -> None:
     """Entry point: one sentence for what the user can mend, a traceback for what only we can."""
     try:
         app(standalone_mode=True)
-    except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
+    except (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError) as error:
         typer.echo(f"flowroutes: {error}", err=True)
         sys.exit(2)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowroutes_fast.capture import Layer, capture, rows_of, span_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
+from flowroutes_fast.estimate import check_memory
 from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, conservation_error, importances
 from flowroutes_fast.models.families import blocks_of, context_length, text_config, vocabulary_size
 from flowroutes_fast.ops import choose_backend
@@ -96,6 +97,7 @@ def trace(
         raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
     options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
+    check_memory(model, max(map(len, prompts)), options, batch=len(prompts))
     together = [list(range(len(prompts)))]
     if any(block.mixer is not None for block in blocks):  # recurrent mixers see padding
         together = [[i] for i in range(len(prompts))]
