@@ -20,7 +20,7 @@ from torch import nn
 from flowroutes_fast.certify import CAPACITY, MEASURES
 from flowroutes_fast.layer import Options
 from flowroutes_fast.load import DEMO, DEMO_NAME, _quiet, cache_folder, demo_file
-from flowroutes_fast.models.families import blocks_of, context_length
+from flowroutes_fast.models.families import blocks_of, context_length, family_of
 from flowroutes_fast.ops import BACKENDS, choose_backend
 
 DENSE_LIMIT = 10**9  # bytes: as in trace()
@@ -147,13 +147,21 @@ class Shape:
         return self.heads * self.d_head * self.d_model
 
 
+def _largest(config: Any, name: str) -> Any:
+    """A config's value; where layers differ, the largest."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' way to say that layers differ
+        return max(getattr(layer, name) for layer in config.per_layer_config)
+
+
 def shape_of(config: Any) -> Shape:
     """Read a transformers config; ``ValueError`` naming what is missing."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def number(*names: str, otherwise: int | None = None) -> int:
         for name in names:
-            found = getattr(config, name, None)
+            found = _largest(config, name)
             if isinstance(found, (list, tuple)) and found and isinstance(found[0], int):
                 found = max(found)
             if isinstance(found, int) and not isinstance(found, bool):
@@ -171,8 +179,15 @@ def shape_of(config: Any) -> Shape:
     return Shape(
         number("num_hidden_layers", "n_layer"), heads, number("num_key_value_heads", otherwise=heads) or heads, latent or d_head,
         number("v_head_dim", otherwise=d_head), d_model, max(dense, experts), number("vocab_size", otherwise=0),
-        number("sliding_window", otherwise=0) if windowed else 0, getattr(config, "_attn_implementation", None) == "eager",
+        number("sliding_window", otherwise=0) if windowed else 0, getattr(config, "_attn_implementation", None) == "eager" or _hooked(config),
     )  # fmt: skip
+
+
+def _hooked(config: Any) -> bool:
+    try:
+        return family_of(config).hooked
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
