@@ -135,6 +135,10 @@ def unwrap(model: Any) -> Any:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):
+            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+                raise ValueError(
+                    "this adapter learns virtual tokens, which have no text to route from; only adapters of weights (LoRA) are traced"
+                )
             model = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

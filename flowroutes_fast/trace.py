@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,8 @@ def trace(
         raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
     options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
-    check_memory(model, max(map(len, prompts)), options, batch=len(prompts))
+    needed = options if positions is None else replace(options, precision="certified", neurons=False)  # few rows: no table of all
+    check_memory(model, max(map(len, prompts)), needed, batch=len(prompts))
     together = [list(range(len(prompts)))]
     if any(block.mixer is not None for block in blocks):  # recurrent mixers see padding
         together = [[i] for i in range(len(prompts))]
@@ -234,11 +236,11 @@ def _prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any) -> tupl
     if isinstance(text, Mapping):
         attention_mask = text.get("attention_mask") if attention_mask is None else attention_mask
         text = text["input_ids"]
-    if isinstance(text, Tensor):
-        text = text.tolist() if text.dim() == 2 and not text.is_floating_point() else text
-    several = isinstance(text, (list, tuple)) and len(text) > 0 and not isinstance(text[0], (int, float))
+    if isinstance(text, (Tensor, np.ndarray)) and text.ndim == 2 and not torch.as_tensor(text).is_floating_point():
+        text = text.tolist()
+    several = isinstance(text, (list, tuple)) and len(text) > 0 and not isinstance(text[0], Real)
     if not several:
-        if attention_mask is not None:
+        if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
             raise ValueError("an attention mask belongs to a batch of ids [batch, token]; one prompt has no padding")
         return [token_ids(model, tokenizer, text)], False
     if attention_mask is None:

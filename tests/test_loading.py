@@ -219,7 +219,7 @@ def test_tied_weights():
         (torch.tensor([[1, 2, 3], [3, 4, 5]]), {"attention_mask": [[1, 1, 1], [0, 0, 0]]}, "prompt 1: .*padding only"),
         ([[1, 2], []], {}, "prompt 1: .*no tokens"),
         ([[1, 2], [500]], {}, "prompt 1: token id 500"),
-        ([1, 2], {"attention_mask": [1, 1]}, "belongs to a batch"),
+        ([1, 2], {"attention_mask": [1, 0]}, "belongs to a batch"),
         ([1, 2], {"positions": [2]}, "position 2 is out of range"),
         ([1, 2], {"positions": []}, "positions is empty"),
     ],
@@ -246,3 +246,40 @@ def test_models_without_weights_are_refused():
 def test_falcon_with_alibi_needs_its_eager_attention():
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
         fr.trace(make("falcon, sequential", attn_implementation="sdpa"), None, IDS)
+
+
+def test_every_way_to_write_ids():
+    model = tiny("llama")
+    expected = fr.trace(model, None, IDS)
+    for ids in (tuple(IDS), np.array(IDS), torch.tensor(IDS), list(np.array(IDS)), {"input_ids": IDS, "attention_mask": [1] * 13}):
+        same(fr.trace(model, None, ids), expected)
+    for ids in ([IDS], np.array([IDS]), torch.tensor([IDS]), [torch.tensor(IDS)], {"input_ids": [IDS]}):
+        (trace,) = fr.trace(model, None, ids)
+        same(trace, expected)
+
+
+def test_a_language_model_beside_a_vision_tower():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = make("gemma3_text")
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text.config.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    same(fr.trace(model, None, IDS, tolerance=0), fr.trace(text, None, IDS, tolerance=0))
+
+
+@needs("peft")
+def test_adapters_of_virtual_tokens_are_refused():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="virtual tokens"):
+        fr.trace(model, None, IDS)

@@ -398,12 +398,14 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def _decoder(model: Any, family: Family) -> Any:
-    """The module that holds the list of blocks."""
-    blocks = [m for name, m in model.named_modules() if name.split(".")[-1] == family.layers and isinstance(m, nn.ModuleList)]
-    if not blocks:
-        raise ValueError(f"this {family.name} model is not built as expected: it has no list of blocks named {family.layers!r}")
-    return blocks[0]
+def _layers(model: Any, family: Family) -> nn.ModuleList:
+    """The list of blocks: below the decoder where the model says which it is (beside a vision tower, say)."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for root in (decoder, model):
+        for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
+            if name.split(".")[-1] == family.layers and isinstance(module, nn.ModuleList):
+                return module
+    raise ValueError(f"this {family.name} model is not built as expected: it has no list of blocks named {family.layers!r}")
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
@@ -412,7 +414,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
         raise ValueError(f"{type(model).__name__} is not a transformers model (it has no config.model_type)")
     config = text_config(model)
     family = family_of(config)
-    layers = _decoder(model, family)
+    layers = _layers(model, family)
     if not len(layers):
         raise ValueError(f"this {family.name} model has no layers")
     return [_block(i, layer, family, config) for i, layer in enumerate(layers)]
