@@ -25,14 +25,14 @@ from flowroutes_fast.ops import BACKENDS, choose_backend
 
 DENSE_LIMIT = 10**9  # bytes: as in trace()
 EDGES_PER_HEAD = {"certified": 9.3, "exact": 13.9, "signed": 14.3}  # listed per row and layer at a floor of 1e-3 (SmolLM2-135M)
-EDGES_FLOOR = 0.85  # ... times (1e-3 / floor) to this power
-NEURONS_PER_ROW = 0.11  # of the FFN's neurons above a floor of 1e-3
+EDGES_FLOOR = 0.67  # ... times (1e-3 / floor) to this power
+NEURONS_PER_ROW = 0.027  # of the FFN's neurons above a floor of 1e-3
 EDGE_BYTES, NEURON_BYTES = 16, 12
 KERNEL_EDGE_BYTES = 48  # while a kernel's list is joined and handed over
 TOKENIZER_BYTES = 1000  # per entry of the vocabulary
-ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.5, 64 * 2**20  # kept back by the C allocator: of what comes and goes, at most per thread
+ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.75, 64 * 2**20  # kept back by the C allocator: of what comes and goes, at most per thread
 CONTEXT_BYTES = 500 * 10**6  # a CUDA context
-CHUNK_BYTES = 4 * 64 * 2**20  # temporaries of the reference backend's chunks
+CHUNK_BYTES = 6 * 64 * 2**20  # temporaries of the reference backend's chunks
 DENSE_CHUNK_BYTES = 2 * 256 * 2**20  # u = v W_O and its float copies in the CUDA backend
 ROWS = 24  # queries that a native thread works on together
 BUCKETS = 96  # magnitude classes of a row
@@ -227,7 +227,7 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
         packed = 4 * t * (h * (s.d_qk + s.d_head + d + 1) if precision == "exact" else kv + s.kv_heads)
         buffers: float = copies + g + sorted_rows + per_thread * threads + listed + packed + (4 * square if dense else 0)
     elif backend == "reference":
-        buffers = copies + g + (4 * 6 * square if precision == "certified" else 4 * 4 * square + CHUNK_BYTES)
+        buffers = copies + g + CHUNK_BYTES + (120 if precision == "certified" else 16) * square  # int64 lists of whole rows; patterns
     else:
         copies = 4 * 3 * t * d
         if precision == "certified":
@@ -309,7 +309,7 @@ def estimate(
     forward, ours = _flops(loaded, s, tokens, neurons)
     seconds = batch * (forward / FORWARD_SHARE + ours / SHARES[kind]) / speed
     if backend == "reference":
-        seconds += batch * s.layers * tokens**2 / 2 * s.heads * s.d_model / REFERENCE_SPEED if precision == "exact" else 0
+        seconds += batch * s.layers * tokens**2 / 2 * s.heads * s.d_model / REFERENCE_SPEED
     notes = []
     if device != "cpu" and precision == "certified":
         notes.append(f"Rows that must be evaluated whole take up to {_size(17 * s.heads * tokens**2)} of device memory more for a moment.")
