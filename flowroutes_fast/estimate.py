@@ -227,7 +227,9 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
         packed = 4 * t * (h * (s.d_qk + s.d_head + d + 1) if precision == "exact" else kv + s.kv_heads)
         buffers: float = copies + g + sorted_rows + per_thread * threads + listed + packed + (4 * square if dense else 0)
     elif backend == "reference":
-        buffers = copies + g + CHUNK_BYTES + (120 if precision == "certified" else 16) * square  # int64 lists of whole rows; patterns
+        buffers = (
+            copies + g + min(CHUNK_BYTES, 24 * square * d) + (120 if precision == "certified" else 16) * square
+        )  # int64 lists of whole rows; patterns
     else:
         copies = 4 * 3 * t * d
         if precision == "certified":
