@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flowroutes_fast.models.families import Block, blocks_of
 
+START_TOKENS = 8
 PREFIX = "flowroutes_capture_"
 _lock = threading.RLock()
 _active: dict[int, dict[str, Any]] = {}  # id(attention module) -> what its current call leaves
@@ -352,10 +353,12 @@ def capture(
     *,
     attention_mask: Tensor | None = None,
     on_item: Callable[[int, Layer], None] | None = None,
+    on_start: Callable[[Layer], None] | None = None,
     logits_to_keep: int | Tensor = 1,
 ) -> Any:
     """Run the model once on ``input_ids [batch, token]``; call ``on_layer(layer)`` or ``on_item(item, layer)`` as each block finishes.
 
+    ``on_start(layer)`` gets the first ``START_TOKENS`` tokens of the first sequence, before anything else.
     ``logits_to_keep``: how many last positions, or which, the model computes logits of, where it can choose.
     ``attention_mask [batch, token]``: 1 for tokens, 0 for padding (left or right); layers come without the padding. Returns the
     model's output. The model is left as it was, also after an exception: attention implementation, hooks, training mode.
@@ -371,6 +374,8 @@ def capture(
             _active[id(block.attention)] = kept
 
         def done() -> None:
+            if on_start is not None:
+                on_start(_finish(block, kept, 0, slice(spans[0].start, min(spans[0].stop, spans[0].start + START_TOKENS))))
             for item, span in enumerate(spans):
                 layer = _finish(block, kept, item, span)
                 if on_layer is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowroutes_fast.capture import Layer, capture, rows_of, span_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
 from flowroutes_fast.estimate import check_memory
-from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, conservation_error, importances
+from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, check_finite, conservation_error, importances
 from flowroutes_fast.models.families import blocks_of, context_length, text_config, vocabulary_size
 from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.record import Settle, Trace
@@ -26,7 +26,6 @@ DEFAULT_FLOOR = 1e-3
 DEFAULT_THRESHOLDS = (0.01, 0.03, 0.04)  # those of the paper
 PRECISIONS = ("certified", "exact")
 PREDICTIONS = 10
-CHECK_TOKENS = 8
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 Exact = dict[int, np.ndarray]
 _opened: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -88,7 +87,6 @@ def trace(
     prompts, several = _prompts(model, tokenizer, text, attention_mask)
     rows = [_positions(positions, len(ids)) for ids in prompts]
     backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
-    check_model(model, prompts[0])
     heads = int(getattr(text_config(model), "num_attention_heads", 1))
     if precision == "certified":
         dense = False
@@ -151,10 +149,13 @@ def _run(
         seconds += time.perf_counter() - start
 
     padded = len({len(ids) for ids in prompts}) > 1
+    check = None if model in _opened else _Check(model, len(blocks_of(model)))
     output = capture(
-        model, batch, neurons=options.neurons, attention_mask=mask if padded else None, on_item=on_item,
+        model, batch, neurons=options.neurons, attention_mask=mask if padded else None, on_item=on_item, on_start=check,
         logits_to_keep=torch.tensor(lasts, device=device) if padded else 1,
     )  # fmt: skip
+    if check is not None:
+        check.passed()
     logits = getattr(output, "logits", None)
     if logits is None:
         return [(found, None) for found in results], seconds
@@ -357,28 +358,28 @@ def token_ids(model: nn.Module, tokenizer: Any, text: str | list[int] | Tensor) 
     return ids
 
 
-def check_model(model: nn.Module, ids: list[int]) -> None:
-    """Once per model: do the captured parts add up to the states? ``ValueError`` if they do not."""
-    if model in _opened:
-        return
-    blocks = blocks_of(model)
-    found: list[tuple[float, int, torch.dtype]] = []
+class _Check:
+    """Once per model, while it is first traced: do the captured parts add up to the states, and is every layer captured?"""
 
-    def add(layer: Layer) -> None:
-        found.append((conservation_error(layer), layer.index, layer.resid_post.dtype))
+    def __init__(self, model: nn.Module, layers: int) -> None:
+        self.model, self.layers, self.found = model, layers, 0
 
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    capture(model, torch.tensor([ids[:CHECK_TOKENS]], device=_device(model) if device.type == "meta" else device), add)
-    if len(found) != len(blocks):
-        raise ValueError(f"{len(found)} layers were captured but the model has {len(blocks)}")
-    error, layer, dtype = max(found, key=lambda item: item[0])
-    tolerance = _TOLERANCE.get(dtype, 1e-5)
-    if not error <= tolerance:
-        raise ValueError(
-            f"layer {layer}: the captured parts miss the residual state by {error:.1e} relative (allowed for {dtype}: {tolerance:.0e}); "
-            "this checkpoint does something that its family's adapter does not know, so its routes would be wrong"
-        )
-    _opened.add(model)
+    def __call__(self, layer: Layer) -> None:
+        """``ValueError`` at the first layer whose parts do not add up."""
+        self.found += 1
+        check_finite(layer)
+        error, dtype = conservation_error(layer), layer.resid_post.dtype
+        tolerance = _TOLERANCE.get(dtype, 1e-5)
+        if not error <= tolerance:
+            raise ValueError(
+                f"layer {layer.index}: the captured parts miss the residual state by {error:.1e} relative (allowed for {dtype}: {tolerance:.0e}); "
+                "this checkpoint does something that its family's adapter does not know, so its routes would be wrong"
+            )
+
+    def passed(self) -> None:
+        if self.found != self.layers:
+            raise ValueError(f"{self.found} layers were captured but the model has {self.layers}")
+        _opened.add(self.model)
 
 
 def _token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
