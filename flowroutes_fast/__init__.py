@@ -5,7 +5,8 @@ from flowroutes_fast.estimate import Estimate, estimate
 from flowroutes_fast.load import load
 from flowroutes_fast.record import Trace, load_trace
 from flowroutes_fast.routes import Route, load_route
+from flowroutes_fast.streaming import open_streaming
 from flowroutes_fast.trace import trace
 from flowroutes_fast.version import __version__
 
-__all__ = ["Estimate", "Route", "Trace", "__version__", "estimate", "load", "load_route", "load_trace", "ops", "trace"]
+__all__ = ["Estimate", "Route", "Trace", "__version__", "estimate", "load", "load_route", "load_trace", "open_streaming", "ops", "trace"]

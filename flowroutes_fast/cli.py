@@ -45,6 +45,9 @@ def trace(
     backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'.")] = "auto",
     precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
     measure: Annotated[str, typer.Option(help="'proximity' or 'signed'.")] = "proximity",
+    memory: Annotated[
+        str | None, typer.Option(help="Leave the weights on disk and read them while running: most memory they may take, like 8GiB.")
+    ] = None,
 ) -> None:
     """Explain a prediction: print the route, and write it as a page and as JSON."""
     if threshold is None and keep is None:
@@ -61,10 +64,12 @@ def trace(
     from flowroutes_fast.trace import DEFAULT_THRESHOLDS
 
     start = time.perf_counter()
-    loaded, tokenizer = fr.load(model)
+    loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
     opened = time.perf_counter()
     wanted = (*([threshold] if threshold is not None and rule == "importance" else []), *DEFAULT_THRESHOLDS)
-    result = fr.trace(loaded, tokenizer, text, backend=backend, precision=precision, measure=measure, thresholds=wanted)
+    result = fr.trace(
+        loaded, tokenizer, text, backend=backend, precision=precision, measure=measure, thresholds=wanted, progress=memory is not None
+    )
     route = result.route(position or -1, threshold, renormalize, rule=rule, keep=keep)
     extracted = time.perf_counter()
     _report(result, route)
@@ -73,7 +78,7 @@ def trace(
     typer.echo(f"\n{sizes}")
     typer.echo(
         f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which importances "
-        f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · with opening check and route {extracted - opened:.2f} s"
+        f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
     )
     if out is not None:
         page, data = route.to_html(out / "route.html"), route.save(out / "route.json")

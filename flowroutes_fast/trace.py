@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from flowroutes_fast.capture import Layer, capture, rows_of, span_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
@@ -48,6 +49,7 @@ def trace(
     bias: str = "part",
     neurons: bool = False,
     threads: int = 0,
+    progress: bool = False,
 ) -> Any:
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
 
@@ -74,6 +76,7 @@ def trace(
             sub-edges; ``"exclude"``: the constant part is left out of the normalisation.
         neurons: also split every FFN into its neurons (``trace.neurons(layer)``).
         threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
+        progress: show a bar over the layers (a streamed model takes its time).
 
     Raises:
         ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a model whose
@@ -106,7 +109,8 @@ def trace(
     total, ours = 0.0, 0.0
     for group in together:
         start = time.perf_counter()
-        found, seconds = _run(model, [prompts[i] for i in group], [rows[i] for i in group], options)
+        with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:
+            found, seconds = _run(model, [prompts[i] for i in group], [rows[i] for i in group], options, step=bar.update)
         total, ours = total + time.perf_counter() - start, ours + seconds
         for i, (layers, logits) in zip(group, found, strict=True):
             results[i], outputs[i] = layers, logits
@@ -124,7 +128,7 @@ def trace(
 
 
 def _run(
-    model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None
+    model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None, step: Any = None
 ) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:
     """One forward pass over prompts, padded on the right: per prompt its layers and last logits; and the seconds that were ours.
 
@@ -147,6 +151,8 @@ def _run(
         whole = None if exact is None else torch.isin(rows[item], torch.from_numpy(exact[layer.index]))
         results[item].append(_everywhere(importances(rows_of(layer, rows[item]), options, whole), rows[item], len(prompts[item])))
         seconds += time.perf_counter() - start
+        if step is not None and item == len(prompts) - 1:
+            step()
 
     padded = len({len(ids) for ids in prompts}) > 1
     check = None if model in _opened else _Check(model, len(blocks_of(model)))
