@@ -412,3 +412,18 @@ def test_memory_is_linear_in_tokens():
     )
     assert large < 3 * small
     assert large < 0.2 * 8 * 4000**2 * 4 / 1e6
+
+
+@needs_native
+def test_few_keys_of_a_wide_model_are_evaluated_whole():
+    """Where that is cheaper than bounding: the certificate is exact, and the results are those of precision='exact'."""
+    from families import make
+
+    model = make("llama", hidden_size=2048, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, head_dim=16)
+    certified, exact = fr.trace(model, None, IDS), fr.trace(model, None, IDS, precision="exact")
+    assert certified.certificate["worst_error"] == 0
+    assert certified.certificate["pairs_evaluated"] == certified.certificate["pairs_bounded"] == 2 * 4 * 29 * 30 // 2
+    assert torch.equal(certified.heads, exact.heads)
+    for renormalize in (True, False):
+        a, b = (t.route(threshold=0.005, renormalize=renormalize).edges for t in (certified, exact))
+        assert a.sort_values(list(a.columns[:5]), ignore_index=True).equals(b.sort_values(list(b.columns[:5]), ignore_index=True))
