@@ -259,9 +259,9 @@ def cheaper_exactly(a: Attention) -> bool:
 
 def _certified(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | None) -> LayerImportances:
     if options.backend == "cpu" and options.measure == "proximity" and cheaper_exactly(a):
-        found = _exact(a, others, replace(options, dense=False), None)
-        found.counts.bounded = found.counts.evaluated = a.n_head * a.n_query * (2 * a.n_key - a.n_query + 1) // 2
-        return found
+        whole = _exact(a, others, replace(options, dense=False), None)
+        whole.counts.bounded = whole.counts.evaluated = a.n_head * a.n_query * (2 * a.n_key - a.n_query + 1) // 2
+        return whole
     tolerance: float | Tensor = options.tolerance
     if exact_rows is not None:
         tolerance = torch.where(exact_rows.to(others.device), 0.0, options.tolerance)
@@ -302,7 +302,8 @@ def conservation_error(layer: Layer, bias: str = "part") -> float:
         mixed = a.pattern @ a.value.repeat_interleave(a.n_head // a.value.shape[0], 0)  # [head, query, d_head]
         if a.gate is not None:
             mixed = mixed * a.gate.transpose(0, 1)
-        added = torch.einsum("hqd,hdm->qm", mixed, a.w_o)
+        flat = a.w_o.permute(2, 0, 1).reshape(a.w_o.shape[2], -1)  # a view where W_O views a linear layer; einsum would copy it
+        added = mixed.transpose(0, 1).reshape(mixed.shape[1], -1) @ flat.T
         total = total + (added if a.row_scale is None else added * a.row_scale[:, None])
     for part in (parts.constant, parts.mixer):
         if part is not None:
