@@ -6,10 +6,11 @@ Each layer is handed on when its block has finished, and then released.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -281,9 +282,9 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x.float() * factor
 
 
-def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[], None]) -> list[Any]:
+def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[], None], handles: list[Any]) -> None:
     """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished."""
-    family, handles = block.family, []
+    family = block.family
 
     def put(name: str, found: Tensor) -> None:
         if found.dim() == 2:  # [batch * token, d]
@@ -342,7 +343,6 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
         done()
 
     handles.append(block.module.register_forward_hook(left))
-    return handles
 
 
 def capture(
@@ -366,46 +366,67 @@ def capture(
     model = unwrap(model)
     blocks = blocks_of(model)
     spans = [slice(0, input_ids.shape[1])] * len(input_ids) if attention_mask is None else [span_of(row) for row in attention_mask]
-    handles: list[Any] = []
 
-    def watch(block: Block) -> None:
-        kept: dict[str, Any] = {}
-        if block.attention is not None:
-            _active[id(block.attention)] = kept
+    def give(item: int, layer: Layer) -> None:
+        if on_layer is not None:
+            on_layer(layer)
+        if on_item is not None:
+            on_item(item, layer)
 
-        def done() -> None:
-            if on_start is not None:
-                on_start(_finish(block, kept, 0, slice(spans[0].start, min(spans[0].stop, spans[0].start + START_TOKENS))))
-            for item, span in enumerate(spans):
-                layer = _finish(block, kept, item, span)
-                if on_layer is not None:
-                    on_layer(layer)
-                if on_item is not None:
-                    on_item(item, layer)
-            kept.clear()
+    with prepared(model, blocks), ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(watched(block, spans, neurons, give, on_start))
+        return model(input_ids=input_ids, **forward_options(model, attention_mask, logits_to_keep, blocks[0].family.last_logits))
 
-        handles.extend(_watch(block, kept, neurons, done))
 
-    import inspect
-
+def forward_options(model: nn.Module, attention_mask: Tensor | None, logits_to_keep: int | Tensor, last_logits: bool) -> dict[str, Any]:
+    """What a model's forward pass is called with, beside the ids."""
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False}
     if attention_mask is not None:
         options["attention_mask"] = attention_mask
         if "position_ids" in accepted:
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    if "logits_to_keep" in accepted and blocks[0].family.last_logits:
+    if "logits_to_keep" in accepted and last_logits:
         options["logits_to_keep"] = logits_to_keep
+    return options
+
+
+@contextmanager
+def prepared(model: nn.Module, blocks: list[Block]) -> Iterator[None]:
+    """A model that can be watched: no gradients, evaluation mode, attention through our wrapper. One thread at a time."""
     with _lock, torch.no_grad(), _evaluation_mode(model), _as_written(model), _attention_interface(model, blocks):
-        try:
-            for block in blocks:
-                watch(block)
-            return model(input_ids=input_ids, **options)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in blocks:
-                _active.pop(id(block.attention), None)
+        yield
+
+
+@contextmanager
+def watched(
+    block: Block,
+    spans: list[slice],
+    neurons: bool,
+    on_item: Callable[[int, Layer], None],
+    on_start: Callable[[Layer], None] | None = None,
+) -> Iterator[None]:
+    """While this lasts, every call of the block (within :func:`prepared`) hands on its layer, sequence by sequence; see :func:`capture`."""
+    kept: dict[str, Any] = {}
+
+    def done() -> None:
+        if on_start is not None:
+            on_start(_finish(block, kept, 0, slice(spans[0].start, min(spans[0].stop, spans[0].start + START_TOKENS))))
+        for item, span in enumerate(spans):
+            on_item(item, _finish(block, kept, item, span))
+        kept.clear()
+
+    if block.attention is not None:
+        _active[id(block.attention)] = kept
+    handles: list[Any] = []
+    try:
+        _watch(block, kept, neurons, done, handles)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _active.pop(id(block.attention), None)
 
 
 def span_of(mask: Tensor) -> slice:

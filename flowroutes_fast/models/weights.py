@@ -22,7 +22,7 @@ def effective_weight(module: Any, layer: int) -> Tensor:
         if base is not module:
             weight = weight + _adapters(module, layer).to(weight)
         # offloaded weights go back to disk when the context ends
-        return weight.clone() if hasattr(base, "_hf_hook") else weight
+        return weight.clone() if _offloaded(base) else weight
 
 
 def effective_bias(module: Any) -> Tensor | None:
@@ -34,8 +34,16 @@ def effective_bias(module: Any) -> Tensor | None:
         return base.bias.detach().float().clone()
 
 
-def _aligned(module: Any) -> Any:
+def _offloaded(module: Any) -> bool:
     if not hasattr(module, "_hf_hook"):
+        return False
+    from accelerate.utils import has_offloaded_params
+
+    return has_offloaded_params(module)
+
+
+def _aligned(module: Any) -> Any:
+    if not _offloaded(module):
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
 
