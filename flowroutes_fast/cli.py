@@ -48,6 +48,9 @@ def trace(
     memory: Annotated[
         str | None, typer.Option(help="Leave the weights on disk and read them while running: most memory they may take, like 8GiB.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A new folder that keeps every finished layer; the same command after a kill goes on from there.")
+    ] = None,
 ) -> None:
     """Explain a prediction: print the route, and write it as a page and as JSON."""
     if threshold is None and keep is None:
@@ -68,7 +71,8 @@ def trace(
     opened = time.perf_counter()
     wanted = (*([threshold] if threshold is not None and rule == "importance" else []), *DEFAULT_THRESHOLDS)
     result = fr.trace(
-        loaded, tokenizer, text, backend=backend, precision=precision, measure=measure, thresholds=wanted, progress=memory is not None
+        loaded, tokenizer, text, backend=backend, precision=precision, measure=measure, thresholds=wanted,
+        progress=memory is not None, resume=resume,
     )
     route = result.route(position or -1, threshold, renormalize, rule=rule, keep=keep)
     extracted = time.perf_counter()

@@ -458,8 +458,8 @@ def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1
         s = shape_of(model.config)
     except (AttributeError, ValueError, TypeError):
         return
-    device = "cpu" if weight.device.type == "cpu" else "cuda"
-    need = needs(s, tokens, options, device=device, element=weight.element_size(), batch=batch)
+    device = "cuda" if weight.device.type not in ("cpu", "meta") else "cpu"
+    need = needs(s, tokens, options, device=device, element=_element(model), batch=batch)
     working = max(need.activations, need.captured + need.buffers)
     host = need.results + (working if device == "cpu" else 0)
     places = [(host, available_memory(), "")]
@@ -481,6 +481,21 @@ def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1
             f"tracing {tokens} tokens needs about {_size(wanted)} more{where} ({', '.join(f'{name} {_size(size)}' for name, size in parts)}), "
             f"{_size(available)} are available; ways out: {', '.join(ways)}"
         )
+
+
+def working_memory(model: nn.Module, tokens: int, options: Options, batch: int) -> int:
+    """Bytes that come and go while one layer of a batch is worked on; 0 where nothing is known."""
+    try:
+        need = needs(shape_of(model.config), tokens, options, device="cpu", element=_element(model), batch=batch)
+    except (AttributeError, ValueError, TypeError):
+        return 0
+    return max(need.activations, need.captured + need.buffers) + need.allocator
+
+
+def _element(model: nn.Module) -> int:
+    """Bytes of a number in a model's activations."""
+    norms = [p for p in model.parameters() if p.dim() == 1 and p.is_floating_point()]
+    return (norms[0] if norms else next(model.parameters())).element_size()
 
 
 def available_memory() -> int | None:

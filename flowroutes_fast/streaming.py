@@ -1,29 +1,51 @@
-"""Models that do not fit: weights stay on disk as safetensors, and come in module by module while a forward pass runs.
+"""Models that do not fit: weights stay on disk, one layer at a time comes in while a forward pass goes through the layers.
 
-transformers opens the model, accelerate's hooks load and drop the weights; ours tell the system which bytes come next, so that reading
-overlaps computing. A forward pass reads every weight once, whatever the number of prompts in it: trace many prompts in one call.
+transformers builds the model, accelerate's hooks put weights in and take them out, a :class:`~flowroutes_fast.feed.Feed` supplies them.
+Every layer is read once for all prompts of a ``trace()``, however many (:mod:`flowroutes_fast.by_layer`).
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import shutil
-import struct
 import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from flowroutes_fast.estimate import available_memory
+from flowroutes_fast.checkpoints import GgufSource, LoadedSource, SafetensorsSource, Source, tensor_places
+from flowroutes_fast.estimate import available_device_memory, available_memory
+from flowroutes_fast.feed import Feed
 from flowroutes_fast.load import DEMO, DEMO_NAME, _converted, _quiet, demo_file
 from flowroutes_fast.models.families import blocks_of
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-COPIES = 2.5  # of the largest piece: its weights, those of the next in the page cache, W_O in float32
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+PIECE_COPIES = 1.25  # of the largest module while it is put in
+LAYER_SHARE = 0.75  # of the budget that a whole layer, or two, may take; the rest is for activations and waiting states
+_feeds: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
+
+
+class Stream:
+    """What :func:`open_streaming` knows of a model: its feed, and how many bytes weights and waiting states may take (None: unknown)."""
+
+    def __init__(self, feed: Feed, budget: int | None, piece: int, dtype: torch.dtype, label: str) -> None:
+        self.feed, self.budget, self.piece, self.dtype, self.label = feed, budget, piece, dtype, label
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights in memory at a time."""
+        return max(self.feed.slots * self.feed.layer_bytes() if self.feed.whole else 0, self.piece)
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """The stream that feeds a model, if it was opened by :func:`open_streaming`."""
+    return _feeds.get(model)
 
 
 def open_streaming(
@@ -32,45 +54,50 @@ def open_streaming(
     """Open a model whose weights stay on disk; :func:`flowroutes_fast.trace` takes it like any other, with the same results.
 
     Args:
-        name: a folder or hub id with safetensors weights, sharded or not; a ``.gguf`` file or ``"demo"`` (converted once).
-        memory: most bytes that weights may take at a time, as a number or ``"8GiB"``; None for what is available. At least one layer and the
-            embedding must fit, or ``MemoryError`` says how much is needed.
-        device: ``"cpu"``. Weights are computed with there.
-        dtype: a torch dtype; None for the checkpoint's own. Another one than the checkpoint's needs a converted copy on disk.
+        name: a folder or hub id with safetensors weights, sharded or not; a ``.gguf`` file or ``"demo"``, whose quantised tensors are decoded
+            a layer at a time.
+        memory: most bytes that weights and the states of waiting prompts may take, as a number or ``"8GiB"``; None for what is available.
+            A layer is held whole where it fits, else its modules come in one by one; the largest must fit.
+        device: ``"cpu"`` or ``"cuda"``, where weights are computed with; ``memory`` is that device's.
+        dtype: a torch dtype to compute with; None for float32 on the CPU, as :func:`flowroutes_fast.load` does, and the checkpoint's own on a
+            GPU. Weights are cast as they come in; the checkpoint stays as it is.
 
     Returns:
-        (transformers model, tokenizer). Temporary files go when the model does.
+        (transformers model, tokenizer; None if the folder has none). Temporary files, if any, go when the model does.
 
     Raises:
         FileNotFoundError: no such folder, a shard that the index names is missing. ValueError: weights that are not safetensors, a damaged shard,
-            a family that is not known, an index that names a tensor no shard holds.
+            a family that is not known, an index that names a tensor no shard holds. MemoryError: the largest module does not fit.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if device != "cpu":
-        raise ValueError(f"streaming to {device!r} is not there yet: choose device='cpu', or load with device_map= (accelerate)")
-    limit = parse_memory(memory) if memory is not None else available_memory()
-    folder, label = _folder(name)
-    places = tensor_places(folder)
-    offload = Path(tempfile.mkdtemp(prefix="flowroutes-offload-"))
+    where = torch.device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch sees no GPU here; choose device='cpu'")
+    budget = parse_memory(memory) if memory is not None else available_memory() if where.type == "cpu" else available_device_memory(where)
+    model, tokenizer, source, label, finish = _open(name, dtype if dtype is not None else torch.float32 if where.type == "cpu" else None)
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, device_map={"": "disk"}, offload_folder=offload, dtype="auto" if dtype is None else dtype
-            )
-        blocks = blocks_of(model)
-        need = int(COPIES * _largest_piece(places))
-        if limit is not None and need > limit:
+        compute = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        stored = _stored_names(model, source)
+        blocks = [block.module for block in blocks_of(model)]
+        _look_up_as_stored(model, source, stored, compute)
+        feed = Feed(source, model, blocks, stored, where, whole=True, slots=1)
+        piece = max(sum(p.numel() * p.dtype.itemsize for p in m.parameters(recurse=False)) for m in model.modules())
+        need = int(PIECE_COPIES * piece)
+        if budget is not None and need > budget:
             raise MemoryError(
-                f"streaming {label} needs about {need / 1e9:.2f} GB for its largest piece; {limit / 1e9:.2f} GB are allowed or available"
+                f"streaming {label} needs about {need / 1e9:.2f} GB for its largest piece; {budget / 1e9:.2f} GB are allowed or available"
             )
+        room = float("inf") if budget is None else LAYER_SHARE * budget
+        feed.whole = feed.layer_bytes() <= room
+        feed.slots = 2 if (source.costly or where.type == "cuda") and 2 * feed.layer_bytes() <= room else 1
+        _attach(model, feed, where)
     except BaseException:
-        shutil.rmtree(offload, ignore_errors=True)
+        finish()
         raise
-    weakref.finalize(model, shutil.rmtree, offload, True)
+    weakref.finalize(model, finish)
     model.config._name_or_path = label
-    _read_ahead([block.module for block in blocks], [_prefix(model, block.module) for block in blocks], places)
+    _feeds[model] = Stream(feed, budget, piece, compute, label)
     return model.eval(), tokenizer
 
 
@@ -82,14 +109,143 @@ def parse_memory(text: str | int) -> int:
     return size
 
 
-def _folder(name: str | os.PathLike[str]) -> tuple[Path, str]:
+def _open(name: str | os.PathLike[str], dtype: Any) -> tuple[Any, Any, Source, str, Any]:
+    """An empty model, its tokenizer, where its weights come from, its name, and what to call when it goes."""
     text = os.fspath(name)
-    if text == DEMO:
-        return _converted(demo_file()), DEMO_NAME
-    if text.endswith(".gguf"):
-        if not Path(text).is_file():
+    if text == DEMO or text.endswith(".gguf"):
+        file, label = (demo_file(), DEMO_NAME) if text == DEMO else (Path(text), Path(text).stem)
+        if not file.is_file():
             raise FileNotFoundError(f"no GGUF file at '{text}'")
-        return _converted(Path(text)), Path(text).stem
+        opened = _from_gguf(file, label, dtype)
+        if opened is not None:
+            return opened
+        folder = _converted(file)
+    else:
+        folder, label = _folder(text)
+    from transformers import AutoConfig, AutoTokenizer
+
+    places = tensor_places(folder)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder) if any(next(folder.glob(name), None) for name in TOKENIZERS) else None
+        config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is None:
+        model = _empty(config, dtype)
+        named = dict(model.named_parameters())
+        if all(n in places and places[n].shape == tuple(p.shape) for n, p in named.items()):
+            return model, tokenizer, SafetensorsSource(places, label), label, _nothing
+    return _by_transformers(folder, tokenizer, places, label, dtype)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _empty(config: Any, dtype: Any) -> Any:
+    """A model of meta parameters and real buffers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    kind = dtype if dtype is not None else getattr(config.get_text_config(), "dtype", None) or torch.float32
+    with init_empty_weights(include_buffers=False), _quiet():
+        model = AutoModelForCausalLM.from_config(config, dtype=kind)
+    model.tie_weights()
+    return model
+
+
+def _from_gguf(file: Path, label: str, dtype: Any) -> tuple[Any, Any, Source, str, Any] | None:
+    """None if transformers cannot map this file tensor by tensor."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            model = _empty(config, dtype)
+            source = GgufSource(file, model, label)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ImportError, AttributeError, NotImplementedError, KeyError):
+        return None
+    parameters = dict(model.named_parameters())
+    if any(n not in source or math.prod(source.places[n].shape) != p.numel() for n, p in parameters.items()):
+        return None
+    return model, tokenizer, source, label, _nothing
+
+
+def _by_transformers(folder: Path, tokenizer: Any, places: Any, label: str, dtype: Any) -> tuple[Any, Any, Source, str, Any]:
+    """Checkpoints whose tensors transformers renames or merges: opened by it; what it converts goes into a temporary folder."""
+    from accelerate.hooks import remove_hook_from_submodules
+    from transformers import AutoModelForCausalLM
+
+    offload = Path(tempfile.mkdtemp(prefix="flowroutes-offload-"))
+
+    def finish() -> None:
+        shutil.rmtree(offload, ignore_errors=True)
+
+    try:
+        need, free = sum(p.count for p in places.values()), shutil.disk_usage(offload).free
+        if need > free:
+            raise OSError(f"opening {label} needs up to {need / 1e9:.1f} GB in '{offload.parent}' for converted weights, {free / 1e9:.1f} GB are free")
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=offload, dtype="auto")
+        hooks = [getattr(m, "_hf_hook", None) for m in model.modules()]
+        maps = [h.weights_map for hook in hooks for h in getattr(hook, "hooks", [hook]) if getattr(h, "weights_map", None) is not None]
+        weights = getattr(maps[0], "dataset", maps[0])
+        remove_hook_from_submodules(model)
+        if dtype is not None:
+            _recast(model, dtype)
+    except BaseException:
+        finish()
+        raise
+    return model, tokenizer, LoadedSource(weights, places, label), label, finish
+
+
+def _recast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Meta parameters in another dtype; tied ones stay tied."""
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                new = done.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), False))
+                module._parameters[name] = new
+    model.config.dtype = dtype  # type: ignore[union-attr]
+
+
+def _stored_names(model: nn.Module, source: Source) -> dict[str, str]:
+    """Parameter -> its name in the checkpoint: of tied parameters, the one that is there."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if name in source:
+            first.setdefault(id(parameter), name)
+    missing = [name for name, p in parameters.items() if name not in source and id(p) not in first]
+    if missing:
+        raise ValueError(f"{source.label} has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    return {name: name if name in source else first[id(p)] for name, p in parameters.items()}
+
+
+def _look_up_as_stored(model: nn.Module, source: Source, stored: dict[str, str], compute: torch.dtype) -> None:
+    """A plain embedding stays in the checkpoint's dtype, mapped: its few rows that are looked up are cast, not all of it."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    name = next((n for n, p in model.named_parameters() if p is table.weight), "")
+    if type(table) is not nn.Embedding or source.costly or name not in stored:
+        return
+    kind = source.read(stored[name]).dtype
+    if kind != compute:
+        table.weight = nn.Parameter(torch.empty_like(table.weight, dtype=kind, device="meta"), False)
+        table.register_forward_hook(lambda module, args, output: output.to(compute))
+
+
+def _attach(model: Any, feed: Feed, device: torch.device) -> None:
+    from accelerate.hooks import attach_align_device_hook
+
+    for name, buffer in model.named_buffers():  # those that a checkpoint holds
+        if name in feed.source:
+            buffer.copy_(feed.source.read(name))
+    attach_align_device_hook(model, execution_device=device, offload=True, weights_map=feed)
+
+
+def _folder(text: str) -> tuple[Path, str]:
     if Path(text).is_dir():
         if not (Path(text) / "config.json").is_file():
             raise FileNotFoundError(f"folder '{text}' holds no model: config.json is missing")
@@ -102,89 +258,3 @@ def _folder(name: str | os.PathLike[str]) -> tuple[Path, str]:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])), text
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model '{text}' cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
-
-
-Places = dict[str, tuple[Path, int, int]]  # tensor -> file, offset, bytes
-
-
-def tensor_places(folder: Path) -> Places:
-    """Where every tensor of a safetensors checkpoint lies. Reads headers alone; names what is missing or damaged."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        wanted: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({folder / name for name in wanted.values()})
-    else:
-        wanted, files = {}, sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt")))
-        what = f"only {pickled[0]}; convert it: load it and call save_pretrained" if pickled else "no weights"
-        raise ValueError(f"'{folder}' holds no safetensors weights, {what}")
-    places: Places = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"shard '{file.name}' of '{folder}' is missing")
-        places |= _header(file)
-    for tensor, name in wanted.items():
-        if tensor not in places or places[tensor][0].name != name:
-            raise ValueError(f"the index of '{folder}' says that {name} holds {tensor}, but it does not")
-    return places
-
-
-def _header(file: Path) -> Places:
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        found = {name: (file, 8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in header.items() if name != "__metadata__"}  # fmt: skip
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"shard '{file.name}' is damaged: {error}") from error
-    if found and max(offset + count for _, offset, count in found.values()) > size:
-        raise ValueError(f"shard '{file.name}' is cut short: {size} bytes")
-    return found
-
-
-def _largest_piece(places: Places) -> int:
-    """Bytes of the largest module that comes in at a time (accelerate loads leaf modules) and of the largest whole layer read ahead."""
-    by_layer: dict[str, int] = {}
-    for name, (_, _, count) in places.items():
-        found = re.search(r"(?:^|\.)\d+\.", name)
-        by_layer[name[: found.end()] if found else name] = by_layer.get(name[: found.end()] if found else name, 0) + count
-    return max(by_layer.values())
-
-
-def _prefix(model: nn.Module, block: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is block) + "."
-
-
-def _read_ahead(modules: list[nn.Module], prefixes: list[str], places: Places) -> None:
-    """Before a block runs, ask the system to read the next one's weights."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-
-    def spans(prefix: str) -> dict[Path, tuple[int, int]]:
-        short = prefix.split(".", 1)[1]
-        found: dict[Path, tuple[int, int]] = {}
-        for name, (file, start, count) in places.items():
-            if name.startswith((prefix, short)):
-                a, b = found.get(file, (start, start + count))
-                found[file] = (min(a, start), max(b, start + count))
-        return found
-
-    ahead = [spans(prefix) for prefix in prefixes]
-
-    def hook(which: dict[Path, tuple[int, int]]) -> Any:
-        def advise(*_: Any) -> None:
-            for file, (start, end) in which.items():
-                handle = os.open(file, os.O_RDONLY)
-                try:
-                    os.posix_fadvise(handle, start, end - start, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(handle)
-
-        return advise
-
-    for module, following in zip(modules, ahead[1:], strict=False):
-        module.register_forward_pre_hook(hook(following))

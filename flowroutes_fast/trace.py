@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from flowroutes_fast import by_layer
+from flowroutes_fast.by_layer import Store, identity_of
 from flowroutes_fast.capture import Layer, capture, rows_of, span_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
-from flowroutes_fast.estimate import check_memory
+from flowroutes_fast.estimate import check_memory, working_memory
 from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, check_finite, conservation_error, importances
 from flowroutes_fast.models.families import blocks_of, context_length, text_config, vocabulary_size
 from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.record import Settle, Trace
+from flowroutes_fast.streaming import Stream, stream_of
 
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
 DEFAULT_FLOOR = 1e-3
@@ -50,6 +54,7 @@ def trace(
     neurons: bool = False,
     threads: int = 0,
     progress: bool = False,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
 
@@ -77,11 +82,13 @@ def trace(
         neurons: also split every FFN into its neurons (``trace.neurons(layer)``).
         threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
         progress: show a bar over the layers (a streamed model takes its time).
+        resume: a new folder in which every finished layer is kept until the run is done. The same call after a kill goes on from the last
+            finished layer.
 
     Raises:
         ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a model whose
             captured parts do not add up to its states, NaN in the activations (the layer is named).
-        TypeError: text of a wrong type.
+        TypeError: text of a wrong type. OSError: weights that cannot be read, a folder that cannot be written to.
     """
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
     model = unwrap(model)
@@ -100,20 +107,35 @@ def trace(
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
     options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
     needed = options if positions is None else replace(options, precision="certified", neurons=False)  # few rows: no table of all
-    check_memory(model, max(map(len, prompts)), needed, batch=len(prompts))
-    together = [list(range(len(prompts)))]
-    if any(block.mixer is not None for block in blocks):  # recurrent mixers see padding
-        together = [[i] for i in range(len(prompts))]
+    recurrent = any(block.mixer is not None for block in blocks)  # such mixers see padding
+    groups = _groups(model, [len(ids) for ids in prompts], needed, recurrent)
+    check_memory(model, max(map(len, prompts)), needed, batch=max(map(len, groups)))
     results: list[list[LayerImportances]] = [[] for _ in prompts]
     outputs: list[Tensor | None] = [None] * len(prompts)
     total, ours = 0.0, 0.0
-    for group in together:
-        start = time.perf_counter()
-        with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:
-            found, seconds = _run(model, [prompts[i] for i in group], [rows[i] for i in group], options, step=bar.update)
-        total, ours = total + time.perf_counter() - start, ours + seconds
-        for i, (layers, logits) in zip(group, found, strict=True):
-            results[i], outputs[i] = layers, logits
+    store = None
+    if resume is not None:
+        settings = {"rows": [r.tolist() for r in rows], "groups": groups, "options": options, "weights": _dtype_of(model)}
+        store = Store(resume, identity_of(model, prompts, **settings))
+    streamed = store is not None or stream_of(model) is not None
+    try:
+        for together in [groups] if streamed else [[group] for group in groups]:
+            start = time.perf_counter()
+            members = sorted(i for group in together for i in group)
+            with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:
+                found, seconds = _run(
+                    model, [prompts[i] for i in members], [rows[i] for i in members], options, step=bar.update, store=store,
+                    groups=[[members.index(i) for i in group] for group in together] if streamed else None,
+                )  # fmt: skip
+            total, ours = total + time.perf_counter() - start, ours + seconds
+            for i, (layers, logits) in zip(members, found, strict=True):
+                results[i], outputs[i] = layers, logits
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    if store is not None:
+        store.finish()
     weak = weakref.ref(model)
     mixers = [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks]
     traces = [
@@ -128,37 +150,54 @@ def trace(
 
 
 def _run(
-    model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None, step: Any = None
-) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:
+    model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None, step: Any = None,
+    store: Store | None = None, groups: list[list[int]] | None = None,
+) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:  # fmt: skip
     """One forward pass over prompts, padded on the right: per prompt its layers and last logits; and the seconds that were ours.
 
-    ``exact``: {layer: which query positions to evaluate whole}; other layers are left out.
+    ``exact``: {layer: which query positions to evaluate whole}; other layers are left out. ``groups``: prompts that are padded together,
+    all groups going through the layers side by side; always so for streamed models.
     """
-    longest = max(map(len, prompts))
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    device = _device(model) if device.type == "meta" else device
-    batch = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in prompts], device=device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts], device=device)
-    lasts = sorted({len(ids) - 1 for ids in prompts})
-    results: list[list[LayerImportances]] = [[] for _ in prompts]
-    seconds = 0.0
+    stream, seconds = stream_of(model), 0.0
+    if stream is not None and groups is None:
+        groups = [list(range(len(prompts)))]
 
-    def on_item(item: int, layer: Layer) -> None:
+    def of(item: int, layer: Layer) -> LayerImportances | None:
         nonlocal seconds
         if exact is not None and layer.index not in exact:
-            return
+            return None
         start = time.perf_counter()
         whole = None if exact is None else torch.isin(rows[item], torch.from_numpy(exact[layer.index]))
-        results[item].append(_everywhere(importances(rows_of(layer, rows[item]), options, whole), rows[item], len(prompts[item])))
+        found = _everywhere(importances(rows_of(layer, rows[item]), options, whole), rows[item], len(prompts[item]))
         seconds += time.perf_counter() - start
+        return found
+
+    check = None if model in _opened else _Check(model, len(blocks_of(model)))
+    if check is not None and store is not None:
+        check.found = store.finished
+    device = stream.feed.device if stream is not None else model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = _device(model) if device.type == "meta" else device
+    if groups is not None:
+        found = by_layer.run(
+            model, prompts, groups, of, neurons=options.neurons, feed=stream.feed if stream else None, device=device, on_start=check,
+            step=step, store=store, budget=_room_for_states(stream),
+        )  # fmt: skip
+        if check is not None:
+            check.passed()
+        return found, seconds
+    group = by_layer.group_of(prompts, list(range(len(prompts))), device)
+    lasts = sorted({len(ids) - 1 for ids in prompts})
+    results: list[list[LayerImportances]] = [[] for _ in prompts]
+
+    def on_item(item: int, layer: Layer) -> None:
+        if (result := of(item, layer)) is not None:
+            results[item].append(result)
         if step is not None and item == len(prompts) - 1:
             step()
 
-    padded = len({len(ids) for ids in prompts}) > 1
-    check = None if model in _opened else _Check(model, len(blocks_of(model)))
     output = capture(
-        model, batch, neurons=options.neurons, attention_mask=mask if padded else None, on_item=on_item, on_start=check,
-        logits_to_keep=torch.tensor(lasts, device=device) if padded else 1,
+        model, group.ids, neurons=options.neurons, attention_mask=group.mask, on_item=on_item, on_start=check,
+        logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device),
     )  # fmt: skip
     if check is not None:
         check.passed()
@@ -167,6 +206,35 @@ def _run(
         return [(found, None) for found in results], seconds
     place = {last: n if logits.shape[1] == len(lasts) else last for n, last in enumerate(lasts)}
     return [(found, logits[i, place[len(ids) - 1]]) for i, (found, ids) in enumerate(zip(results, prompts, strict=True))], seconds
+
+
+def _groups(model: nn.Module, lengths: list[int], options: Options, recurrent: bool) -> list[list[int]]:
+    """Which prompts run together: all of them, or (streamed, where memory is short) as many as fit, of similar lengths."""
+    if recurrent:
+        return [[i] for i in range(len(lengths))]
+    everyone = list(range(len(lengths)))
+    stream = stream_of(model)
+    if stream is None or stream.budget is None:
+        return [everyone]
+    room = stream.budget - stream.weights
+
+    def fits(members: list[int]) -> bool:
+        return len(members) == 1 or working_memory(model, max(lengths[i] for i in members), options, len(members)) <= room
+
+    if fits(everyone):
+        return [everyone]
+    groups: list[list[int]] = []
+    for i in sorted(everyone, key=lambda i: -lengths[i]):
+        if groups and fits([*groups[-1], i]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _room_for_states(stream: Stream | None) -> float:
+    """Bytes of residual states that may wait in memory: half of what the weights leave."""
+    return float("inf") if stream is None or stream.budget is None else max(0, stream.budget - stream.weights) / 2
 
 
 def _everywhere(found: LayerImportances, rows: Tensor, tokens: int) -> LayerImportances:
@@ -223,8 +291,15 @@ def _name(model: Any) -> str:
     return str(getattr(model.config, "_name_or_path", "") or model.config.model_type)
 
 
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    stream = stream_of(model)
+    return stream.dtype if stream is not None else next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def _device(model: nn.Module) -> torch.device:
     """Where the first weights are that are anywhere."""
+    if (stream := stream_of(model)) is not None:
+        return stream.feed.device
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 

@@ -10,7 +10,8 @@ from conftest import IOI
 from families import make
 
 import flowroutes_fast as fr
-from flowroutes_fast.streaming import parse_memory, tensor_places
+from flowroutes_fast.checkpoints import tensor_places
+from flowroutes_fast.streaming import parse_memory
 
 pytest.importorskip("accelerate")
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]
@@ -147,6 +148,6 @@ def test_places_are_those_of_the_files(checkpoint):
     folder, model = checkpoint
     places = tensor_places(folder)
     assert set(places) == set(model.state_dict())
-    file, offset, count = places["model.layers.1.self_attn.o_proj.weight"]
-    stored = torch.frombuffer(bytearray(file.read_bytes()[offset : offset + count]), dtype=torch.float32)
+    place = places["model.layers.1.self_attn.o_proj.weight"]
+    stored = torch.frombuffer(bytearray(place.file.read_bytes()[place.offset : place.offset + place.count]), dtype=torch.float32)
     assert torch.equal(stored.view(60, -1), model.model.layers[1].self_attn.o_proj.weight)
