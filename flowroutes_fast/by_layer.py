@@ -192,12 +192,17 @@ class Store:
         self.lock.release()
 
 
-def identity_of(model: nn.Module, prompts: list[list[int]], **settings: Any) -> dict[str, Any]:
+def identity_of(model: nn.Module, prompts: list[list[int]], feed: Feed | None, **settings: Any) -> dict[str, Any]:
     """What makes two runs the same."""
-    config = model.config.to_json_string(use_diff=False)  # type: ignore[union-attr, operator]
+    if feed is not None:
+        files = sorted({place.file for place in feed.source.places.values()})
+        weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    else:  # a few numbers of every tensor
+        weights = [(n, p.detach().flatten()[:: max(1, p.numel() // 16)].double().cpu().tolist()) for n, p in model.named_parameters()]
     return {
         "format": FORMAT,
-        "model": hashlib.sha256(config.encode()).hexdigest(),
+        "model": str(model.config.model_type),  # type: ignore[union-attr]
+        "weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         **{name: str(value) for name, value in settings.items()},
     }
@@ -273,10 +278,10 @@ def run(
 
     with prepared(model, blocks), feed.running() if feed else nullcontext(), ExitStack() as stack:
         stack.callback(states.close)
+        extras = store.extras if store else -1
         with _ends(model, feed):
-            extras = store.extras if store and done else _extras(model, blocks, together[0], feed)
             for g, group in enumerate(together):
-                first = _rehearse(model, blocks, group, extras)
+                first = _rehearse(model, blocks, group, extras, upto=len(blocks) if done else 1)
                 if not done:
                     states.put(0, g, first)
         for n in range(done):
@@ -295,18 +300,25 @@ def run(
                     with watched(block, spans, neurons, on_item, on_start if g == 0 else None):
                         output = group.calls[n](block.module, states.get(n, g, device))
                     states.put(n + 1, g, _state_of(output))
+                    if n == 0 and isinstance(output, tuple):
+                        extras = len(output) - 1
                     del output
+            if n == 0:  # now it is known what blocks return
+                with _ends(model, feed):
+                    for group in together:
+                        _rehearse(model, blocks, group, extras, upto=len(blocks))
             if store:
                 store.write(n, results, extras)
             states.drop(n, len(together))
             keep(results)
+        if feed:
+            feed.release()
         last = _logits(model, blocks, together, states, extras, feed, device)
     return [(layers, last.get(prompt)) for prompt, layers in enumerate(found)]
 
 
 class _Caught(Exception):
-    def __init__(self, call: Call, state: Tensor) -> None:
-        self.call, self.state = call, state
+    """Enough of a forward pass has been seen."""
 
 
 @contextmanager
@@ -356,24 +368,8 @@ def _forward(model: nn.Module, blocks: list[Block], group: Group) -> Any:
     return model(input_ids=group.ids, **forward_options(model, group.mask, keep, blocks[0].family.last_logits))
 
 
-def _extras(model: nn.Module, blocks: list[Block], group: Group, feed: Feed | None) -> int:
-    """How many values blocks return behind the states, found by running the first one; -1: the states alone."""
-
-    def catch(*args: Any, **kwargs: Any) -> None:
-        raise _Caught(*_split(args, kwargs))
-
-    try:
-        with _instead(blocks[0], catch):
-            _forward(model, blocks, group)
-    except _Caught as caught:
-        with feed.layer(0, blocks[0].module, None) if feed else nullcontext():
-            output = caught.call(blocks[0].module, caught.state)
-        return len(output) - 1 if isinstance(output, tuple) else -1
-    raise ValueError("this model did not call its first block")
-
-
-def _rehearse(model: nn.Module, blocks: list[Block], group: Group, extras: int) -> Tensor:
-    """Note what every block is called with; returns the states that enter the first."""
+def _rehearse(model: nn.Module, blocks: list[Block], group: Group, extras: int, upto: int) -> Tensor:
+    """Note what each of the first ``upto`` blocks is called with; returns the states that enter the first."""
     entered: list[Tensor] = []
     group.calls.clear()
 
@@ -381,13 +377,13 @@ def _rehearse(model: nn.Module, blocks: list[Block], group: Group, extras: int) 
         call, state = _split(args, kwargs)
         entered.append(state)
         group.calls.append(call)
-        if len(entered) == len(blocks):
-            raise _Caught(call, state)
+        if len(entered) == upto:
+            raise _Caught
         return _as_output(state, extras)
 
     try:
         with ExitStack() as stack:
-            for block in blocks:
+            for block in blocks[:upto]:
                 stack.enter_context(_instead(block, note))
             _forward(model, blocks, group)
     except _Caught:

@@ -86,7 +86,7 @@ class Feed(Mapping[str, Tensor]):
         ready = self._take(index)
         try:
             if self.whole:
-                self.here = self._load(index) if ready is None else ready
+                self.here = ready if isinstance(ready, dict) else self._load(index, warm=ready is None)
                 if self.stream is not None:
                     torch.cuda.current_stream(self.device).wait_stream(self.stream)
             with self.module(module) if self.whole else nullcontext():
@@ -127,12 +127,17 @@ class Feed(Mapping[str, Tensor]):
             self.pool = self.ahead = None
             self.arenas.clear()
 
+    def release(self) -> None:
+        """Let the layers' buffers go: none will come in any more."""
+        self.arenas.clear()
+
     def _send(self, index: int) -> None:
         if self.pool is not None:
             ahead = self._load if self.whole and self.slots > 1 else self._warm
             self.ahead = (index, self.pool.submit(ahead, index))
 
-    def _take(self, index: int) -> dict[str, Tensor] | None:
+    def _take(self, index: int) -> Any:
+        """What was done ahead for this layer: its tensors, True if its bytes are at hand, None for nothing."""
         if self.ahead is None:
             return None
         which, future = self.ahead
@@ -140,12 +145,13 @@ class Feed(Mapping[str, Tensor]):
         found = future.result()
         return found if which == index else None
 
-    def _warm(self, index: int) -> None:
-        read_through((self.source.places[n] for n in self._stored(index) if n in self.source.places), self.stop)
+    def _warm(self, index: int) -> bool:
+        return read_through((self.source.places[n] for n in self._stored(index) if n in self.source.places), self.stop) >= 0
 
-    def _load(self, index: int) -> dict[str, Tensor]:
-        """One layer in this slot's buffers; what needs no change stays mapped from its file."""
-        self._warm(index)
+    def _load(self, index: int, warm: bool = True) -> dict[str, Tensor]:
+        """One layer in this slot's buffers, aligned as torch aligns its own: matrix products round by alignment."""
+        if warm:
+            self._warm(index)
         slot = index % self.slots
         if slot in self.free:
             self.free[slot].synchronize()
@@ -157,9 +163,6 @@ class Feed(Mapping[str, Tensor]):
                 if stored in found:
                     continue
                 read = self.source.read(stored)
-                if read.dtype == dtype and self.device.type == "cpu":
-                    found[stored] = read
-                    continue
                 if pinned is not None:
                     read = pinned.take(read.shape, dtype).copy_(read)
                 found[stored] = arena.take(read.shape, dtype).copy_(read, non_blocking=True)

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flowroutes_fast.models.families import blocks_of
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 PIECE_COPIES = 1.25  # of the largest module while it is put in
+PIECE = 2**24  # numbers of the unembedding that are cast at a time
 LAYER_SHARE = 0.75  # of the budget that a whole layer, or two, may take; the rest is for activations and waiting states
 _feeds: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
 
@@ -80,7 +82,7 @@ def open_streaming(
         compute = next(p.dtype for p in model.parameters() if p.is_floating_point())
         stored = _stored_names(model, source)
         blocks = [block.module for block in blocks_of(model)]
-        _look_up_as_stored(model, source, stored, compute)
+        _ends_as_stored(model, source, stored, compute)
         feed = Feed(source, model, blocks, stored, where, whole=True, slots=1)
         piece = max(sum(p.numel() * p.dtype.itemsize for p in m.parameters(recurse=False)) for m in model.modules())
         need = int(PIECE_COPIES * piece)
@@ -224,16 +226,32 @@ def _stored_names(model: nn.Module, source: Source) -> dict[str, str]:
     return {name: name if name in source else first[id(p)] for name, p in parameters.items()}
 
 
-def _look_up_as_stored(model: nn.Module, source: Source, stored: dict[str, str], compute: torch.dtype) -> None:
-    """A plain embedding stays in the checkpoint's dtype, mapped: its few rows that are looked up are cast, not all of it."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    name = next((n for n, p in model.named_parameters() if p is table.weight), "")
-    if type(table) is not nn.Embedding or source.costly or name not in stored:
-        return
-    kind = source.read(stored[name]).dtype
-    if kind != compute:
-        table.weight = nn.Parameter(torch.empty_like(table.weight, dtype=kind, device="meta"), False)
-        table.register_forward_hook(lambda module, args, output: output.to(compute))
+def _ends_as_stored(model: Any, source: Source, stored: dict[str, str], compute: torch.dtype) -> None:
+    """A plain embedding and a plain unembedding stay mapped in the checkpoint's dtype: the rows that are looked up are cast, and the
+    unembedding a piece at a time, not all of it into fresh memory."""
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is None or type(module) not in (nn.Embedding, nn.Linear) or source.costly:
+            continue
+        kind = source.read(stored[names[id(module.weight)]]).dtype
+        if kind == compute:
+            continue
+        module.weight = nn.Parameter(torch.empty_like(module.weight, dtype=kind, device="meta"), False)
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda module, args, output: output.to(compute))
+        else:
+            module.forward = partial(_in_pieces, module)
+
+
+def _in_pieces(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """x W^T + b with W cast some rows at a time."""
+    rows = max(1, PIECE // module.in_features)
+    buffer = torch.empty(min(rows, module.out_features), module.in_features, dtype=x.dtype, device=x.device)
+    out = x.new_empty(*x.shape[:-1], module.out_features)
+    for start in range(0, module.out_features, rows):
+        weight = module.weight[start : start + rows]
+        out[..., start : start + rows] = nn.functional.linear(x, buffer[: len(weight)].copy_(weight))
+    return out if module.bias is None else out + module.bias.to(out)
 
 
 def _attach(model: Any, feed: Feed, device: torch.device) -> None:

@@ -113,11 +113,11 @@ def trace(
     results: list[list[LayerImportances]] = [[] for _ in prompts]
     outputs: list[Tensor | None] = [None] * len(prompts)
     total, ours = 0.0, 0.0
-    store = None
+    store, stream = None, stream_of(model)
     if resume is not None:
-        settings = {"rows": [r.tolist() for r in rows], "groups": groups, "options": options, "weights": _dtype_of(model)}
-        store = Store(resume, identity_of(model, prompts, **settings))
-    streamed = store is not None or stream_of(model) is not None
+        settings = {"rows": [r.tolist() for r in rows], "groups": groups, "options": options, "dtype": _dtype_of(model)}
+        store = Store(resume, identity_of(model, prompts, stream.feed if stream else None, **settings))
+    streamed = store is not None or stream is not None
     try:
         for together in [groups] if streamed else [[group] for group in groups]:
             start = time.perf_counter()
