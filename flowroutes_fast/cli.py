@@ -109,6 +109,7 @@ def estimate(
     dtype: Annotated[str | None, typer.Option(help="Type of the weights, say bfloat16; as loading gives it by default.")] = None,
     neurons: Annotated[bool, typer.Option(help="Also split FFNs into neurons.")] = False,
     batch: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
+    memory: Annotated[str | None, typer.Option(help="As for trace: weights stay on disk, this much may be in memory, like 8GiB.")] = None,
 ) -> None:
     """Peak memory and duration of a trace, before anything is loaded."""
     from rich.console import Console
@@ -117,7 +118,7 @@ def estimate(
     import flowroutes_fast as fr
     from flowroutes_fast.estimate import _duration, _size
 
-    found = fr.estimate(model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch)
+    found = fr.estimate(model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch, memory=memory)
     sequences = f" × {batch}" if batch > 1 else ""
     table = Table(title=f"{found.model}, {tokens} tokens{sequences}, {precision}, {measure}, backend {found.backend}", title_justify="left")
     table.add_column("what")

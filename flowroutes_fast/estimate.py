@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flowroutes_fast.certify import CAPACITY, MEASURES
-from flowroutes_fast.layer import Options
+from flowroutes_fast.layer import FEW_KEYS, WIDE_MODEL, Options
 from flowroutes_fast.load import DEMO, DEMO_NAME, _quiet, cache_folder, demo_file
 from flowroutes_fast.models.families import blocks_of, context_length, family_of
 from flowroutes_fast.ops import BACKENDS, choose_backend
@@ -56,6 +56,8 @@ class Estimate:
         buffers: what our kernels allocate for one layer. results: what the Trace keeps, all layers together (always in main memory).
         allocator: freed memory that the C allocator keeps back.
         throughput: FLOP per second that a matrix product reaches; seconds follow from it. throughput_source: where it comes from.
+        flops: floating point operations, the forward pass's and ours. read: bytes read from disk while streaming (0: none).
+        bandwidth: bytes per second of that disk, measured; None if the checkpoint is not here.
     """
 
     model: str
@@ -78,6 +80,9 @@ class Estimate:
     throughput_source: str
     process_measured: bool = False
     notes: tuple[str, ...] = ()
+    flops: float = 0.0
+    read: int = 0
+    bandwidth: float | None = None
 
     @property
     def additional(self) -> int:
@@ -95,7 +100,7 @@ class Estimate:
         where = "" if self.device == "cpu" else ", in main memory, not in the total"
         process = "Python, torch, transformers: measured; tokenizer: predicted" if self.process_measured else "CUDA context: predicted"
         return [
-            ("weights", self.weights, f"counted, {self.dtype}"),
+            ("weights", self.weights, f"counted, {self.dtype}" + (", those in memory at a time" if self.read else "")),
             ("process", self.process, process),
             ("activations", self.activations, "predicted from shapes: the forward pass's peak"),
             ("buffers", self.buffers, f"predicted from shapes: one layer's, beside {_size(self.captured)} of its activations"),
@@ -114,8 +119,13 @@ class Estimate:
         return "\n".join([head, table, f"{'time':12}{_duration(self.seconds):>10}  {self.time_source}", *self.notes])
 
     @property
+    def floor(self) -> float | None:
+        """Seconds that reading the weights takes by itself; None if they are not here."""
+        return None if not self.read or self.bandwidth is None else self.read / self.bandwidth
+
+    @property
     def time_source(self) -> str:
-        return f"predicted from FLOPs at {self.throughput / 1e9:.3g} GFLOP/s of a matrix product ({self.throughput_source})"
+        return f"{self.flops / 1e12:.3g} TFLOP, predicted at {self.throughput / 1e9:.3g} GFLOP/s of a matrix product ({self.throughput_source})"
 
 
 def _size(size: float) -> str:
@@ -224,7 +234,8 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
         sorted_rows = 4 * t * (2 * d + BUCKETS + 2)
         per_thread = 4 * ROWS * t * (h * (2 if measure == "signed" else 1) + 1)
         listed = 0.0 if dense else KERNEL_EDGE_BYTES * edges
-        packed = 4 * t * (h * (s.d_qk + s.d_head + d + 1) if precision == "exact" else kv + s.kv_heads)
+        whole = precision == "exact" or (t <= FEW_KEYS and d >= WIDE_MODEL)
+        packed = 4 * t * (h * (s.d_qk + s.d_head + d + 1) if whole else kv + s.kv_heads)
         buffers: float = copies + g + sorted_rows + per_thread * threads + listed + packed + (4 * square if dense else 0)
     elif backend == "reference":
         buffers = (
@@ -260,6 +271,7 @@ def estimate(
     floor: float = 1e-3,
     batch: int = 1,
     threads: int = 0,
+    memory: str | int | None = None,
 ) -> Estimate:
     """Peak memory and duration of :func:`flowroutes_fast.trace`, before anything is loaded.
 
@@ -269,7 +281,8 @@ def estimate(
         dtype: of the weights (torch dtype or its name); None: the loaded model's; for a hub name the checkpoint's; else float32.
         backend: ``"auto"``: for a loaded model that of its device, else ``"triton"`` where torch sees a GPU and ``"cpu"`` elsewhere. Others
             need not be available here.
-        batch: sequences per forward pass. Other arguments: as for :func:`flowroutes_fast.trace`.
+        batch: sequences per forward pass.
+        memory: weights stay on disk, and those in memory at a time may take so much (:func:`flowroutes_fast.open_streaming`). Other arguments: as for :func:`flowroutes_fast.trace`.
 
     Returns:
         Bytes and seconds, see :class:`Estimate`. The process is measured as it is now, without the model that is passed: call it in a fresh
@@ -313,12 +326,36 @@ def estimate(
     if backend == "reference":
         seconds += batch * s.layers * tokens**2 / 2 * s.heads * s.d_model / REFERENCE_SPEED
     notes = []
+    weights, read, disk = _weights(loaded, dtype), 0, None
+    if memory is not None:
+        weights, read, disk = _streamed(model, loaded, dtype, device, memory)
+        floor = read / disk if disk else None
+        notes.append(
+            f"Streaming reads {_size(read)} from disk, once for all prompts: "
+            + (f"at least {_duration(floor)} at {disk / 1e9:.2f} GB/s (measured here)." if floor and disk else "the checkpoint is not here, so its disk's speed is not known.")
+        )
+        seconds = max(seconds, floor or 0.0)
     if device != "cpu" and precision == "certified":
         notes.append(f"Rows that must be evaluated whole take up to {_size(17 * s.heads * tokens**2)} of device memory more for a moment.")
     return Estimate(
-        label, tokens, batch, precision, measure, backend, device, str(dtype).removeprefix("torch."), _weights(loaded, dtype), max(process, 0),
+        label, tokens, batch, precision, measure, backend, device, str(dtype).removeprefix("torch."), weights, max(process, 0),
         need.activations, need.captured, need.buffers, need.results, need.allocator, seconds, speed, source, device == "cpu", tuple(notes),
+        batch * (forward + ours), read, disk,
     )  # fmt: skip
+
+
+def _streamed(name: Any, model: nn.Module, dtype: torch.dtype, device: str, memory: str | int) -> tuple[int, int, float | None]:
+    """Bytes of weights in memory at a time, bytes to read, bytes per second."""
+    from flowroutes_fast.feed import plan
+    from flowroutes_fast.reading import reading
+    from flowroutes_fast.streaming import parse_memory
+
+    decoded = isinstance(name, (str, os.PathLike)) and (os.fspath(name) == DEMO or os.fspath(name).endswith(".gguf"))
+    blocks = [block.module for block in blocks_of(model)]
+    ends = None if decoded else _dtype(getattr(model.config, "dtype", None))
+    found = plan(model, blocks, parse_memory(memory), ahead=decoded or device != "cpu", dtype=dtype, ends=ends)
+    from_disk = reading(name, model)
+    return found.weights, from_disk.bytes, from_disk.bandwidth
 
 
 def _opened(model: Any) -> tuple[Any, str, torch.dtype | None]:

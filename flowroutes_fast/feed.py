@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,49 @@ from torch import Tensor, nn
 from flowroutes_fast.checkpoints import Source, read_through
 
 ALIGNED = 64  # bytes
+
+
+LAYER_SHARE = 0.75  # of the budget that a whole layer, or two, may take; the rest is for activations and waiting states
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How weights come in: bytes of the largest layer and of the largest single module; layers whole or not; how many at a time."""
+
+    layer: int
+    piece: int
+    whole: bool
+    slots: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights in memory at a time."""
+        return max(self.slots * self.layer if self.whole else 0, self.piece)
+
+
+def plan(
+    model: Any,
+    blocks: list[nn.Module],
+    budget: int | None,
+    ahead: bool,
+    dtype: torch.dtype | None = None,
+    ends: torch.dtype | None = None,
+) -> Plan:
+    """What fits into ``budget`` bytes (None: anything). ``ahead``: is a second layer worth having (decoded, or on a GPU)?
+
+    ``dtype`` of the floating point parameters and ``ends`` of the (un)embedding, if not as the model has them.
+    """
+    outside = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+
+    def size(p: Tensor) -> int:
+        other = ends if id(p) in outside and ends is not None else dtype
+        kind = other if other is not None and p.is_floating_point() else p.dtype
+        return -(-p.numel() * kind.itemsize // ALIGNED) * ALIGNED
+
+    layer = max(sum(size(p) for p in block.parameters()) for block in blocks)
+    piece = max(sum(size(p) for p in module.parameters(recurse=False)) for module in model.modules())
+    room = float("inf") if budget is None else LAYER_SHARE * budget
+    return Plan(layer, piece, layer <= room, 2 if ahead and 2 * layer <= room else 1)
 
 
 class Arena:
@@ -43,11 +87,10 @@ class Feed(Mapping[str, Tensor]):
         blocks: list[nn.Module],
         stored: dict[str, str],
         device: torch.device,
-        *,
-        whole: bool,
-        slots: int,
+        plan: Plan,
     ) -> None:
-        self.source, self.device, self.whole, self.slots = source, device, whole, slots
+        self.source, self.device, self.plan = source, device, plan
+        self.whole, self.slots = plan.whole, plan.slots
         self.stored = stored
         self.dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
@@ -168,16 +211,9 @@ class Feed(Mapping[str, Tensor]):
                 found[stored] = arena.take(read.shape, dtype).copy_(read, non_blocking=True)
         return {name: found[self.stored[name]] for name in self.names[index]}
 
-    def layer_bytes(self) -> int:
-        """Bytes of the largest layer as it is computed with."""
-        return max(
-            sum(-(-self.shapes[n].numel() * self.dtypes[n].itemsize // ALIGNED) * ALIGNED for n in dict.fromkeys(names))
-            for names in self.names
-        )
-
     def _arenas(self, slot: int) -> tuple[Arena, Arena | None]:
         if slot not in self.arenas:
-            size = self.layer_bytes()
+            size = self.plan.layer
             pinned = Arena(size, torch.device("cpu"), pinned=True) if self.device.type == "cuda" else None
             self.arenas[slot] = (Arena(size, self.device), pinned)
         for arena in self.arenas[slot]:

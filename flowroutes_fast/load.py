@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +104,51 @@ def _open(source: str, label: str, dtype: Any) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _converted(gguf: Path) -> Path:
-    """Folder with a safetensors copy of a GGUF file, made on first use: converting takes half a minute, opening the copy a second."""
+def _cached(gguf: Path) -> Path:
+    """Where what was made of a GGUF file is kept; its name says which file."""
     stat = gguf.stat()
     mark = hashlib.sha256(f"{gguf.name} {stat.st_size}".encode() + _head_and_tail(gguf)).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{gguf.stem}-{mark}"
+    return cache_folder() / "models" / f"{gguf.stem}-{mark}"
+
+
+def _converted(gguf: Path) -> Path:
+    """Folder with a safetensors copy of a GGUF file, made on first use: converting takes half a minute, opening the copy a second."""
+    return _made(gguf, _cached(gguf), gguf.stat().st_size * 9, _convert)  # Q4 to float32
+
+
+def description_of(gguf: Path) -> Path:
+    """Folder with a GGUF file's config and tokenizer, made on first use: reading them from the file takes twenty seconds."""
+    whole = _cached(gguf)
+    if (whole / "config.json").is_file():
+        return whole
+    return _made(gguf, whole.with_name(f"{whole.name}-description"), 10**8, _describe)
+
+
+def _made(gguf: Path, folder: Path, need: int, make: Callable[[Path, Path], None]) -> Path:
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    need = stat.st_size * 9  # Q4 to float32
     if (free := shutil.disk_usage(folder.parent).free) < need:
         raise OSError(f"converting '{gguf.name}' needs up to {need / 1e9:.1f} GB below '{folder.parent}', {free / 1e9:.1f} GB are free")
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        _convert(gguf, temporary)
+        make(gguf, temporary)
         with contextlib.suppress(OSError):  # another process may have been first
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _describe(gguf: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _quiet():
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+        config.save_pretrained(folder)
 
 
 def _head_and_tail(path: Path, size: int = 1 << 16) -> bytes:

@@ -21,28 +21,27 @@ from torch import nn
 
 from flowroutes_fast.checkpoints import GgufSource, LoadedSource, SafetensorsSource, Source, tensor_places
 from flowroutes_fast.estimate import available_device_memory, available_memory
-from flowroutes_fast.feed import Feed
-from flowroutes_fast.load import DEMO, DEMO_NAME, _converted, _quiet, demo_file
+from flowroutes_fast.feed import Feed, plan
+from flowroutes_fast.load import DEMO, DEMO_NAME, _converted, _quiet, demo_file, description_of
 from flowroutes_fast.models.families import blocks_of
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 PIECE_COPIES = 1.25  # of the largest module while it is put in
 PIECE = 2**24  # numbers of the unembedding that are cast at a time
-LAYER_SHARE = 0.75  # of the budget that a whole layer, or two, may take; the rest is for activations and waiting states
 _feeds: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary()
 
 
 class Stream:
     """What :func:`open_streaming` knows of a model: its feed, and how many bytes weights and waiting states may take (None: unknown)."""
 
-    def __init__(self, feed: Feed, budget: int | None, piece: int, dtype: torch.dtype, label: str) -> None:
-        self.feed, self.budget, self.piece, self.dtype, self.label = feed, budget, piece, dtype, label
+    def __init__(self, feed: Feed, budget: int | None, dtype: torch.dtype) -> None:
+        self.feed, self.budget, self.dtype = feed, budget, dtype
 
     @property
     def weights(self) -> int:
         """Bytes of weights in memory at a time."""
-        return max(self.feed.slots * self.feed.layer_bytes() if self.feed.whole else 0, self.piece)
+        return self.feed.plan.weights
 
 
 def stream_of(model: nn.Module) -> Stream | None:
@@ -83,23 +82,20 @@ def open_streaming(
         stored = _stored_names(model, source)
         blocks = [block.module for block in blocks_of(model)]
         _ends_as_stored(model, source, stored, compute)
-        feed = Feed(source, model, blocks, stored, where, whole=True, slots=1)
-        piece = max(sum(p.numel() * p.dtype.itemsize for p in m.parameters(recurse=False)) for m in model.modules())
-        need = int(PIECE_COPIES * piece)
+        found = plan(model, blocks, budget, ahead=source.costly or where.type == "cuda")
+        need = int(PIECE_COPIES * found.piece)
         if budget is not None and need > budget:
             raise MemoryError(
                 f"streaming {label} needs about {need / 1e9:.2f} GB for its largest piece; {budget / 1e9:.2f} GB are allowed or available"
             )
-        room = float("inf") if budget is None else LAYER_SHARE * budget
-        feed.whole = feed.layer_bytes() <= room
-        feed.slots = 2 if (source.costly or where.type == "cuda") and 2 * feed.layer_bytes() <= room else 1
+        feed = Feed(source, model, blocks, stored, where, found)
         _attach(model, feed, where)
     except BaseException:
         finish()
         raise
     weakref.finalize(model, finish)
     model.config._name_or_path = label
-    _feeds[model] = Stream(feed, budget, piece, compute, label)
+    _feeds[model] = Stream(feed, budget, compute)
     return model.eval(), tokenizer
 
 
@@ -159,13 +155,11 @@ def _from_gguf(file: Path, label: str, dtype: Any) -> tuple[Any, Any, Source, st
     from transformers import AutoConfig, AutoTokenizer
 
     try:
+        folder = description_of(file)
         with _quiet():
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            model = _empty(config, dtype)
+            model = _empty(AutoConfig.from_pretrained(folder), dtype)
             source = GgufSource(file, model, label)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ImportError, AttributeError, NotImplementedError, KeyError):
         return None
     parameters = dict(model.named_parameters())
