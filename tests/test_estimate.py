@@ -178,3 +178,45 @@ def test_available_memory_reads_cgroups(tmp_path):
 def test_address_space_is_respected():
     code = "import resource; from flowroutes_fast.estimate import _address_space as f; a = f(); resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); print(a, f() < 2**36)"
     assert _child(code) == "None True"
+
+
+def test_streaming_of_a_config():
+    found = fr.estimate(LLAMA_70B, 64, memory="8GiB", dtype="bfloat16", backend="cpu")
+    layer = 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
+    assert found.read == fr.estimate(LLAMA_70B, 64, dtype="bfloat16", backend="cpu").weights
+    assert layer <= found.weights < 1.3 * layer  # the unembedding is larger
+    assert (found.bandwidth, found.floor) == (None, None)
+    assert 7e10 * 2 * 64 < found.flops < 1.2 * 7e10 * 2 * 64
+    assert "Streaming reads 141.11 GB" in str(found)
+    assert fr.estimate(LLAMA_70B, 64, memory="1GiB", dtype="bfloat16", backend="cpu").weights < 2.2e9  # module by module
+
+
+def test_streaming_of_a_checkpoint(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(SMALL)
+    model.save_pretrained(tmp_path)
+    found = fr.estimate(tmp_path, 64, memory="1GiB")
+    assert found.read == sum(p.nbytes for p in model.parameters())
+    assert found.floor == pytest.approx(found.read / found.bandwidth)
+    assert found.seconds >= found.floor
+    result = CliRunner().invoke(app, ["estimate", str(tmp_path), "--tokens", "64", "--memory", "1GiB"])
+    assert "Streaming reads" in result.output
+    assert "measured here" in result.output
+
+
+_STREAM = """
+import flowroutes_fast as fr
+model, _ = fr.open_streaming('demo', memory='1GiB')
+fr.trace(model, None, [(7 * i) % 4000 + 100 for i in range(256)])
+print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))
+"""
+
+
+@pytest.mark.demo_model
+def test_streaming_peak_of_a_process():
+    def output(code):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+    estimated = int(output("import flowroutes_fast as fr; print(fr.estimate('demo', 256, memory='1GiB').total)"))
+    assert 0.75 < estimated / (1024 * int(output(_STREAM))) < 1.33
