@@ -1,6 +1,7 @@
 """Information flow routes of a language model, from one forward pass, fast enough to leave on."""
 
 from flowroutes_fast import ops
+from flowroutes_fast.corpus import Corpus, corpus, open_corpus
 from flowroutes_fast.estimate import Estimate, estimate
 from flowroutes_fast.load import load
 from flowroutes_fast.record import Trace, load_trace
@@ -9,4 +10,19 @@ from flowroutes_fast.streaming import open_streaming
 from flowroutes_fast.trace import trace
 from flowroutes_fast.version import __version__
 
-__all__ = ["Estimate", "Route", "Trace", "__version__", "estimate", "load", "load_route", "load_trace", "open_streaming", "ops", "trace"]
+__all__ = [
+    "Corpus",
+    "Estimate",
+    "Route",
+    "Trace",
+    "__version__",
+    "corpus",
+    "estimate",
+    "load",
+    "load_route",
+    "load_trace",
+    "open_corpus",
+    "open_streaming",
+    "ops",
+    "trace",
+]

@@ -134,6 +134,63 @@ def estimate(
 
 
 @app.command()
+def corpus(
+    texts: Annotated[
+        list[str], typer.Argument(help="Files or folders (text, .jsonl, .parquet), or '-' for lines of standard input; DOMAIN=PATH names a domain.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for the results; that of a killed run, to go on with it.")],
+    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.")] = "demo",
+    threshold: Annotated[float, typer.Option(help="Importance above which a sub-edge is active and a route's edges are kept.")] = 0.04,
+    precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
+    max_tokens: Annotated[int | None, typer.Option(help="Longest piece of a text. [default: the model's context, at most 1024]")] = None,
+    overflow: Annotated[str, typer.Option(help="Longer texts: 'truncate' or 'split' into pieces.")] = "truncate",
+    split: Annotated[str, typer.Option(help="What of a text file is one text: 'file', 'paragraph' or 'line'.")] = "file",
+    field: Annotated[str, typer.Option(help="Where JSONL and Parquet have the text.")] = "text",
+    positions: Annotated[bool, typer.Option(help="Write the component vector of every position.")] = True,
+    edges: Annotated[bool, typer.Option(help="Write the route of every text.")] = True,
+    shard: Annotated[str, typer.Option(help="i/K: trace the texts with number ≡ i modulo K alone.")] = "0/1",
+    window: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 2048,
+    memory: Annotated[str | None, typer.Option(help="Leave the weights on disk: most memory they may take, like 8GiB.")] = None,
+) -> None:
+    """Trace many texts: component vectors and routes as Parquet files, means and frequencies per domain."""
+    import flowroutes_fast as fr
+    from flowroutes_fast.corpus.texts import from_stream, named_sources
+
+    try:
+        index, count = (int(n) for n in shard.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard must be i/K, like 0/4, got {shard!r}") from None
+    if "-" in texts and len(texts) > 1:
+        raise ValueError("standard input ('-') cannot be combined with files")
+    source: object = from_stream(sys.stdin, field) if texts == ["-"] else named_sources(texts)
+    for path in (p for paths in source.values() for p in paths) if isinstance(source, dict) else ():
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder at '{path}'")
+    loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
+    found = fr.corpus(
+        loaded, tokenizer, source, out, threshold=threshold, precision=precision, max_tokens=max_tokens, overflow=overflow, split=split,
+        field=field, positions=positions, edges=edges, shard=(index, count), window=window, batch_tokens=batch_tokens, progress=True,
+    )  # fmt: skip
+    done = found.progress[0]
+    typer.echo(f"{found!r} in '{out}': {done.tokens / max(done.seconds, 1e-9):.0f} tokens/s")
+    for text in _left_out(done):
+        typer.echo(text)
+
+
+def _left_out(done: object) -> list[str]:
+    """What of a corpus was cut or skipped, in sentences."""
+    found = []
+    if done.truncated:  # type: ignore[attr-defined]
+        found.append(f"{done.truncated} texts were cut, {done.dropped} tokens dropped (--overflow split traces them)")  # type: ignore[attr-defined]
+    if done.split:  # type: ignore[attr-defined]
+        found.append(f"{done.split} texts were traced in pieces")  # type: ignore[attr-defined]
+    if done.skipped:  # type: ignore[attr-defined]
+        found.append("left out or decoded: " + ", ".join(f"{count} {reason}" for reason, count in sorted(done.skipped.items())))  # type: ignore[attr-defined]
+    return found
+
+
+@app.command()
 def bench(
     tokens: Annotated[str, typer.Option(help="Lengths, comma separated.")] = "256,512,1024",
     shapes: Annotated[str, typer.Option(help="Layer shapes: smollm2-135m, llama-2-7b, llama-3-8b, llama-70b.")] = "smollm2-135m,llama-2-7b",

@@ -1,0 +1,8 @@
+"""Importances over many texts: :func:`corpus` runs them, :class:`Corpus` reads what it wrote."""
+
+from flowroutes_fast.corpus.results import Corpus
+from flowroutes_fast.corpus.run import corpus
+
+__all__ = ["Corpus", "corpus", "open_corpus"]
+
+open_corpus = Corpus

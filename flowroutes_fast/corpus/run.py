@@ -1,0 +1,407 @@
+"""``corpus()``: many texts through one model, importances out as Parquet files and running sums; a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+from tqdm.auto import tqdm
+
+from flowroutes_fast.capture import unwrap
+from flowroutes_fast.corpus.statistics import ARRAYS, COUNTS, Statistics, observe
+from flowroutes_fast.corpus.texts import Skipped, Text, read_texts
+from flowroutes_fast.corpus.words import words
+from flowroutes_fast.files import write_atomically, write_text
+from flowroutes_fast.models.families import blocks_of, context_length, text_config
+from flowroutes_fast.trace import trace
+
+FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 1
+STATE, SUMS, LOCK = "run.json", "statistics.safetensors", ".lock"
+TABLES = ("texts", "positions", "edges")
+OVERFLOW = ("truncate", "split")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines a corpus run's rows; a run in a folder goes on under the same settings only."""
+
+    model: str
+    shape: tuple[int, int]  # layers, heads
+    threshold: float
+    precision: str
+    floor: float
+    max_tokens: int
+    overflow: str
+    window: int
+    batch_tokens: int
+    positions: bool
+    edges: bool
+    shard: tuple[int, int]
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    windows: int = 0  # finished
+    texts: int = 0  # read, those of other shards included
+    rows: int = 0  # texts of this shard that were traced, pieces of long ones counted each
+    tokens: int = 0
+    truncated: int = 0  # texts
+    dropped: int = 0  # tokens of those
+    split: int = 0
+    seconds: float = 0.0  # of tracing and evaluating
+    digest: str = ""  # of all texts so far
+    finished: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Item:
+    """One text, or a piece of one, as it is traced."""
+
+    number: int  # of the text in the source
+    piece: int
+    text: str
+    domain: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def corpus(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Any,
+    out: str | os.PathLike[str],
+    *,
+    threshold: float = 0.04,
+    precision: str = "certified",
+    floor: float = 1e-3,
+    max_tokens: int | None = None,
+    overflow: str = "truncate",
+    window: int = 256,
+    batch_tokens: int = 2048,
+    positions: bool = True,
+    edges: bool = True,
+    shard: tuple[int, int] = (0, 1),
+    field: str = "text",
+    split: str = "file",
+    progress: bool = False,
+) -> Any:
+    """Trace every text and keep what the paper's corpus experiments need (its section 5).
+
+    Texts are taken a window at a time, sorted by length and traced in padded batches. After each window its rows are written and the sums
+    brought up to date, so that the same call after a kill goes on there: no row is lost or doubled.
+
+    Args:
+        texts: see :func:`flowroutes_fast.corpus.texts.read_texts`; a mapping of domains to sources keeps statistics per domain.
+        out: a new folder, or that of a run to go on with. One process at a time.
+        threshold: importance above which a sub-edge counts as active and a route's edges are kept.
+        precision, floor: as for :func:`flowroutes_fast.trace`.
+        max_tokens: longest piece that is traced; None for the model's context, at most 1024.
+        overflow: a longer text is cut (``"truncate"``) or traced in pieces (``"split"``); both are counted.
+        window: texts whose rows are written at a time. batch_tokens: padded tokens of a batch.
+        positions: write a row per position with its component vector. edges: write the route of every text's last position.
+        shard: ``(i, K)``: the texts with number ≡ i modulo K alone; :func:`open_corpus` puts the folders together.
+        field, split: of the texts.
+        progress: show a bar with tokens per second.
+
+    Returns:
+        A :class:`Corpus` on the folder.
+
+    Raises:
+        ValueError: no text at all, an unknown option, a folder that holds another run or other files, texts that are not those of the
+            run so far. OSError: a folder that cannot be written to, a full disk.
+    """
+    from flowroutes_fast.corpus.results import Corpus
+
+    model = unwrap(model)
+    context = context_length(text_config(model)) or 1024
+    longest = min(context, 1024) if max_tokens is None else max_tokens
+    _check(longest, context, overflow, window, batch_tokens, shard, threshold, floor)
+    if tokenizer is None:
+        raise TypeError("a corpus of texts needs a tokenizer")
+    heads = max(int(getattr(text_config(model), "num_attention_heads", 1)), 1)
+    shape = (len(blocks_of(model)), heads)
+    name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)  # type: ignore[union-attr]
+    settings = Settings(name, shape, threshold, precision, floor, longest, overflow, window, batch_tokens, positions, edges, shard)
+    skipped = Skipped()
+    source = read_texts(texts, field=field, split=split, skipped=skipped)
+    with Folder(out, settings) as folder:
+        if folder.progress.finished:
+            return Corpus(folder.path)
+        with tqdm(desc="tokens", unit="tok", unit_scale=True, disable=not progress, initial=folder.progress.tokens) as bar:
+            for number, group in enumerate(_windows(source, window)):
+                if number < folder.progress.windows:
+                    folder.passed(group, last=number == folder.progress.windows - 1)
+                    continue
+                start = time.perf_counter()
+                items = folder.itemise(group, tokenizer)
+                tables = _trace_window(model, items, folder, bar)
+                folder.progress.seconds += time.perf_counter() - start
+                folder.progress.skipped = dict(skipped.counts)
+                folder.write(group, tables)
+        if not folder.progress.texts:
+            why = ", ".join(f"{count} {reason}" for reason, count in skipped.counts.items())
+            raise ValueError("there is no text to trace" + (f" ({why})" if why else ""))
+        folder.finish(skipped)
+    return Corpus(folder.path)
+
+
+def _check(
+    longest: int, context: int, overflow: str, window: int, batch_tokens: int, shard: tuple[int, int], threshold: float, floor: float
+) -> None:
+    if overflow not in OVERFLOW:
+        raise ValueError(f"unknown overflow {overflow!r}: choose 'truncate' or 'split'")
+    if not 2 <= longest <= context:
+        raise ValueError(f"max_tokens must lie between 2 and the model's context of {context}, got {longest}")
+    for name, value in (("window", window), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not (len(shard) == 2 and 0 <= shard[0] < shard[1]):
+        raise ValueError(f"shard must be (i, K) with 0 <= i < K, got {shard}")
+    if not floor <= threshold < 1:
+        raise ValueError(f"threshold must lie in [floor, 1) = [{floor}, 1), got {threshold}")
+
+
+def _windows(source: Iterator[Text], size: int) -> Iterator[list[Text]]:
+    while group := list(itertools.islice(source, size)):
+        yield group
+
+
+def batches(items: list[Item], batch_tokens: int) -> Iterator[list[Item]]:
+    """Texts of similar lengths together, so many that their padded tokens are at most ``batch_tokens`` (or one)."""
+    current: list[Item] = []
+    for item in sorted(items, key=lambda item: -len(item.ids)):
+        if current and len(current[0].ids) * (len(current) + 1) > batch_tokens:
+            yield current
+            current = []
+        current.append(item)
+    if current:
+        yield current
+
+
+def _trace_window(model: nn.Module, items: list[Item], folder: Folder, bar: Any) -> dict[str, pd.DataFrame]:
+    """The rows of a window, in the order of its texts; its sums go into the folder's."""
+    s = folder.settings
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for batch in batches(items, s.batch_tokens):
+        found = trace(
+            model, None, [item.ids for item in batch], precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False
+        )
+        for item, one in zip(batch, found, strict=True):
+            rows[item.number, item.piece] = _evaluate(item, one, folder)
+        bar.update(sum(len(item.ids) for item in batch))
+    ordered = [rows[key] for key in sorted(rows)]
+    for row in ordered:  # sums in the texts' order: a run that was cut in two adds up to the same bits
+        folder.add(row["domain"], row.pop("observed"))
+    tables: dict[str, Any] = {"texts": pd.DataFrame([{k: v for k, v in row.items() if k not in TABLES} for row in ordered])}
+    for name in ("positions", "edges"):
+        tables[name] = pd.concat([row[name] for row in ordered], ignore_index=True) if ordered and getattr(s, name) else None
+    return tables
+
+
+def _evaluate(item: Item, found: Any, folder: Folder) -> dict[str, Any]:
+    s = folder.settings
+    word = words(item.text, item.offsets)
+    observed = observe(found, word, s.threshold)
+    row: dict[str, Any] = {
+        "number": item.number, "piece": item.piece, "domain": item.domain, "text": item.text, "tokens": len(item.ids),
+        "mean": observed.components.mean(0), "observed": observed,
+    }  # fmt: skip
+    key = {"number": np.int64(item.number), "piece": np.int32(item.piece)}
+    if s.edges:
+        row["edges"] = observed.edges.assign(**key)
+    if s.positions:
+        begin, end = np.array(item.offsets, np.int32).reshape(-1, 2).T
+        row["positions"] = pd.DataFrame(
+            {
+                **{name: np.full(len(item.ids), value) for name, value in key.items()},
+                "position": np.arange(len(item.ids), dtype=np.int32), "token_id": np.array(item.ids, np.int32), "begin": begin, "end": end,
+                "word": word, "received": observed.received, "components": list(observed.components),
+            }
+        )  # fmt: skip
+    return row
+
+
+class Folder:
+    """A run's folder: settings, progress, sums and tables. Everything is written under another name and renamed; the state comes last."""
+
+    def __init__(self, path: str | os.PathLike[str], settings: Settings) -> None:
+        self.path, self.settings = Path(path), settings
+        self.progress, self.sums = Progress(), {}  # type: ignore[var-annotated]
+
+    def __enter__(self) -> Folder:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / LOCK)
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another process is working in '{self.path}'") from None
+        except OSError as error:
+            raise OSError(f"cannot work in folder '{self.path}': {error.strerror or error}") from error
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.lock.release()
+
+    def _open(self) -> None:
+        state = self.path / STATE
+        if not state.is_file():
+            others = [p.name for p in self.path.iterdir() if p.name != LOCK and not p.name.startswith((".", *TABLES, SUMS))]
+            if others:
+                raise ValueError(f"'{self.path}' holds other files ({others[0]}): give an empty or a new folder")
+            return
+        known, self.progress = read_state(self.path)
+        wanted = json.loads(json.dumps(asdict(self.settings)))
+        differing = sorted(name for name in wanted if known.get(name) != wanted[name])
+        if differing:
+            raise ValueError(f"'{self.path}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again")
+        self.sums = read_sums(self.path, self.settings.shape, self.progress.windows)
+
+    def passed(self, group: list[Text], last: bool) -> None:
+        """Texts that were done before: are they the same ones?"""
+        self._seen = _digest(getattr(self, "_seen", ""), group)
+        if last and self._seen != self.progress.digest:
+            raise ValueError(f"the texts are not those of the run in '{self.path}': give a new folder, or remove it to start again")
+
+    def itemise(self, group: list[Text], tokenizer: Any) -> list[Item]:
+        """This shard's texts as ids, cut or split to ``max_tokens``."""
+        s, p = self.settings, self.progress
+        items: list[Item] = []
+        for number, text in enumerate(group, p.texts):
+            if number % s.shard[1] != s.shard[0]:
+                continue
+            ids, offsets = _tokenised(tokenizer, text.text)
+            if not ids:
+                p.skipped["no tokens"] = p.skipped.get("no tokens", 0) + 1
+                continue
+            parts = [slice(a, a + s.max_tokens) for a in range(0, len(ids), s.max_tokens)]
+            if len(parts) > 1 and s.overflow == "truncate":
+                p.truncated, p.dropped, parts = p.truncated + 1, p.dropped + len(ids) - s.max_tokens, parts[:1]
+            elif len(parts) > 1:
+                p.split += 1
+            items += [Item(number, n, text.text, text.domain, ids[part], offsets[part]) for n, part in enumerate(parts)]
+        return items
+
+    def add(self, domain: str, observed: Any) -> None:
+        self.sums.setdefault(domain, Statistics(self.settings.shape)).add(observed)
+        self.progress.rows += 1
+        self.progress.tokens += len(observed.components)
+
+    def write(self, group: list[Text], tables: dict[str, pd.DataFrame | None]) -> None:
+        """A finished window: its tables, the sums, and last the state that makes them count."""
+        for name, table in tables.items():
+            if table is not None and len(table):
+                _write_table(self.path / f"{name}-{self.progress.windows:06d}.parquet", table)
+        p = self.progress
+        p.digest = _digest(p.digest, group)
+        p.windows, p.texts = p.windows + 1, p.texts + len(group)
+        self._write_state()
+
+    def finish(self, skipped: Skipped) -> None:
+        self.progress.finished, self.progress.skipped = True, dict(skipped.counts) | {
+            k: v for k, v in self.progress.skipped.items() if k == "no tokens"
+        }
+        self._write_state()
+
+    def _write_state(self) -> None:
+        from safetensors.numpy import save_file
+
+        names = sorted(self.sums)
+        tensors = {f"{n}.{key}": np.ascontiguousarray(getattr(self.sums[d], key)) for n, d in enumerate(names) for key in ARRAYS}
+        counts = {d: {key: getattr(self.sums[d], key) for key in COUNTS} for d in names}
+        windows = self.progress.windows
+        path = self.path / f"{SUMS}.{windows}"
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, {"counts": json.dumps(counts)}))
+        state = {"format": FORMAT, "version": FORMAT_VERSION, "settings": asdict(self.settings), "progress": asdict(self.progress)}
+        write_text(self.path / STATE, json.dumps(state, indent=1))
+        for old in self.path.glob(f"{SUMS}.*"):
+            if old != path:
+                old.unlink(missing_ok=True)
+
+
+def _tokenised(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and, for each, the characters it stands for."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        return [int(i) for i in found["input_ids"]], [(int(a), int(b)) for a, b in found["offset_mapping"]]
+    ids = [int(i) for i in tokenizer(text)["input_ids"]]
+    ends = [len(tokenizer.decode(ids[: n + 1], skip_special_tokens=True)) for n in range(len(ids))]
+    return ids, [(a, min(b, len(text))) for a, b in itertools.pairwise([0, *ends])]
+
+
+def _digest(before: str, group: list[Text]) -> str:
+    found = hashlib.sha256(before.encode())
+    for text in group:
+        found.update(json.dumps([text.domain, text.text]).encode())
+    return found.hexdigest()
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {}
+    for name in table.columns:
+        first = table[name].iloc[0]
+        if isinstance(first, np.ndarray):
+            flat = pa.array(np.concatenate(table[name].to_list()))
+            columns[str(name)] = pa.FixedSizeListArray.from_arrays(flat, len(first))
+        else:
+            columns[str(name)] = pa.array(table[name])
+    try:
+        write_atomically(path, lambda temporary: pq.write_table(pa.table(columns), temporary, compression="zstd"))
+    except pa.ArrowException as error:
+        raise OSError(f"cannot write '{path}': {error}") from error
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], Progress]:
+    """A run's settings and progress; ``ValueError`` if the folder holds none or a damaged one."""
+    file = path / STATE
+    if not file.is_file():
+        raise FileNotFoundError(f"'{path}' holds no corpus run ({STATE} is missing)")
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+        if read["format"] != FORMAT:
+            raise ValueError("it is no corpus run")
+        if read["version"] != FORMAT_VERSION:
+            raise ValueError(f"it is of version {read['version']}; this release reads version {FORMAT_VERSION}")
+        return read["settings"], Progress(**read["progress"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{file}' cannot be read: {error}") from error
+
+
+def read_sums(path: Path, shape: tuple[int, int], windows: int) -> dict[str, Statistics]:
+    """The running sums per domain as they were after ``windows`` windows."""
+    from safetensors import SafetensorError, safe_open
+
+    file = path / f"{SUMS}.{windows}"
+    try:
+        with safe_open(file, framework="np") as stored:
+            counts = json.loads(stored.metadata()["counts"])
+            found = {}
+            for number, domain in enumerate(sorted(counts)):
+                found[domain] = Statistics(tuple(shape), **counts[domain])  # type: ignore[arg-type]
+                for key in ARRAYS:
+                    setattr(found[domain], key, stored.get_tensor(f"{number}.{key}"))
+        return found
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{file}' is damaged or missing: {error}") from error
