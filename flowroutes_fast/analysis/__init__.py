@@ -1,0 +1,9 @@
+"""What a corpus run says about a model: the findings of the paper's section 5, as tables with numbers behind every claim."""
+
+from flowroutes_fast.analysis.bos import untouched
+from flowroutes_fast.analysis.clusters import Clusters, clusters
+from flowroutes_fast.analysis.concepts import Concepts, concepts
+from flowroutes_fast.analysis.domains import domain_heads, domain_means, domain_overlap
+from flowroutes_fast.analysis.heads import positional_heads
+
+__all__ = ["Clusters", "Concepts", "clusters", "concepts", "domain_heads", "domain_means", "domain_overlap", "positional_heads", "untouched"]

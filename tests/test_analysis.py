@@ -1,0 +1,217 @@
+"""Findings planted in made-up runs are found; a run of a tiny model goes through every analysis."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from families import make
+from test_corpus import Tokenizer, sentences
+
+import flowroutes_fast as fr
+from flowroutes_fast import analysis
+from flowroutes_fast.analysis.concepts import _final_norm, _gain
+from flowroutes_fast.corpus.statistics import PATTERNS, Statistics
+from flowroutes_fast.corpus.texts import Text
+from flowroutes_fast.models.families import blocks_of
+from flowroutes_fast.models.weights import effective_weight
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+clusters_module = sys.modules["flowroutes_fast.analysis.clusters"]  # analysis.clusters is the function
+domains_module = sys.modules["flowroutes_fast.analysis.domains"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    texts = [Text(text, domain) for domain in ("plain", "other") for text in sentences(30, seed=len(domain))]
+    return fr.corpus(make("llama"), Tokenizer(), texts, tmp_path_factory.mktemp("run") / "run")
+
+
+def test_positional_heads_are_found():
+    statistics = Statistics((2, 3), positions=110, texts=10, after_first=100, later=50, first=40)
+    place = {name: n for n, name in enumerate(PATTERNS)}
+    statistics.total[:] = [1, 2, 3, 9, 8, 7, 0, 0]
+    statistics.patterns[place["previous token"], 0, 1] = 70  # just enough
+    statistics.patterns[place["previous token"], 0, 2] = 69
+    statistics.patterns[place["same word"], 0, 1] = 50
+    statistics.quiet[0, 1] = 40
+    statistics.patterns[place["same word"], 1, 0] = 35
+    statistics.quiet[1, 0] = 28
+    statistics.patterns[place["same word"], 1, 1] = 50  # not quiet
+    statistics.patterns[place["first token"], 1, 2] = 100
+    table = analysis.positional_heads(statistics).set_index(["layer", "head"])
+    assert table["role"].to_dict() == {
+        (0, 0): "", (0, 1): "previous token", (0, 2): "", (1, 0): "subword merging", (1, 1): "", (1, 2): "first token",
+    }  # fmt: skip
+    assert table["largest"].to_dict()[0, 2]
+    assert table["largest"].sum() == 2
+    with pytest.raises(ValueError, match="share must lie"):
+        analysis.positional_heads(statistics, share=0)
+    assert (analysis.positional_heads(Statistics((2, 3)))["role"] == "").all()
+
+
+class Fake:
+    shape = (2, 3)
+
+    def component_names(self):
+        return [f"L{n // 3}H{n % 3}" for n in range(6)] + ["FFN0", "FFN1"]
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Head L0H1 belongs to code, L1H2 to both foreign languages, nothing else to anything."""
+    rng = np.random.default_rng(0)
+    domains = np.repeat(["code", "de", "es", "general"], 60)
+    means = np.abs(rng.normal(0.004, 0.001, (240, 8)))
+    means[domains == "code", 1] += 0.05
+    means[np.isin(domains, ["de", "es"]), 5] += 0.03
+    monkeypatch.setattr(domains_module, "_per_text", lambda corpus: (means, domains, np.ones(240)))
+    return means, domains
+
+
+def test_domain_heads_are_found(planted):
+    table = analysis.domain_heads(Fake(), general="general", permutations=500)
+    found = table[table["specific"] & (table["q"] < 0.05)]
+    assert sorted(zip(found["domain"], found["layer"], found["head"], strict=True)) == [("code", 0, 1), ("de", 1, 2), ("es", 1, 2)]
+    assert table["p"].min() == pytest.approx(1 / 501)
+    rest = table[~table["specific"]]["p"]
+    assert 0.3 < rest.mean() < 0.7  # no head of its own: uniform
+    overlap = analysis.domain_overlap(table)
+    assert overlap.loc["de", "es"] == 1
+    assert overlap.loc["code", "es"] == 0
+    means = analysis.domain_means(Fake(), draws=300)
+    row = means[(means["domain"] == "code") & (means["component"] == "L0H1")].iloc[0]
+    assert row["low"] < row["mean"] < row["high"]
+    assert row["high"] - row["low"] < 0.002
+
+
+def test_domains_that_cannot_be_compared(planted, monkeypatch):
+    with pytest.raises(ValueError, match="unknown domain 'fr'"):
+        analysis.domain_heads(Fake(), general="fr")
+    means, domains = planted
+    few = np.r_[0:10, 180:240]
+    monkeypatch.setattr(domains_module, "_per_text", lambda corpus: (means[few], domains[few], np.ones(len(few))))
+    assert analysis.domain_heads(Fake(), general="general")["p"].isna().all()
+    monkeypatch.setattr(domains_module, "_per_text", lambda corpus: (means[:60], domains[:60], np.ones(60)))
+    with pytest.raises(ValueError, match="compared with one another"):
+        analysis.domain_heads(Fake())
+
+
+def test_a_run_goes_through(run):
+    table = analysis.domain_heads(run, permutations=50)
+    assert len(table) == 2 * run.shape[0] * run.shape[1]
+    whole = analysis.domain_means(run, draws=20)
+    assert set(whole["component"]) == set(run.component_names())
+    assert len(analysis.positional_heads(run.all_domains())) == run.shape[0] * run.shape[1]
+    found = analysis.untouched(run, limit=1.0)
+    assert found.others == 0
+    assert found.by_token["share"].eq(1).all()
+    assert "positions are untouched" in str(found)
+    assert analysis.untouched(run, limit=0.0).count == 0
+    with pytest.raises(ValueError, match="no layer is left"):
+        analysis.untouched(run, skip=(0.5, 0.5))
+
+
+def test_first_periods(run):
+    texts = {row.number: row.text for row in run.texts().itertuples()}
+    found = analysis.untouched(run, limit=1.0).positions
+    marked = found[found["first period"]]
+    assert len(marked) > 10
+    for row in marked.itertuples():
+        assert row.token.strip() == "."
+        assert texts[row.number][: row.begin].count(".") == 0
+
+
+def test_clusters_that_are_there(run, monkeypatch):
+    rng = np.random.default_rng(0)
+    tags = rng.choice(["NOUN", "DET"], 300)
+    points = pd.DataFrame(
+        {"number": 0, "piece": 0, "position": range(300), "begin": range(300), "end": range(1, 301), "word": range(300), "later": False, "starts": False}
+    )
+    components = rng.normal(0, 1, (300, 20)) + 5 * (tags == "DET")[:, None]
+    monkeypatch.setattr(clusters_module, "_sample", lambda *_: (points.copy(), components))
+
+    class Texts:
+        def texts(self):
+            return pd.DataFrame({"number": [0], "piece": [0], "text": ["a" * 300]})
+
+    found = analysis.clusters(Texts(), lambda text: [(n, n + 1, tag) for n, tag in enumerate(tags)], method="pca", shuffles=5)
+    score = found.scores.set_index("labels").loc["part of speech"]
+    assert score["silhouette"] > 0.2 > 0.02 > score["shuffled largest"]
+
+
+def test_clusters_of_a_run(run):
+    def tagger(text):
+        return [(0, len(text), "NOUN" if len(text) % 2 else "DET")]
+
+    found = analysis.clusters(run, tagger, sample=200, shuffles=2)
+    assert {"x", "y", "pca_x", "tag", "subword", "digits"} <= set(found.points)
+    assert found.points[["x", "y"]].notna().all().all()
+    assert not (found.points["position"] == 0).any()
+    with pytest.raises(ValueError, match="unknown method"):
+        analysis.clusters(run, tagger, method="mds")
+    with pytest.raises(ValueError, match="unknown domain"):
+        analysis.clusters(run, tagger, domain="fr")
+
+
+def test_the_tagger_without_downloads():
+    pytest.importorskip("textblob")
+    text = "The dog sees 3 cats."
+    assert [(text[a:b], tag) for a, b, tag in clusters_module.textblob_tagger(text)] == [
+        ("The", "DET"), ("dog", "NOUN"), ("sees", "VERB"), ("3", "NUM"), ("cats", "NOUN"), (".", "."),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "qwen2", "falcon, new", "nemotron"])
+def test_concepts_are_those_of_the_whole_matrix(name):
+    model = make(name)
+    found = analysis.concepts(model, None, rank=2, top=5)
+    block = blocks_of(model)[1]
+    weight = effective_weight(block.values, 1)
+    read = weight if name == "gpt2" else weight.T
+    w_v = block.family.value_of(block.attention, read[None])[0]
+    count = model.config.num_attention_heads
+    w_o = block.w_o(count)
+    if block.post_norm is not None:
+        w_o = w_o * _gain(block.post_norm, w_o)[0]
+    gain, centred = _gain(_final_norm(model), w_o)
+    for head in range(count):
+        whole = (w_v[head // (count // len(w_v))] @ w_o[head]).double()
+        _, sigma, v = torch.linalg.svd(whole)
+        mine = found.of(1, head)
+        np.testing.assert_allclose(mine["sigma"].to_numpy()[::2], sigma[:2], rtol=1e-4)
+        vector = v[0].float() - (v[0].float().mean() if centred else 0)
+        logits = (vector * gain) @ effective_weight(model.get_output_embeddings(), -1).T
+        best = {tuple(str(i) for i in (sign * logits).topk(5).indices.tolist()) for sign in (1, -1)}
+        assert {tuple(t) for t in mine[mine["rank"] == 0]["tokens"]} == best
+
+
+@pytest.mark.parametrize(("name", "centred"), [("llama", False), ("gpt2", True), ("gemma2", False), ("cohere", True), ("nemotron", True)])
+def test_gains_of_norms(name, centred):
+    model = make(name)
+    norm = _final_norm(model)
+    x = torch.randn(1, model.config.hidden_size)
+    gain, subtracts = _gain(norm, x)
+    assert subtracts == centred
+    with torch.no_grad():
+        linear = (x - x.mean() if centred else x)[0] * gain
+        changed = (norm(x) - norm(-x))[0] / 2
+    torch.testing.assert_close(linear / linear.norm(), changed / changed.norm(), rtol=1e-3, atol=1e-5)
+
+
+def test_concepts_of_some_heads_and_searching():
+    model = make("llama")
+    found = analysis.concepts(model, None, rank=1, top=3, heads=[(0, 1), (2, 3)])
+    assert set(zip(found.table["layer"], found.table["head"], strict=True)) == {(0, 1), (2, 3)}
+    token = found.of(0, 1)["tokens"].iloc[0][0]
+    assert (0, 1) in set(zip(found.search(token)["layer"], found.search(token)["head"], strict=True))
+    assert len(found.search(token, heads=[(2, 3)])) <= 2
+    with pytest.raises(ValueError, match="no head L9H9"):
+        analysis.concepts(model, None, heads=[(9, 9)])
+    with pytest.raises(ValueError, match="rank must be"):
+        analysis.concepts(model, None, rank=0)
+    with pytest.raises(ValueError, match="latent attention"):
+        analysis.concepts(make("deepseek_v3"), None)
