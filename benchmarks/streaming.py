@@ -30,7 +30,7 @@ SHAPE = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 49152,
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "dtype": "bfloat16",
 }  # fmt: skip
-TEXT = " ".join("In the depths of winter I finally learned that within me there lay an invincible summer .".split() * 4)
+TEXT = " ".join(["In the depths of winter I finally learned that within me there lay an invincible summer ."] * 4)
 CHILD = """
 import contextlib, io, json, re, resource, sys, threading, time
 from dataclasses import replace
@@ -159,9 +159,17 @@ def child(folder: Path, what: str, layers: int, tokens: int, prompts: int) -> di
     forget(folder)
     group = limited()
     code = CHILD.format(
-        limit=LIMIT, rlimit=not group, folder=str(folder), tokens=tokens, prompts=prompts, what=what, layers=layers, distinct=DISTINCT, text=TEXT
+        limit=LIMIT,
+        rlimit=not group,
+        folder=str(folder),
+        tokens=tokens,
+        prompts=prompts,
+        what=what,
+        layers=layers,
+        distinct=DISTINCT,
+        text=TEXT,
     )
-    enter = ["sh", "-c", f"echo $$ > {GROUP}/tasks && exec \"$@\"", "sh"] if group else []
+    enter = ["sh", "-c", f'echo $$ > {GROUP}/tasks && exec "$@"', "sh"] if group else []
     done = subprocess.run([*enter, sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{what} of {folder} failed ({done.returncode}): {done.stderr[-2000:]}")

@@ -148,7 +148,9 @@ class Store:
             raise ValueError(f"'{state}' is damaged: {error}; remove the folder to start again") from error
         differing = sorted(k for k in {*before, *self.identity} if before.get(k) != self.identity.get(k))
         if differing:
-            raise ValueError(f"'{self.folder}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again")
+            raise ValueError(
+                f"'{self.folder}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again"
+            )
 
     def write(self, layer: int, results: list[LayerImportances | None], extras: int) -> None:
         """Keep one finished layer; the states behind it are there already."""
@@ -196,7 +198,7 @@ def identity_of(model: nn.Module, prompts: list[list[int]], feed: Feed | None, *
     """What makes two runs the same."""
     if feed is not None:
         files = sorted({place.file for place in feed.source.places.values()})
-        weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        weights: list[tuple[Any, ...]] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     else:  # a few numbers of every tensor
         weights = [(n, p.detach().flatten()[:: max(1, p.numel() // 16)].double().cpu().tolist()) for n, p in model.named_parameters()]
     return {

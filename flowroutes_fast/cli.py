@@ -71,8 +71,15 @@ def trace(
     opened = time.perf_counter()
     wanted = (*([threshold] if threshold is not None and rule == "importance" else []), *DEFAULT_THRESHOLDS)
     result = fr.trace(
-        loaded, tokenizer, text, backend=backend, precision=precision, measure=measure, thresholds=wanted,
-        progress=memory is not None, resume=resume,
+        loaded,
+        tokenizer,
+        text,
+        backend=backend,
+        precision=precision,
+        measure=measure,
+        thresholds=wanted,
+        progress=memory is not None,
+        resume=resume,
     )
     route = result.route(position or -1, threshold, renormalize, rule=rule, keep=keep)
     extracted = time.perf_counter()
@@ -118,7 +125,9 @@ def estimate(
     import flowroutes_fast as fr
     from flowroutes_fast.estimate import _duration, _size
 
-    found = fr.estimate(model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch, memory=memory)
+    found = fr.estimate(
+        model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch, memory=memory
+    )
     sequences = f" × {batch}" if batch > 1 else ""
     table = Table(title=f"{found.model}, {tokens} tokens{sequences}, {precision}, {measure}, backend {found.backend}", title_justify="left")
     table.add_column("what")
@@ -136,7 +145,8 @@ def estimate(
 @app.command()
 def corpus(
     texts: Annotated[
-        list[str], typer.Argument(help="Files or folders (text, .jsonl, .parquet), or '-' for lines of standard input; DOMAIN=PATH names a domain.")
+        list[str],
+        typer.Argument(help="Files or folders (text, .jsonl, .parquet), or '-' for lines of standard input; DOMAIN=PATH names a domain."),
     ],
     out: Annotated[Path, typer.Option(help="A new folder for the results; that of a killed run, to go on with it.")],
     model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.")] = "demo",

@@ -326,15 +326,20 @@ def estimate(
     if backend == "reference":
         seconds += batch * s.layers * tokens**2 / 2 * s.heads * s.d_model / REFERENCE_SPEED
     notes = []
-    weights, read, disk = _weights(loaded, dtype), 0, None
+    weights, read = _weights(loaded, dtype), 0
+    disk: float | None = None
     if memory is not None:
         weights, read, disk = _streamed(model, loaded, dtype, device, memory)
-        floor = read / disk if disk else None
+        least = read / disk if disk else None
         notes.append(
             f"Streaming reads {_size(read)} from disk, once for all prompts: "
-            + (f"at least {_duration(floor)} at {disk / 1e9:.2f} GB/s (measured here)." if floor and disk else "the checkpoint is not here, so its disk's speed is not known.")
+            + (
+                f"at least {_duration(least)} at {disk / 1e9:.2f} GB/s (measured here)."
+                if least and disk
+                else "the checkpoint is not here, so its disk's speed is not known."
+            )
         )
-        seconds = max(seconds, floor or 0.0)
+        seconds = max(seconds, least or 0.0)
     if device != "cpu" and precision == "certified":
         notes.append(f"Rows that must be evaluated whole take up to {_size(17 * s.heads * tokens**2)} of device memory more for a moment.")
     return Estimate(

@@ -209,6 +209,7 @@ class Feed(Mapping[str, Tensor]):
                 if pinned is not None:
                     read = pinned.take(read.shape, dtype).copy_(read)
                 found[stored] = arena.take(read.shape, dtype).copy_(read, non_blocking=True)
+                del read  # its pages are unmapped before the next tensor's come
         return {name: found[self.stored[name]] for name in self.names[index]}
 
     def _arenas(self, slot: int) -> tuple[Arena, Arena | None]:

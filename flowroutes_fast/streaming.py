@@ -181,7 +181,9 @@ def _by_transformers(folder: Path, tokenizer: Any, places: Any, label: str, dtyp
     try:
         need, free = sum(p.count for p in places.values()), shutil.disk_usage(offload).free
         if need > free:
-            raise OSError(f"opening {label} needs up to {need / 1e9:.1f} GB in '{offload.parent}' for converted weights, {free / 1e9:.1f} GB are free")
+            raise OSError(
+                f"opening {label} needs up to {need / 1e9:.1f} GB in '{offload.parent}' for converted weights, {free / 1e9:.1f} GB are free"
+            )
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=offload, dtype="auto")
         hooks = [getattr(m, "_hf_hook", None) for m in model.modules()]

@@ -129,7 +129,16 @@ def test_clusters_that_are_there(run, monkeypatch):
     rng = np.random.default_rng(0)
     tags = rng.choice(["NOUN", "DET"], 300)
     points = pd.DataFrame(
-        {"number": 0, "piece": 0, "position": range(300), "begin": range(300), "end": range(1, 301), "word": range(300), "later": False, "starts": False}
+        {
+            "number": 0,
+            "piece": 0,
+            "position": range(300),
+            "begin": range(300),
+            "end": range(1, 301),
+            "word": range(300),
+            "later": False,
+            "starts": False,
+        }
     )
     components = rng.normal(0, 1, (300, 20)) + 5 * (tags == "DET")[:, None]
     monkeypatch.setattr(clusters_module, "_sample", lambda *_: (points.copy(), components))

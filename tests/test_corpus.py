@@ -24,7 +24,7 @@ from flowroutes_fast.corpus.texts import Skipped, Text, from_stream, pieces, rea
 from flowroutes_fast.corpus.words import first_of_several, later, word_start, words
 
 pytest.importorskip("pyarrow")
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 class Tokenizer:
@@ -33,7 +33,7 @@ class Tokenizer:
     is_fast = True
 
     def __call__(self, text, return_offsets_mapping=False, verbose=True):
-        ends = [m for m in range(2, len(text), 2)]
+        ends = list(range(2, len(text), 2))
         offsets = list(zip([0, *ends], [*ends, len(text)], strict=True))
         ids = [(sum(map(ord, text[a:b])) * 7) % 100 for a, b in offsets]
         return {"input_ids": ids, "offset_mapping": offsets}
@@ -73,7 +73,6 @@ def test_rows_and_sums_are_those_of_single_traces(model, whole):
         trace = fr.trace(model, None, tokenizer(text.text)["input_ids"], thresholds=[0.04])
         rows = positions[positions["number"] == number]
         components = vectors(rows["components"])
-        layers, heads = whole.shape
         expected = torch.cat([trace.heads.permute(1, 0, 2).flatten(1), trace.ffn.T], 1).numpy()
         np.testing.assert_allclose(components, expected, rtol=2e-3, atol=1e-5)
         np.testing.assert_allclose(texts["mean"][number], expected.mean(0), rtol=2e-3, atol=1e-5)
@@ -89,7 +88,10 @@ def test_rows_and_sums_are_those_of_single_traces(model, whole):
         np.testing.assert_allclose(mean, every[domain == name].mean(0), rtol=1e-5, atol=1e-9)
         np.testing.assert_allclose(variance, every[domain == name].var(0, ddof=1), rtol=1e-3, atol=1e-9)
     heads = whole.all_domains().heads()
-    assert heads["in_routes"].sum() * len(TEXTS) == edges[edges["kind"] == "attention"].groupby("number")[["layer", "head"]].value_counts().shape[0]
+    assert (
+        heads["in_routes"].sum() * len(TEXTS)
+        == edges[edges["kind"] == "attention"].groupby("number")[["layer", "head"]].value_counts().shape[0]
+    )
     assert list(whole.component_names()[:2]) == ["L0H0", "L0H1"]
     assert len(whole.component_names()) == every.shape[1] == layers_heads(whole)
 
@@ -131,7 +133,9 @@ def test_patterns_against_a_loop(model):
 def test_windows_and_batches_change_nothing(model, whole, tmp_path, options):
     other = fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", **options)
     assert other.texts()["number"].tolist() == whole.texts()["number"].tolist()
-    np.testing.assert_allclose(vectors(other.texts()["mean"]), vectors(whole.texts()["mean"]), rtol=1e-2, atol=5e-4)  # certified: an interval
+    np.testing.assert_allclose(
+        vectors(other.texts()["mean"]), vectors(whole.texts()["mean"]), rtol=1e-2, atol=5e-4
+    )  # certified: an interval
 
 
 def test_shards_add_up(model, whole, tmp_path):
@@ -166,11 +170,15 @@ fr.corpus(make("llama"), Tokenizer(), TEXTS, sys.argv[1], window=5, batch_tokens
 """
 
 
-@pytest.mark.parametrize(("name", "calls"), [("run._write_table", 4), ("run.Folder._write_state", 2), ("run.write_text", 1), ("run._evaluate", 12)])
+@pytest.mark.parametrize(
+    ("name", "calls"), [("run._write_table", 4), ("run.Folder._write_state", 2), ("run.write_text", 1), ("run._evaluate", 12)]
+)
 def test_no_row_is_lost_or_doubled_by_a_kill(model, whole, tmp_path, name, calls):
     """Killed between any two files, the run goes on and gives the same, bit for bit."""
     here = os.path.dirname(__file__)
-    done = subprocess.run([sys.executable, "-c", KILLED.format(name=name), str(tmp_path / "run"), str(calls), here], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(name=name), str(tmp_path / "run"), str(calls), here], capture_output=True, text=True
+    )
     assert done.returncode == -9, done.stderr
     again = fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", window=5, batch_tokens=100)
     for table in ("texts", "positions", "edges"):
@@ -347,7 +355,9 @@ def test_pieces_keep_every_word(text):
 
 @pytest.mark.demo_model
 def test_command(tmp_path):
-    (tmp_path / "en.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ("The cat sat on the mat.", "Paris is the capital of France.")))
+    (tmp_path / "en.jsonl").write_text(
+        "\n".join(json.dumps({"text": t}) for t in ("The cat sat on the mat.", "Paris is the capital of France."))
+    )
     (tmp_path / "code.py").write_text("def add(a, b):\n    return a + b\n")
     command = ["corpus", f"english={tmp_path / 'en.jsonl'}", f"code={tmp_path / 'code.py'}", "--out", str(tmp_path / "run")]
     result = CliRunner().invoke(app, command)

@@ -6,4 +6,14 @@ from flowroutes_fast.analysis.concepts import Concepts, concepts
 from flowroutes_fast.analysis.domains import domain_heads, domain_means, domain_overlap
 from flowroutes_fast.analysis.heads import positional_heads
 
-__all__ = ["Clusters", "Concepts", "clusters", "concepts", "domain_heads", "domain_means", "domain_overlap", "positional_heads", "untouched"]
+__all__ = [
+    "Clusters",
+    "Concepts",
+    "clusters",
+    "concepts",
+    "domain_heads",
+    "domain_means",
+    "domain_overlap",
+    "positional_heads",
+    "untouched",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,8 @@ def untouched(corpus: Corpus, limit: float = 0.1, skip: tuple[float, float] = (F
     low, high = int(np.ceil(skip[0] * layers)), layers - int(np.ceil(skip[1] * layers))
     if low >= high:
         raise ValueError(f"no layer is left between the first {low} and the last {layers - high} of {layers}")
-    texts = {(row.number, row.piece): row.text for row in corpus.texts().itertuples()}
+    rows: Any = corpus.texts().itertuples()
+    texts = {(row.number, row.piece): row.text for row in rows}
     found: list[pd.DataFrame] = []
     columns = ["number", "piece", "position", "begin", "end", "received", "components"]
     for part in corpus.parts("positions", columns):

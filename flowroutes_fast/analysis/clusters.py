@@ -54,7 +54,14 @@ class Clusters:
 
 
 def clusters(
-    corpus: Corpus, tagger: Tagger | None = None, *, domain: str | None = None, sample: int = 3000, method: str = "tsne", shuffles: int = 20, seed: int = 0
+    corpus: Corpus,
+    tagger: Tagger | None = None,
+    *,
+    domain: str | None = None,
+    sample: int = 3000,
+    method: str = "tsne",
+    shuffles: int = 20,
+    seed: int = 0,
 ) -> Clusters:
     """Sample positions, project their component vectors, and score how well labels separate them.
 
@@ -74,7 +81,8 @@ def clusters(
     except ImportError as error:
         raise ImportError("clusters need scikit-learn: pip install 'flowroutes_fast[analysis]'") from error
     points, components = _sample(corpus, domain, sample, seed)
-    texts = {(row.number, row.piece): row.text for row in corpus.texts().itertuples()}
+    rows: Any = corpus.texts().itertuples()
+    texts = {(row.number, row.piece): row.text for row in rows}
     _label(points, texts, textblob_tagger if tagger is None else tagger)
     scaled = StandardScaler().fit_transform(components)
     scaled = scaled[:, components.std(0) > 0]
@@ -109,7 +117,8 @@ def _sample(corpus: Corpus, domain: str | None, sample: int, seed: int) -> tuple
 def _label(points: pd.DataFrame, texts: dict[tuple[int, int], str], tagger: Tagger) -> None:
     tags, tokens = [], []
     known: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
-    for row in points.itertuples():
+    rows: Any = points.itertuples()
+    for row in rows:
         key = (row.number, row.piece)
         if key not in known:
             known[key] = tagger(texts[key])

@@ -33,7 +33,9 @@ class Concepts:
         return self.table[(self.table["layer"] == layer) & (self.table["head"] == head)]
 
 
-def concepts(model: Any, tokenizer: Any, *, rank: int = 5, top: int = 10, heads: list[tuple[int, int]] | None = None, progress: bool = False) -> Concepts:
+def concepts(
+    model: Any, tokenizer: Any, *, rank: int = 5, top: int = 10, heads: list[tuple[int, int]] | None = None, progress: bool = False
+) -> Concepts:
     """Singular value decomposition of every head's W_OV = W_V W_O = U Σ Vᵀ, and the tokens its right singular vectors promote.
 
     W_OV is never formed: with W_V = Q_V R_V and W_Oᵀ = Q_O R_O (d_model × d_head), R_V R_Oᵀ (d_head × d_head) has the same singular values,
@@ -47,7 +49,7 @@ def concepts(model: Any, tokenizer: Any, *, rank: int = 5, top: int = 10, heads:
         ValueError: a model without an unembedding, or without plain value projections (latent attention); a head that is not there.
     """
     model = unwrap(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ValueError("concepts need an unembedding; this model has none")
     for name, value in (("rank", rank), ("top", top)):
@@ -80,7 +82,8 @@ def _decomposed(block: Block, rank: int) -> Any:
         raise ValueError(f"layer {block.index} of this {block.family.name} model has no plain value projection (latent attention)")
     weight = effective_weight(block.values, block.index)
     read = weight if type(block.values).__name__ == "Conv1D" else weight.T  # [d_model, out]
-    w_v = block.family.value_of(block.attention, read[None])[0]  # [kv_head, d_model, d_head]
+    attention: Any = block.attention
+    w_v = block.family.value_of(attention, read[None])[0]  # [kv_head, d_model, d_head]
     columns = effective_weight(block.output, block.index)
     count = (columns.shape[0] if type(block.output).__name__ == "Conv1D" else columns.shape[1]) // w_v.shape[-1]
     w_o = block.w_o(count)
@@ -96,7 +99,16 @@ def _decomposed(block: Block, rank: int) -> Any:
 
 
 def _tokens(
-    layer: int, head: int, sigma: Tensor, vectors: Tensor, gain: Tensor, centred: bool, unembedding: Tensor, tokenizer: Any, rank: int, top: int
+    layer: int,
+    head: int,
+    sigma: Tensor,
+    vectors: Tensor,
+    gain: Tensor,
+    centred: bool,
+    unembedding: Tensor,
+    tokenizer: Any,
+    rank: int,
+    top: int,
 ) -> list[dict[str, Any]]:
     if centred:
         vectors = vectors - vectors.mean(-1, keepdim=True)

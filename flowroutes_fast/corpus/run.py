@@ -191,7 +191,7 @@ def batches(items: list[Item], batch_tokens: int) -> Iterator[list[Item]]:
         yield current
 
 
-def _trace_window(model: nn.Module, items: list[Item], folder: Folder, bar: Any) -> dict[str, pd.DataFrame]:
+def _trace_window(model: nn.Module, items: list[Item], folder: Folder, bar: Any) -> dict[str, pd.DataFrame | None]:
     """The rows of a window, in the order of its texts; its sums go into the folder's."""
     s = folder.settings
     rows: dict[tuple[int, int], dict[str, Any]] = {}
@@ -219,7 +219,7 @@ def _evaluate(item: Item, found: Any, folder: Folder) -> dict[str, Any]:
         "number": item.number, "piece": item.piece, "domain": item.domain, "text": item.text, "tokens": len(item.ids),
         "mean": observed.components.mean(0), "observed": observed,
     }  # fmt: skip
-    key = {"number": np.int64(item.number), "piece": np.int32(item.piece)}
+    key: dict[str, Any] = {"number": np.int64(item.number), "piece": np.int32(item.piece)}
     if s.edges:
         row["edges"] = observed.edges.assign(**key)
     if s.positions:
@@ -273,7 +273,9 @@ class Folder:
         wanted = json.loads(json.dumps(asdict(self.settings)))
         differing = sorted(name for name in wanted if known.get(name) != wanted[name])
         if differing:
-            raise ValueError(f"'{self.path}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again")
+            raise ValueError(
+                f"'{self.path}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again"
+            )
         self.sums = read_sums(self.path, self.settings.shape, self.progress.windows)
 
     def passed(self, group: list[Text], last: bool) -> None:
@@ -317,9 +319,10 @@ class Folder:
         self._write_state()
 
     def finish(self, skipped: Skipped) -> None:
-        self.progress.finished, self.progress.skipped = True, dict(skipped.counts) | {
-            k: v for k, v in self.progress.skipped.items() if k == "no tokens"
-        }
+        self.progress.finished, self.progress.skipped = (
+            True,
+            dict(skipped.counts) | {k: v for k, v in self.progress.skipped.items() if k == "no tokens"},
+        )
         self._write_state()
 
     def _write_state(self) -> None:

@@ -35,7 +35,9 @@ class Skipped:
             self.examples.append(f"{name}: {reason}" if name else reason)
 
 
-def read_texts(source: Any, *, field: str = "text", split: str = "file", domain: str = "", skipped: Skipped | None = None) -> Iterator[Text]:
+def read_texts(
+    source: Any, *, field: str = "text", split: str = "file", domain: str = "", skipped: Skipped | None = None
+) -> Iterator[Text]:
     """The texts of a source, one after the other.
 
     Args:
