@@ -188,6 +188,34 @@ def corpus(
         typer.echo(text)
 
 
+@app.command()
+def analyze(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that 'flowroutes corpus' wrote; several shards of one run together.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, its figures and tables.")],
+    model: Annotated[
+        str | None, typer.Option(help="For the concepts that heads write: 'demo', a local folder, a .gguf file or a hub id.")
+    ] = None,
+    general: Annotated[str | None, typer.Option(help="The domain that stands for general text. [default: all others]")] = None,
+    tagged_domain: Annotated[
+        str | None, typer.Option(help="Take the clusters' positions from this domain (the tagger knows English).")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Of the clusters' picture: 'tsne', 'umap' or 'pca'.")] = "tsne",
+    sample: Annotated[int, typer.Option(help="Positions in the clusters' picture.")] = 3000,
+    permutations: Annotated[int, typer.Option(help="Of texts between domains.")] = 2000,
+) -> None:
+    """A report on a corpus run: components, positional heads, clusters, periods as BOS, domains, concepts."""
+    import flowroutes_fast as fr
+    from flowroutes_fast.analysis import analyze as write_report
+
+    run = fr.open_corpus(*folders)
+    loaded, tokenizer = fr.load(model) if model else (None, None)
+    page = write_report(
+        run, out, model=loaded, tokenizer=tokenizer, general=general, tagged_domain=tagged_domain, method=method, sample=sample,
+        permutations=permutations,
+    )  # fmt: skip
+    typer.echo(f"wrote {page} ({page.stat().st_size / 1e3:.0f} kB), figures and tables beside it")
+
+
 def _left_out(done: object) -> list[str]:
     """What of a corpus was cut or skipped, in sentences."""
     found = []

@@ -224,3 +224,46 @@ def test_concepts_of_some_heads_and_searching():
         analysis.concepts(model, None, rank=0)
     with pytest.raises(ValueError, match="latent attention"):
         analysis.concepts(make("deepseek_v3"), None)
+
+
+def test_a_report(run, tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def tagger(text):
+        return [(0, len(text), "NOUN" if len(text) % 2 else "DET")]
+
+    page = analysis.analyze(run, tmp_path, model=make("llama"), general="plain", tagger=tagger, sample=200, permutations=20)
+    text = page.read_text()
+    for title in (
+        "Components by layer",
+        "Heads by where they look",
+        "Clusters of positions",
+        "Periods as BOS",
+        "Domains",
+        "What heads write",
+    ):
+        assert title in text
+    assert text.count("<svg") == 4
+    for name in ("components", "positional", "clusters", "domains"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+        assert (tmp_path / f"{name}.svg").is_file()
+    heads = pd.read_csv(tmp_path / "heads.csv")
+    np.testing.assert_allclose(heads["importance"], run.all_domains().heads()["importance"], rtol=1e-4)
+    assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+
+
+def test_a_report_of_what_was_kept(tmp_path):
+    bare = fr.corpus(make("llama"), Tokenizer(), sentences(5), tmp_path / "run", positions=False, edges=False)
+    text = analysis.analyze(bare, tmp_path / "out").read_text()
+    assert "kept no positions" in text
+    assert "one domain" in text
+    assert "No model was given" in text
+
+
+def test_tokens_are_escaped(run, tmp_path, monkeypatch):
+    report = sys.modules["flowroutes_fast.analysis.report"]
+    rows = [{"layer": 0, "head": 0, "rank": 0, "sign": 1, "sigma": 1.0, "share": 1.0, "tokens": ["<img src=x onerror=alert(1)>"]}]
+    monkeypatch.setattr(report, "concepts", lambda *_, **__: analysis.Concepts(pd.DataFrame(rows)))
+    text = analysis.analyze(run, tmp_path, model=object(), tagger=lambda text: [(0, 1, "X")], sample=100, permutations=5).read_text()
+    assert "<img" not in text
+    assert "&lt;img" in text

@@ -5,10 +5,12 @@ from flowroutes_fast.analysis.clusters import Clusters, clusters
 from flowroutes_fast.analysis.concepts import Concepts, concepts
 from flowroutes_fast.analysis.domains import domain_heads, domain_means, domain_overlap
 from flowroutes_fast.analysis.heads import positional_heads
+from flowroutes_fast.analysis.report import analyze
 
 __all__ = [
     "Clusters",
     "Concepts",
+    "analyze",
     "clusters",
     "concepts",
     "domain_heads",

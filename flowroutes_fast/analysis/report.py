@@ -1,0 +1,194 @@
+"""``analyze()``: a corpus run in, a page with figures, their data as CSV, and every finding as a sentence with its numbers out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flowroutes_fast.analysis import figures
+from flowroutes_fast.analysis.bos import untouched
+from flowroutes_fast.analysis.clusters import Tagger, clusters
+from flowroutes_fast.analysis.concepts import Concepts, concepts
+from flowroutes_fast.analysis.domains import domain_heads, domain_means, domain_overlap
+from flowroutes_fast.analysis.heads import positional_heads
+from flowroutes_fast.corpus.results import Corpus
+from flowroutes_fast.files import check_writable, write_text
+
+CONCEPT_HEADS = 40
+
+
+@dataclass
+class Section:
+    """One part of a report: sentences, a figure, tables."""
+
+    title: str
+    sentences: list[str]
+    figure: str = ""
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    searchable: bool = False
+
+
+def analyze(
+    corpus: Corpus,
+    out: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    general: str | None = None,
+    tagger: Tagger | None = None,
+    tagged_domain: str | None = None,
+    method: str = "tsne",
+    sample: int = 3000,
+    permutations: int = 2000,
+    limit: float = 0.1,
+    seed: int = 0,
+) -> Path:
+    """Write ``report.html`` with the figures (PNG and SVG) and tables (CSV) beside it.
+
+    Args:
+        corpus: a finished run; its parts that were not kept are left out, and the page says so.
+        out: a folder. model, tokenizer: for the concepts that heads write; without a model they are left out.
+        general: the domain that stands for general text; None for all others together.
+        tagger, tagged_domain: for the clusters, see :func:`flowroutes_fast.analysis.clusters`. method, sample: likewise.
+        permutations: of the domain test. limit: of what an untouched position may take in, see :func:`flowroutes_fast.analysis.untouched`.
+
+    Raises:
+        ValueError: a run without a text, an unknown domain. OSError: a folder that cannot be written to.
+    """
+    folder = Path(out)
+    check_writable(folder)
+    statistics = corpus.all_domains()
+    if not statistics.texts:
+        raise ValueError("this run has no text yet")
+    sections = [_components(corpus, folder), _positional(corpus, folder)]
+    kept = bool(corpus.settings["positions"])
+    if kept:
+        sections += [_clusters(corpus, folder, tagger, tagged_domain, method, sample, seed), _bos(corpus, limit)]
+    specific: pd.DataFrame | None = None
+    if len(corpus.domains) > 1:
+        section, specific = _domains(corpus, folder, general, permutations, seed)
+        sections.append(section)
+    if model is not None:
+        sections.append(_concepts(corpus, model, tokenizer, specific))
+    left_out = [] if kept else ["The run kept no positions: no clusters, no periods as BOS."]
+    left_out += [] if len(corpus.domains) > 1 else ["The run has one domain: nothing is compared."]
+    left_out += [] if model is not None else ["No model was given: no concepts."]
+    for section in sections:
+        for name, table in section.tables.items():
+            shown = (
+                table.assign(tokens=table["tokens"].map(" ".join))
+                if "tokens" in table and len(table) and isinstance(table["tokens"].iloc[0], list)
+                else table
+            )
+            write_text(folder / f"{name}.csv", shown.to_csv(index=False, float_format="%.6g"))
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        corpus=corpus, statistics=statistics, sections=sections, left_out=left_out, cell=_cell, rows=lambda t: t.head(400).itertuples(index=False),
+        tokens=sum(p.tokens for p in corpus.progress), truncated=sum(p.truncated for p in corpus.progress),
+        skipped=sum(sum(p.skipped.values()) for p in corpus.progress),
+    )  # fmt: skip
+    return write_text(folder / "report.html", page)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return " · ".join(repr(v)[1:-1] for v in value) if isinstance(value, list) else str(value)
+
+
+def _components(corpus: Corpus, folder: Path) -> Section:
+    statistics = corpus.all_domains()
+    heads, ffn = statistics.heads(), statistics.ffn()
+    layers = corpus.shape[0]
+    ends = max(1, layers // 6)
+    first, middle, last = ffn["importance"][:ends], ffn["importance"][ends : layers - ends], ffn["importance"].iloc[-1]
+    best = heads.sort_values("importance", ascending=False).iloc[0]
+    sentences = [
+        f"FFN importance: {first.mean():.3f} on average in the first {ends} layers, {middle.mean():.3f} in the middle, {last:.3f} in the last layer.",
+        f"The head with the largest mean importance is L{best['layer']:.0f}H{best['head']:.0f} ({best['importance']:.3f}); "
+        f"{(heads['active'] > 0.5).sum()} of {len(heads)} heads are active (a sub-edge above {corpus.settings['threshold']}) in more than half of the positions, "
+        f"{(heads['active'] < 0.01).sum()} in less than one in a hundred.",
+    ]
+    return Section(
+        "Components by layer", sentences, figures.save(figures.components(statistics), folder / "components"), {"heads": heads, "ffn": ffn}
+    )
+
+
+def _positional(corpus: Corpus, folder: Path) -> Section:
+    table = positional_heads(corpus.all_domains())
+    counts = table["role"].value_counts()
+    sentences = []
+    for role in [r for r in counts.index if r]:
+        rows = table[table["role"] == role]
+        names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(12).itertuples()) + (", …" if len(rows) > 12 else "")
+        sentences.append(
+            f"{len(rows)} {role} head{'s' * (len(rows) > 1)} ({rows['largest'].sum()} of them the most important of their layer): {names}."
+        )
+    near = table.sort_values("same word", ascending=False).iloc[0]
+    if "subword merging" not in counts:
+        sentences.append(
+            f"No head is a subword-merging head by the paper's criteria. The nearest is L{near['layer']:.0f}H{near['head']:.0f}: more than half of its "
+            f"influence on earlier subwords in {near['same word']:.0%} of later subwords, quiet in {near['quiet']:.0%} of first subwords."
+        )
+    figure = figures.save(figures.positional(table, corpus.shape), folder / "positional")
+    return Section(
+        "Heads by where they look",
+        sentences,
+        figure,
+        {"positional": table.sort_values(["role", "layer", "head"], ascending=[False, True, True])},
+    )
+
+
+def _clusters(corpus: Corpus, folder: Path, tagger: Tagger | None, domain: str | None, method: str, sample: int, seed: int) -> Section:
+    found = clusters(corpus, tagger, domain=domain, method=method, sample=sample, seed=seed)
+    sentences = [
+        f"{row['labels']}: silhouette {row['silhouette']:.3f}, with shuffled labels at most {row['shuffled largest']:.3f} ({row['points']} positions)."
+        for row in found.scores.to_dict("records")
+    ]
+    where = f" of {domain!r}" if domain else ""
+    sentences.insert(
+        0,
+        f"{len(found.points)} positions{where}; the first two principal components explain {found.variance[:2].sum():.0%} of the variance.",
+    )
+    return Section(
+        "Clusters of positions", sentences, figures.save(figures.planes(found), folder / "clusters"), {"silhouettes": found.scores}
+    )
+
+
+def _bos(corpus: Corpus, limit: float) -> Section:
+    found = untouched(corpus, limit)
+    return Section("Periods as BOS", [str(found)], "", {"untouched": found.by_token.head(30)})
+
+
+def _domains(corpus: Corpus, folder: Path, general: str | None, permutations: int, seed: int) -> tuple[Section, pd.DataFrame]:
+    means = domain_means(corpus, seed=seed)
+    heads = domain_heads(corpus, general, permutations=permutations, seed=seed)
+    specific = heads[heads["specific"] & (heads["q"] <= 0.05)].sort_values(["domain", "difference"], ascending=[True, False])
+    against = f"{general!r}" if general is not None else "all other domains"
+    sentences = [f"Compared with {against}; {permutations} permutations of texts, q after Benjamini and Hochberg."]
+    for domain in sorted(heads["domain"].unique()):
+        rows = specific[specific["domain"] == domain]
+        names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(8).itertuples()) + (", …" if len(rows) > 8 else "")
+        tested = heads.loc[heads["domain"] == domain, "q"].notna().any()
+        why = "" if tested else " (too few texts for a test)"
+        sentences.append(f"{domain or '(none)'}: {len(rows)} specific heads{why}" + (f": {names}." if len(rows) else "."))
+    overlap = domain_overlap(heads).reset_index(names="domain")
+    figure = figures.save(figures.domain_figure(means, heads), folder / "domains")
+    return Section("Domains", sentences, figure, {"domain_heads": specific, "domain_overlap": overlap, "domain_means": means}), specific
+
+
+def _concepts(corpus: Corpus, model: Any, tokenizer: Any, specific: pd.DataFrame | None) -> Section:
+    heads = corpus.all_domains().heads().sort_values("importance", ascending=False)
+    chosen = [] if specific is None else list(zip(specific["layer"], specific["head"], strict=True))
+    chosen += list(zip(heads["layer"], heads["head"], strict=True))
+    wanted = list(dict.fromkeys((int(layer), int(head)) for layer, head in chosen))[:CONCEPT_HEADS]
+    found: Concepts = concepts(model, tokenizer, rank=3, heads=wanted)
+    sentences = [
+        f"Top tokens of the first three right singular vectors of W_V W_O, both signs, for {len(wanted)} heads: those specific to a domain, then the most important."
+    ]
+    return Section("What heads write", sentences, "", {"concepts": found.table}, searchable=True)
