@@ -1,12 +1,12 @@
 """Routes against activation patching on the demo model: what both cost, and where they agree.
 
-    python benchmarks/patching.py --examples 16
+    python benchmarks/patching.py --examples 12
 
 For IOI and greater-than examples that the model gets right: routes of all examples; patching of every head (all positions) against every
 contrastive template; rank correlations and overlaps of the heads they find; and how far two templates agree with one another. Heads are ranked by
 their frequency in routes at τ = 0.04 (and other scores of routes), and by |effect| in patching, where effect is the change of the metric
-summed over examples over the summed difference of the prompts. Both are measured in one process, after a warm-up of each. Patching runs the
-whole model for every patched copy, batched; a version that starts at the patched layer would save about half.
+summed over examples over the summed difference of the prompts. Times are medians over examples, in one process, after a warm-up, taken in turns.
+Patching runs the whole model for every patched copy, batched; a version that starts at the patched layer would save about half.
 """
 
 from __future__ import annotations
@@ -69,24 +69,10 @@ def gate(model: Any, tokenizer: Any, example: Example, corrupted: str, table: pd
     return worst
 
 
-def routes(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[list[Any], dict[str, Any]]:
+def seconds_of(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    for prompt in prompts:
-        fr.trace(model, tokenizer, prompt).route(threshold=THRESHOLD)
-    alone = time.perf_counter() - start
-    start = time.perf_counter()
-    traces = fr.trace(model, tokenizer, prompts)
-    for trace in traces:
-        trace.route(threshold=THRESHOLD)
-    together = time.perf_counter() - start
-    start = time.perf_counter()
-    with torch.no_grad():
-        for prompt in prompts:
-            model(**tokenizer(prompt, return_tensors="pt"), logits_to_keep=1, use_cache=False)
-    forward = time.perf_counter() - start
-    return traces, {
-        "seconds": alone, "seconds_one_batch": together, "seconds_plain_forward": forward, "forward_passes": len(prompts), "forward_passes_one_batch": 1,
-    }  # fmt: skip
+    call()
+    return time.perf_counter() - start
 
 
 def scores(traces: list[Any]) -> dict[str, np.ndarray]:
@@ -142,38 +128,48 @@ def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edge
     worst = gate(model, tokenizer, first, first.contrasts[names[0]], patch(first, names[0]), metric)
     if not worst <= GATE:
         raise SystemExit(f"patching is wrong by {worst:.1e} of the metric: nothing is reported")
-    routes(model, tokenizer, [first.prompt])
-    traces, report["routes"] = routes(model, tokenizer, [e.prompt for e in examples])
+    prompts = [e.prompt for e in examples]
+    batched: list[float] = []
+    traces: list[Any] = []
+
+    def alone(prompt: str) -> None:
+        fr.trace(model, tokenizer, prompt).route(threshold=THRESHOLD)
+
+    def together() -> None:
+        traces[:] = fr.trace(model, tokenizer, prompts)
+        for trace in traces:
+            trace.route(threshold=THRESHOLD)
+
+    @torch.no_grad()
+    def forward(prompt: str) -> None:
+        model(**tokenizer(prompt, return_tensors="pt"), logits_to_keep=1, use_cache=False)
+
+    alone(prompts[0])
+    together()
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {"route": [], "forward": []}
+    for n, example in enumerate(examples):  # what is compared takes turns, so that it meets the same machine
+        for name in names:
+            times["route"].append(seconds_of(lambda example=example: alone(example.prompt)))
+            times["forward"].append(seconds_of(lambda example=example: forward(example.prompt)))
+            tables[name].append(patch(example, name))
+        batched.append(seconds_of(together))
+        print(task, n + 1, "of", len(examples), flush=True)
     report |= {"gate": worst, "tokens": len(traces[0].tokens), "heads": traces[0].heads[:, 0].numel()}
     report["chance_overlap"] = {f"top_{k}": k * k / report["heads"] for k in TOPS}
+    report["routes"] = about = {
+        "seconds_per_example": float(np.median(times["route"])), "seconds_per_example_in_one_batch": float(np.median(batched)) / len(examples),
+        "seconds_per_plain_forward": float(np.median(times["forward"])), "forward_passes_per_example": 1,
+    }  # fmt: skip
     mine = scores(traces)
     halves = [scores(part) for part in (traces[::2], traces[1::2])]
-    report["routes"]["halves_agree"] = {score: agreement(halves[0][score], halves[1][score]) for score in mine}
-    found: dict[str, np.ndarray] = {}
+    about["halves_agree"] = {score: agreement(halves[0][score], halves[1][score]) for score in mine}
     report["patching"] = {}
     for name in names:
-        start = time.perf_counter()
-        tables = [patch(e, name) for e in examples]
-        seconds = time.perf_counter() - start
-        found[name] = effect(tables)
-        size, parts = np.abs(found[name]), [np.abs(effect(half)) for half in (tables[::2], tables[1::2])]
-        others = [e.contrasts[name] for e in examples]
-        start = time.perf_counter()
-        contrasted = fr.contrast(traces, fr.trace(model, tokenizer, others), threshold=THRESHOLD, paired=True).sort_values(
-            ["layer", "head"]
-        )
-        both = time.perf_counter() - start
-        report["patching"][name] = {
-            "seconds": seconds, "forward_passes": sum(t.attrs["forward_passes"] for t in tables), "runs": sum(t.attrs["runs"] for t in tables),
-            "times_routes": seconds / report["routes"]["seconds"], "times_routes_one_batch": seconds / report["routes"]["seconds_one_batch"],
-            "clean": float(np.mean([t.attrs["clean"] for t in tables])), "corrupted": float(np.mean([t.attrs["corrupted"] for t in tables])),
-            "halves_agree": agreement(*parts), "with_routes": {score: agreement(value, size) for score, value in mine.items()},
-            "with_contrastive_routes": agreement(contrasted["difference"].abs().to_numpy(), size), "seconds_of_the_contrast": both,
-            "top_effects": top(found[name]), "top_differences": [
-                [f"L{r.layer}H{r.head}", r.frequency_a, r.frequency_b] for r in contrasted.sort_values("difference", key=abs).iloc[:-11:-1].itertuples()
-            ],
-        }  # fmt: skip
+        others = fr.trace(model, tokenizer, [e.contrasts[name] for e in examples])
+        report["patching"][name] = compared(tables[name], traces, others, mine, about)
         print(task, name, json.dumps(report["patching"][name]), flush=True)
+    found = {name: effect(tables[name]) for name in names}
     report["templates_agree"] = {
         f"{a} / {b}": {"signed_spearman": spearman(found[a], found[b])} | agreement(np.abs(found[a]), np.abs(found[b]))
         for i, a in enumerate(names)
@@ -181,8 +177,28 @@ def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edge
     }
     report["top_frequencies"] = top(mine["frequency"])
     if edges:
-        report["edges"] = edge_agreement(traces[0], patch(first, names[0], what="edges"), names[0])
+        report["edges"] = edge_agreement(
+            traces[0], patch(first, names[0], what="edges", layers=range(0, len(blocks_of(model)), 3)), names[0]
+        )
     return report
+
+
+def compared(
+    tables: list[pd.DataFrame], traces: list[Any], others: list[Any], mine: dict[str, np.ndarray], routes: dict[str, Any]
+) -> dict[str, Any]:
+    """Patching with one template against routes: cost, and agreement."""
+    size, halves = np.abs(effect(tables)), [np.abs(effect(half)) for half in (tables[::2], tables[1::2])]
+    seconds = float(np.median([t.attrs["seconds"] for t in tables]))
+    contrasted = fr.contrast(traces, others, threshold=THRESHOLD, paired=True)
+    by_head = contrasted.sort_values(["layer", "head"])["difference"].abs().to_numpy()
+    return {
+        "seconds_per_example": seconds, "forward_passes_per_example": tables[0].attrs["forward_passes"], "runs_per_example": tables[0].attrs["runs"],
+        "times_routes": seconds / routes["seconds_per_example"], "times_routes_in_one_batch": seconds / routes["seconds_per_example_in_one_batch"],
+        "clean": float(np.mean([t.attrs["clean"] for t in tables])), "corrupted": float(np.mean([t.attrs["corrupted"] for t in tables])),
+        "halves_agree": agreement(*halves), "with_routes": {score: agreement(value, size) for score, value in mine.items()},
+        "with_contrastive_routes": agreement(by_head, size), "top_effects": top(effect(tables)),
+        "top_differences": [[f"L{r.layer}H{r.head}", r.frequency_a, r.frequency_b] for r in contrasted.head(10).itertuples()],
+    }  # fmt: skip
 
 
 def top(values: np.ndarray, heads: int = 9) -> list[list[Any]]:
@@ -208,13 +224,13 @@ def edge_agreement(trace: Any, table: pd.DataFrame, name: str) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--examples", type=int, default=12)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     model, tokenizer = fr.load("demo")
-    about = conditions("cpu", "cpu") | {"model": DEMO_NAME, "statistic": "one run, warm", "threshold": THRESHOLD}
+    about = conditions("cpu", "cpu") | {"model": DEMO_NAME, "statistic": "median over examples, warm, in turns", "threshold": THRESHOLD}
     report: dict[str, Any] = {"conditions": about, "batch": arguments.batch}
     name = f"patching-{about['device']}-{torch.get_num_threads()}-cores".replace(" ", "-").lower()
     for task in arguments.tasks.split(","):

@@ -56,10 +56,10 @@ def contrast(
         paired: the i-th examples of both lists belong together (a prompt and its contrast): the interval takes their correlation into account.
 
     Returns:
-        Lists: ``layer, head, frequency_a, frequency_b, difference, low, high, n_a, n_b``, by falling \\|difference\\|. The difference is
+        Lists: ``layer, head, frequency_a, frequency_b, difference, low, high, n_a, n_b``, largest difference first. The difference is
         a − b; ``low ... high`` is its 95 % interval (Newcombe 1998: Wilson's intervals combined; paired: his method 10). It holds
         for one head that was chosen beforehand, not for the largest of hundreds.
-        Single ones: ``layer, query, key, head, importance_a, importance_b, difference``, attention sub-edges by falling \\|difference\\|. A
+        Single ones: ``layer, query, key, head, importance_a, importance_b, difference``, attention sub-edges largest difference first. A
         sub-edge that one side did not keep counts as 0 there: it is at most ``table.attrs["unknown"]`` (routes: the threshold).
 
     Raises:
@@ -82,12 +82,14 @@ def contrast(
         raise ValueError(f"paired examples come in equal numbers, got {len(routes_a)} and {len(routes_b)}")
     active_a, active_b = _active(routes_a, shape_a), _active(routes_b, shape_b)
     heads = sorted(set(active_a) | set(active_b))
-    zeros = [np.zeros(len(routes)) for routes in (routes_a, routes_b)]
-    x = np.array([active_a.get(head, zeros[0]) > 0 for head in heads]).reshape(len(heads), -1)
-    y = np.array([active_b.get(head, zeros[1]) > 0 for head in heads]).reshape(len(heads), -1)
+    x, y = (np.zeros((len(heads), len(routes)), bool) for routes in (routes_a, routes_b))
+    for i, head in enumerate(heads):
+        for rows, active in ((x, active_a), (y, active_b)):
+            if head in active:
+                rows[i] = active[head] != 0
     low, high = difference_interval(x, y, paired)
     table = pd.DataFrame(heads, columns=HEAD).astype(int)
-    p, q = (v.mean(1) if len(heads) else np.zeros(0) for v in (x, y))
+    p, q = x.mean(1), y.mean(1)
     table = table.assign(
         frequency_a=p, frequency_b=q, difference=p - q, low=low, high=high, n_a=len(routes_a), n_b=len(routes_b)
     )  # fmt: skip
@@ -107,8 +109,6 @@ def difference_interval(x: np.ndarray, y: np.ndarray, paired: bool) -> tuple[np.
 
     Method 10 of Newcombe, Statistics in Medicine 17 (1998), 873-890 (unpaired) and 2635-2650 (paired, with its continuity correction of φ).
     """
-    if not len(x):
-        return np.zeros(0), np.zeros(0)
     p, q = x.mean(1), y.mean(1)
     (l1, u1), (l2, u2) = wilson(x.sum(1), x.shape[1]), wilson(y.sum(1), y.shape[1])
     correlation = _phi(x, y) if paired else np.zeros(len(x))
@@ -162,7 +162,7 @@ def _same_model(a: Trace | Route, b: Trace | Route) -> None:
 
 
 def _active(routes: list[Route], shape: tuple[int, int] | None) -> dict[tuple[int, int], np.ndarray]:
-    """(layer, head) -> importance of its sub-edges in each example's route, 0 where there is none."""
+    """(layer, head) -> importance of its sub-edges in each example's route, 0 where there are none."""
     everyone = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])] if shape else []
     found = {head: np.zeros(len(routes)) for head in everyone}
     for i, route in enumerate(routes):

@@ -74,7 +74,8 @@ def patching(
         clean, corrupted: prompts, or ids ``[token]``, with equally many tokens. Swapped, they ask what a head restores instead of breaks.
         answer, wrong: next tokens as texts (with their leading space) or ids, one or several; ``wrong`` may be None with
             ``metric="probability"``.
-        what: ``"heads"``: a forward pass per head; ``"edges"``: one per (head, query, key), of which there are many: restrict them.
+        what: ``"heads"``: a forward pass per head; ``"edges"``: one per (head, query, key) with a weight that is not 0, of
+            which there are many: restrict them.
         metric: ``"logit_difference"``: mean logit of ``answer`` − mean logit of ``wrong``; ``"probability"``: summed probability of ``answer`` −
             that of ``wrong``. Both after the last token.
         positions: heads: where their outputs are replaced, all at once; None: everywhere. Edges: the query positions; None: the last.
@@ -92,10 +93,9 @@ def patching(
             layer whose W_O is not a module of its own. IndexError: position out of range. TypeError: a text of a wrong type.
     """
     start = time.perf_counter()
-    if what not in WHAT or metric not in METRICS:
-        raise ValueError(
-            f"unknown {'what' if what not in WHAT else 'metric'}: choose one of {', '.join(map(repr, METRICS if what in WHAT else WHAT))}"
-        )
+    for name, value, known in (("what", what, WHAT), ("metric", metric, METRICS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, known))}")
     if metric == "logit_difference" and wrong is None:
         raise ValueError("metric='logit_difference' needs wrong=: the token that the answer is compared with; or use metric='probability'")
     if batch < 1:
@@ -152,7 +152,7 @@ def record(model: nn.Module, ids: list[int], layers: Sequence[int], queries: Ten
                 f"layer {layer.index}: nothing went through W_O, so that this {layer.block.family.name} model's heads cannot be patched"
             )
         found.z[layer.index] = flat.pop(layer.index).unflatten(-1, (n, -1))
-        found.value[layer.index] = layer.value.repeat_interleave(n // layer.value.shape[0], 0).clone()
+        found.value[layer.index] = layer.value.repeat_interleave(n // layer.value.shape[0], 0)
         found.pattern[layer.index] = reference.attention_pattern(
             few.query, layer.key, scaling=layer.scaling, mask=few.mask, softcap=layer.softcap, window=few.window, sinks=layer.sinks  # type: ignore[arg-type]
         )  # fmt: skip
