@@ -176,6 +176,8 @@ def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edge
         for b in names[i + 1 :]
     }
     report["top_frequencies"] = top(mine["frequency"])
+    report["by_head"] = {"frequency": [round(float(x), 3) for x in mine["frequency"]]}
+    report["by_head"] |= {f"effect, {name}": [round(float(x), 4) for x in values] for name, values in found.items()}
     if edges:
         report["edges"] = edge_agreement(
             traces[0], patch(first, names[0], what="edges", layers=range(0, len(blocks_of(model)), 3)), names[0]

@@ -11,4 +11,20 @@ from flowroutes_fast.streaming import open_streaming
 from flowroutes_fast.trace import trace
 from flowroutes_fast.version import __version__
 
-__all__ = ["Estimate", "Route", "Trace", "__version__", "contrast", "estimate", "head_frequencies", "load", "load_route", "load_trace", "open_streaming", "ops", "patching", "templates", "trace"]
+__all__ = [
+    "Estimate",
+    "Route",
+    "Trace",
+    "__version__",
+    "contrast",
+    "estimate",
+    "head_frequencies",
+    "load",
+    "load_route",
+    "load_trace",
+    "open_streaming",
+    "ops",
+    "patching",
+    "templates",
+    "trace",
+]
