@@ -109,6 +109,14 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildNative},
-    packages=["flowroutes_fast", "flowroutes_fast.analysis", "flowroutes_fast.corpus", "flowroutes_fast.models", "flowroutes_fast.view", "flowroutes_fast.bench", "flowroutes_fast.kernels"],
+    packages=[
+        "flowroutes_fast",
+        "flowroutes_fast.analysis",
+        "flowroutes_fast.corpus",
+        "flowroutes_fast.models",
+        "flowroutes_fast.view",
+        "flowroutes_fast.bench",
+        "flowroutes_fast.kernels",
+    ],
     package_dir={"flowroutes_fast.kernels": "kernels"},
 )
