@@ -183,7 +183,7 @@ def test_address_space_is_respected():
 def test_streaming_of_a_config():
     found = fr.estimate(LLAMA_70B, 64, memory="8GiB", dtype="bfloat16", backend="cpu")
     layer = 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
-    assert found.read == fr.estimate(LLAMA_70B, 64, dtype="bfloat16", backend="cpu").weights
+    assert found.read == pytest.approx(fr.estimate(LLAMA_70B, 64, dtype="bfloat16", backend="cpu").weights, rel=1e-6)  # and buffers
     assert layer <= found.weights < 1.3 * layer  # the unembedding is larger
     assert (found.bandwidth, found.floor) == (None, None)
     assert 7e10 * 2 * 64 < found.flops < 1.2 * 7e10 * 2 * 64
