@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -150,6 +151,7 @@ class GgufSource:
         self.label, self.path, self.size = label, path, path.stat().st_size
         reader = GGUFReader(path)
         architecture = read_field(reader, "general.architecture")[0]
+        self.mapped = getattr(reader.data, "_mmap", None)
         self.processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())  # type: ignore[union-attr, operator]
         self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
         self.tensors = {self.names[t.name]: t for t in reader.tensors if t.name in self.names}
@@ -170,11 +172,26 @@ class GgufSource:
 
         found = self.tensors[name]
         check_size(self.path, self.size)
-        weights = dequantize(found.data, found.tensor_type)
+        rows = found.data.reshape(-1, found.data.shape[-1])
+        step = max(1, CHUNK // max(1, rows.shape[-1] * 8))  # decoding takes several copies of what it decodes
+        first = dequantize(rows[:step], found.tensor_type)
+        weights = np.empty((len(rows), first.shape[-1]), first.dtype)
+        weights[:step] = first
+        for start in range(step, len(rows), step):
+            weights[start : start + step] = dequantize(rows[start : start + step], found.tensor_type)
+        weights = weights.reshape(*found.data.shape[:-1], -1)
+        self._forget(self.places[name])
         done = self.processor.process(weights=weights, name=found.name, tensor_key_mapping=self.names, parsed_parameters={"tensors": {}})
         if done.name != found.name:
             raise ValueError(f"'{self.path.name}' cannot be read tensor by tensor: {found.name} is merged with others")
         return torch.from_numpy(np.require(done.weights, requirements=["C", "W"]))
+
+
+    def _forget(self, place: Place) -> None:
+        """What was read need not stay in this process; the system keeps it while it has room."""
+        if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            start = place.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self.mapped.madvise(mmap.MADV_DONTNEED, start, place.offset + place.count - start)
 
 
 def check_size(file: Path, size: int) -> None:

@@ -96,7 +96,9 @@ class Feed(Mapping[str, Tensor]):
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         prefixes = {id(module): f"{name}." for name, module in model.named_modules()}
         self.names = [[n for n in self.dtypes if n.startswith(prefixes[id(block)])] for block in blocks]
-        self.here: dict[str, Tensor] = {}
+        self.here: dict[str, Tensor] = {}  # of the layer
+        self.held: dict[str, Tensor] = {}  # of modules outside the layers that stay for a while
+        self.holding = 0
         self.arenas: dict[int, tuple[Arena, Arena | None]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.free: dict[int, torch.cuda.Event] = {}  # slot -> when the layer that used it last had finished
@@ -107,8 +109,13 @@ class Feed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self.here:
             return self.here[name]
-        found = self.source.read(self.stored[name])
-        return found.to(self.device, self.dtypes[name])
+        stored = self.stored[name]
+        if stored in self.held:  # tied: the same tensor twice
+            return self.held[stored]
+        found = self.source.read(stored).to(self.device, self.dtypes[name])
+        if self.holding:
+            self.held[stored] = found
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -146,12 +153,16 @@ class Feed(Mapping[str, Tensor]):
     def module(self, module: nn.Module) -> Iterator[None]:
         """A module outside the layers stays in memory while this lasts."""
         hooks = list(_hooks(module))
+        self.holding += 1
         try:
             for part, hook in hooks:
                 hook.pre_forward(part)
                 hook.offload = False
             yield
         finally:
+            self.holding -= 1
+            if not self.holding:
+                self.held.clear()
             for part, hook in hooks:
                 hook.offload = True
                 if hasattr(hook, "tied_pointers_to_remove"):
