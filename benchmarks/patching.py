@@ -1,6 +1,6 @@
 """Routes against activation patching on the demo model: what both cost, and where they agree.
 
-    python benchmarks/patching.py --examples 12
+    python benchmarks/patching.py --examples 8
 
 For IOI and greater-than examples that the model gets right: routes of all examples; patching of every head (all positions) against every
 contrastive template; rank correlations and overlaps of the heads they find; and how far two templates agree with one another. Heads are ranked by
@@ -112,24 +112,11 @@ def effect(tables: list[pd.DataFrame]) -> np.ndarray:
     return change / sum(t.attrs["corrupted"] - t.attrs["clean"] for t in tables)
 
 
-def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edges: bool) -> dict[str, Any]:
-    make, metric = TASKS[task]
-    drawn = make(3 * count, 0, tokenizer)
-    right = solved(model, tokenizer, drawn, task)
-    examples = [e for e, good in zip(drawn, right, strict=True) if good][:count]
-    report: dict[str, Any] = {"drawn": len(drawn), "right": sum(right), "examples": len(examples), "metric": metric}
-    if len(examples) < count:
-        return report | {"refused": "the model gets too few examples right"}
-
-    def patch(e: Example, name: str, **more: Any) -> pd.DataFrame:
-        return fr.patching(model, tokenizer, e.prompt, e.contrasts[name], e.answers, e.wrong, metric=metric, batch=batch, **more)
-
-    first, names = examples[0], list(examples[0].contrasts)
-    worst = gate(model, tokenizer, first, first.contrasts[names[0]], patch(first, names[0]), metric)
-    if not worst <= GATE:
-        raise SystemExit(f"patching is wrong by {worst:.1e} of the metric: nothing is reported")
-    prompts = [e.prompt for e in examples]
-    batched: list[float] = []
+def in_turns(
+    model: Any, tokenizer: Any, examples: list[Example], patch: Callable[..., pd.DataFrame], task: str
+) -> tuple[list[Any], dict[str, list[pd.DataFrame]], dict[str, Any]]:
+    """Traces, patching tables by contrast, and seconds; what is compared takes turns, so that it meets the same machine."""
+    prompts, names = [e.prompt for e in examples], list(examples[0].contrasts)
     traces: list[Any] = []
 
     def alone(prompt: str) -> None:
@@ -147,20 +134,40 @@ def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edge
     alone(prompts[0])
     together()
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
-    times: dict[str, list[float]] = {"route": [], "forward": []}
-    for n, example in enumerate(examples):  # what is compared takes turns, so that it meets the same machine
+    times: dict[str, list[float]] = {"route": [], "forward": [], "batch": []}
+    for n, example in enumerate(examples):
         for name in names:
             times["route"].append(seconds_of(lambda example=example: alone(example.prompt)))
             times["forward"].append(seconds_of(lambda example=example: forward(example.prompt)))
             tables[name].append(patch(example, name))
-        batched.append(seconds_of(together))
+        times["batch"].append(seconds_of(together))
         print(task, n + 1, "of", len(examples), flush=True)
-    report |= {"gate": worst, "tokens": len(traces[0].tokens), "heads": traces[0].heads[:, 0].numel()}
-    report["chance_overlap"] = {f"top_{k}": k * k / report["heads"] for k in TOPS}
-    report["routes"] = about = {
-        "seconds_per_example": float(np.median(times["route"])), "seconds_per_example_in_one_batch": float(np.median(batched)) / len(examples),
+    return traces, tables, {
+        "seconds_per_example": float(np.median(times["route"])), "seconds_per_example_in_one_batch": float(np.median(times["batch"])) / len(examples),
         "seconds_per_plain_forward": float(np.median(times["forward"])), "forward_passes_per_example": 1,
     }  # fmt: skip
+
+
+def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edges: bool) -> dict[str, Any]:
+    make, metric = TASKS[task]
+    drawn = make(3 * count, 0, tokenizer)
+    right = solved(model, tokenizer, drawn, task)
+    examples = [e for e, good in zip(drawn, right, strict=True) if good][:count]
+    report: dict[str, Any] = {"drawn": len(drawn), "right": sum(right), "examples": len(examples), "metric": metric}
+    if len(examples) < count:
+        return report | {"refused": "the model gets too few examples right"}
+
+    def patch(e: Example, name: str, **more: Any) -> pd.DataFrame:
+        return fr.patching(model, tokenizer, e.prompt, e.contrasts[name], e.answers, e.wrong, metric=metric, batch=batch, **more)
+
+    first, names = examples[0], list(examples[0].contrasts)
+    worst = gate(model, tokenizer, first, first.contrasts[names[0]], patch(first, names[0]), metric)
+    if not worst <= GATE:
+        raise SystemExit(f"patching is wrong by {worst:.1e} of the metric: nothing is reported")
+    traces, tables, about = in_turns(model, tokenizer, examples, patch, task)
+    report |= {"gate": worst, "tokens": len(traces[0].tokens), "heads": traces[0].heads[:, 0].numel()}
+    report["chance_overlap"] = {f"top_{k}": k * k / report["heads"] for k in TOPS}
+    report["routes"] = about
     mine = scores(traces)
     halves = [scores(part) for part in (traces[::2], traces[1::2])]
     about["halves_agree"] = {score: agreement(halves[0][score], halves[1][score]) for score in mine}
@@ -226,7 +233,7 @@ def edge_agreement(trace: Any, table: pd.DataFrame, name: str) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=12)
+    parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
