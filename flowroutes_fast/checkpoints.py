@@ -186,7 +186,6 @@ class GgufSource:
             raise ValueError(f"'{self.path.name}' cannot be read tensor by tensor: {found.name} is merged with others")
         return torch.from_numpy(np.require(done.weights, requirements=["C", "W"]))
 
-
     def _forget(self, place: Place) -> None:
         """What was read need not stay in this process; the system keeps it while it has room."""
         if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):

@@ -110,7 +110,9 @@ def test_a_run_goes_through(run):
     assert found.others == 0
     assert found.by_token["share"].eq(1).all()
     assert "positions are untouched" in str(found)
-    assert analysis.untouched(run, limit=0.0).count == 0
+    nothing = analysis.untouched(run, limit=0.0)
+    assert nothing.count == 0
+    assert str(nothing).startswith("None of")
     with pytest.raises(ValueError, match="no layer is left"):
         analysis.untouched(run, skip=(0.5, 0.5))
 

@@ -32,6 +32,8 @@ class Untouched:
     periods_untouched: float
 
     def __str__(self) -> str:
+        if not self.count:
+            return f"None of {self.others} positions is untouched between the first and last layers: some head layer or FFN adds more than the limit to each."
         return (
             f"{self.count} of {self.count + self.others} positions are untouched between the first and last layers; of those that do not begin their "
             f"text {self.first_period:.0%} are its first period (all positions: {self.expected:.0%}). They give {self.received[0]:.4f} of importance to "
