@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from flowroutes_fast.capture import Layer, forward_options, prepared, watched
 from flowroutes_fast.certify import Counts
 from flowroutes_fast.feed import Feed
-from flowroutes_fast.files import write_atomically, write_text
+from flowroutes_fast.files import LOCK, claim, write_atomically, write_text
 from flowroutes_fast.layer import LayerImportances
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.neurons import NeuronImportances
 
 FORMAT = 1
-STATE, LOCK = "run.json", ".lock"
+STATE = "run.json"
 Importances = Callable[[int, Layer], "LayerImportances | None"]
 
 
@@ -115,18 +115,9 @@ class Store:
     """Finished layers in a folder, so that a killed run goes on from the last one. One process at a time; removed by :meth:`finish`."""
 
     def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
-        from filelock import FileLock, Timeout
-
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
         self.made = not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.folder / LOCK)
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another process is working in '{folder}'") from None
-        except OSError as error:
-            raise OSError(f"cannot work in folder '{folder}': {error.strerror or error}") from error
+        self.lock = claim(self.folder)
         try:
             self._open()
         except BaseException:

@@ -6,6 +6,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+LOCK = ".lock"
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -30,6 +33,21 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def claim(folder: Path) -> Any:
+    """Make a run's folder and lock it for this process; ``.release()`` gives it back. ``ValueError`` if another process has it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is working in '{folder}'") from None
+    except OSError as error:
+        raise OSError(f"cannot work in folder '{folder}': {error.strerror or error}") from error
+    return lock
 
 
 def check_writable(folder: Path) -> None:

@@ -21,12 +21,12 @@ from flowroutes_fast.capture import unwrap
 from flowroutes_fast.corpus.statistics import ARRAYS, COUNTS, Statistics, observe
 from flowroutes_fast.corpus.texts import Skipped, Text, read_texts
 from flowroutes_fast.corpus.words import words
-from flowroutes_fast.files import write_atomically, write_text
+from flowroutes_fast.files import LOCK, claim, write_atomically, write_text
 from flowroutes_fast.models.families import blocks_of, context_length, text_config
 from flowroutes_fast.trace import trace
 
 FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 1
-STATE, SUMS, LOCK = "run.json", "statistics.safetensors", ".lock"
+STATE, SUMS = "run.json", "statistics.safetensors"
 TABLES = ("texts", "positions", "edges")
 OVERFLOW = ("truncate", "split")
 
@@ -242,16 +242,7 @@ class Folder:
         self.progress, self.sums = Progress(), {}  # type: ignore[var-annotated]
 
     def __enter__(self) -> Folder:
-        from filelock import FileLock, Timeout
-
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.path / LOCK)
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another process is working in '{self.path}'") from None
-        except OSError as error:
-            raise OSError(f"cannot work in folder '{self.path}': {error.strerror or error}") from error
+        self.lock = claim(self.path)
         try:
             self._open()
         except BaseException:
