@@ -231,12 +231,13 @@ def kept_logits(
     return logits if several else logits[0]
 
 
-def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: str = "positions") -> list[Tensor]:
+def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: str = "attention") -> list[Tensor]:
     """The mean value of every head over a corpus: per layer ``[head, d_head]``, float32.
 
-    ``weights="positions"``: over all positions of all texts. ``"attention"``: every position counts by the attention a head pays to it, from all
-    positions; a row whose sub-edges are all dropped then gets its head's mean output. The two differ where heads rest on the first token.
-    Texts are strings or lists of ids.
+    ``weights="attention"``: every position counts by the attention that a head pays to it from all positions, so that a row whose sub-edges
+    are all dropped gets its head's mean output. ``"positions"``: all positions count alike. The two differ where heads rest on the first token,
+    whose value is small: the mean over positions then replaces next to nothing by something, and a route by importance, which leaves
+    these sub-edges out, looks worse than it is. Texts are strings or lists of ids.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"unknown weights {weights!r}: choose 'positions' or 'attention'")
@@ -252,10 +253,8 @@ def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: st
 
         def add(layer: Layer, patterns: list[Tensor] | None = patterns) -> None:
             value = layer.value.double()  # type: ignore[union-attr]
-            if patterns is None:
-                paid = value.new_ones(len(layer.query), value.shape[1])  # type: ignore[arg-type]
-            else:
-                paid = patterns[layer.index].sum(1).double()  # [head, key]
+            alike = value.new_ones(len(layer.query), value.shape[1])  # type: ignore[arg-type]
+            paid = alike if patterns is None else patterns[layer.index].sum(1).double()  # [head, key]
             sums[layer.index] += torch.einsum("hk,hkd->hd", paid, value.repeat_interleave(len(paid) // len(value), 0))
             counts[layer.index] += paid.sum(1, keepdim=True)
 
