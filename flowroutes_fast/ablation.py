@@ -70,6 +70,10 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     if job.keep is None:
         return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+    if job.keep.shape[-3] != weights.shape[1]:
+        raise ValueError(f"a mask has {job.keep.shape[-3]} heads where the model has {weights.shape[1]}")
+    if job.mean is not None and tuple(job.mean.shape) != (value.shape[1], value.shape[3]):
+        raise ValueError(f"a layer's means have shape {list(job.mean.shape)}; they must be [head, d_head], {list(value.shape[1::2])}")
     kept = weights * job.keep
     out = kept.to(value.dtype) @ value
     if job.mean is not None:
@@ -206,7 +210,8 @@ def kept_logits(
     blocks = attention_blocks(model)
     device = _device(model)
     check_masks(keep, len(blocks), len(ids))
-    check_means(means, len(blocks))
+    if means is not None and len(means) != len(blocks):
+        raise ValueError(f"means hold {len(means)} layers, the model has {len(blocks)}: they belong to another model")
     if attention == "frozen" and patterns is None:
         patterns = clean(model, ids).patterns
     several = keep[0].dim() == 4
@@ -268,11 +273,6 @@ def check_masks(keep: Sequence[Tensor], layers: int, tokens: int) -> None:
     for layer, mask in enumerate(keep):
         if mask.dim() not in (3, 4) or tuple(mask.shape[-2:]) != (tokens, tokens) or mask.shape[:-3] != keep[0].shape[:-3]:
             raise ValueError(f"the mask of layer {layer} has shape {list(mask.shape)}; it must be [head, query, key] of {tokens} tokens")
-
-
-def check_means(means: Sequence[Tensor] | None, layers: int) -> None:
-    if means is not None and len(means) != layers:
-        raise ValueError(f"means hold {len(means)} layers, the model has {layers}: they belong to another model")
 
 
 def _device(model: Any) -> torch.device:

@@ -87,7 +87,8 @@ def route_masks(route: Route, patterns: Sequence[Tensor]) -> list[Tensor]:
     tokens = patterns[0].shape[-1]
     masks = [torch.zeros(p.shape, dtype=torch.bool) for p in patterns]
     edges = route.edges[(route.edges["kind"] == "attention") & (route.edges["target"] < tokens)]
-    for layer, part in edges.groupby("layer"):
+    for layer in edges["layer"].unique().tolist():
+        part = edges[edges["layer"] == layer]
         head, query, key = (torch.tensor(part[name].to_numpy(np.int64)) for name in ("head", "target", "source"))
         if layer >= len(masks) or (len(head) and int(head.max()) >= masks[layer].shape[0]):
             raise ValueError(f"the route has sub-edges that this model has not (layer {layer}): it belongs to {route.model!r}")
