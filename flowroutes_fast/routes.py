@@ -17,7 +17,9 @@ from flowroutes_fast.files import write_text
 
 if TYPE_CHECKING:
     import networkx
+    from torch import Tensor
 
+    from flowroutes_fast.faithfulness import Faithfulness
     from flowroutes_fast.record import Trace
 
 FORMAT = "flowroutes_fast.route"
@@ -49,6 +51,7 @@ class Route:
     positions: tuple[int, ...] = ()
     rule: str = "importance"
     keep: float | None = None
+    token_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.positions = tuple(self.positions) or (self.position,)
@@ -109,6 +112,41 @@ class Route:
         from flowroutes_fast.view.text import route_text
 
         return route_text(self, width)
+
+    def verify(
+        self,
+        model: Any,
+        *,
+        ablation: str = "mean",
+        means: Sequence[Tensor] | None = None,
+        answer: int | None = None,
+        random: int = 5,
+        seed: int = 0,
+        attention: str = "live",
+        ids: Sequence[int] | None = None,
+    ) -> Faithfulness:
+        """Run the model on the route's sub-edges alone, and on as many random ones and ones with the highest attention weights.
+
+        All sub-edges that are not in the route are ablated, at all positions up to ``position``, in all layers; FFNs and residual connections
+        are kept, also those that are not in the route. Few routes carry a prediction by themselves: compare with the rivals.
+
+        Args:
+            model: the model that was traced; it comes back unchanged.
+            ablation: ``"mean"``: a dropped sub-edge brings its head's mean value instead of its own; ``"zero"``: it brings nothing.
+            means: per layer ``[head, d_head]``, from :func:`flowroutes_fast.ablation.value_means` over a corpus. None: of this prompt's own
+                positions, which needs no corpus but knows the prompt.
+            answer: token id whose probability and rank are given; None: the most probable one.
+            random: draws of random sub-edges, as many per layer as the route has.
+            attention: ``"live"``: attention weights of the ablated run; ``"frozen"``: of the whole model.
+            ids: the prompt's token ids, for a route that does not hold them (from a file of an earlier version).
+
+        Raises:
+            ValueError: an unknown option, another model's route, a model whose attention cannot be replaced.
+        """
+        from flowroutes_fast.faithfulness import verify
+
+        options: dict[str, Any] = {"ablation": ablation, "means": means, "answer": answer, "random": random, "seed": seed}
+        return verify(self, model, attention=attention, ids=ids, **options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the route as JSON (:func:`load_route` reads it back)."""
@@ -272,7 +310,7 @@ def _route(trace: Trace, positions: Sequence[int], threshold: float, found: _Row
     return Route(
         tokens=list(trace.tokens), position=last, positions=tuple(sorted(set(positions))), threshold=threshold, model=trace.model,
         shapes=list(trace.shapes), edges=found.table(), prediction=list(trace.prediction) if last == len(trace.tokens) - 1 else [],
-        measure=trace.measure, **known,
+        measure=trace.measure, token_ids=list(trace.token_ids), **known,
     )  # fmt: skip
 
 
