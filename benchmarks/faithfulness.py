@@ -205,7 +205,9 @@ def main() -> None:
     for kind in arguments.ablations.split(","):
         weights = {"mean": "attention", "positions": "positions"}.get(kind)
         means = ablation.value_means(model, tokenizer, corpus(), weights=weights) if weights else None
-        left_out = () if means is not None else ("flow centred", "local centred", "gradient")  # zero: nothing to centre by; no better than signed
+        left_out = (
+            () if means is not None else ("flow centred", "local centred", "gradient")
+        )  # zero: nothing to centre by; no better than signed
         rules = [r for r in arguments.rules.split(",") if r not in left_out]
         start, done = time.perf_counter(), []
 
@@ -219,7 +221,7 @@ def main() -> None:
             None,
             ids,
             rules=rules,
-            shares=shares,
+            shares=shares if means is not None else zero_shares,
             thresholds=thresholds,
             ablation="zero" if means is None else "mean",
             means=means,
