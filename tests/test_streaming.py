@@ -261,15 +261,19 @@ fr.trace(model, None, eval(sys.argv[3]), resume=sys.argv[2], neurons=True)
 """
 
 
-def kill(folder, store, prompts=PROMPTS):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(store), repr(prompts)], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def stopped(half, tmp_path_factory):
+    """The folder of a run that was killed after its second layer."""
+    store = tmp_path_factory.mktemp("killed") / "run"
+    command = [sys.executable, "-c", KILLED, str(half[0]), str(store), repr(PROMPTS)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
+    return store
 
 
-def test_a_killed_run_goes_on(half, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on(half, stopped, tmp_path, monkeypatch):
     folder, model = half
-    store = tmp_path / "run"
-    kill(folder, store)
+    store = shutil.copytree(stopped, tmp_path / "run")
     assert json.loads((store / "run.json").read_text())["finished"] == 2
     streamed, _ = fr.open_streaming(folder)
     seen = []
@@ -300,10 +304,9 @@ def test_a_resident_model_goes_on_too(half, tmp_path, monkeypatch):
     assert not (tmp_path / "empty").exists()
 
 
-def test_another_run_in_the_folder(half, tmp_path):
+def test_another_run_in_the_folder(half, stopped, tmp_path):
     folder, _ = half
-    store = tmp_path / "run"
-    kill(folder, store)
+    store = shutil.copytree(stopped, tmp_path / "run")
     streamed, _ = fr.open_streaming(folder)
 
     def again(prompts=PROMPTS, where=store, **options):
@@ -328,9 +331,9 @@ def test_another_run_in_the_folder(half, tmp_path):
         again(where=tmp_path)
 
 
-def test_a_damaged_state(half, tmp_path):
+def test_a_damaged_state(half, stopped, tmp_path):
     folder, _ = half
-    kill(folder, tmp_path / "run")
+    shutil.copytree(stopped, tmp_path / "run")
     model, _ = fr.open_streaming(folder)
     (tmp_path / "run" / "state-002-0000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"state of layer 2 .* is damaged"):
