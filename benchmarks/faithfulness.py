@@ -147,7 +147,7 @@ def corpus() -> list[str]:
         f"{a} and {b} lived near the {p}. One morning {a} found a {t} there and showed it to {b}, who laughed and said that it was a good day."
         for a, b, p, t in zip(NAMES, NAMES[3:] + NAMES[:3], PLACES * 2, THINGS * 2, strict=True)
     ]
-    return [s[:600] for s in prose[:40]] + stories
+    return [s[:600] for s in prose[:24]] + stories
 
 
 def picture(table: pd.DataFrame, path: Path) -> None:
@@ -185,8 +185,8 @@ def main() -> None:
     parser.add_argument("--fortunes", type=Path, default=None, help="folder of the fortune program's texts")
     parser.add_argument("--rules", default=",".join(faithfulness.RULES))
     parser.add_argument("--shares", default=",".join(map(str, faithfulness.SHARES)))
-    parser.add_argument("--zero-shares", default="0.05,0.2,0.5")
-    parser.add_argument("--thresholds", default="0.01,0.04")
+    parser.add_argument("--zero-shares", default="0.05,0.2")
+    parser.add_argument("--thresholds", default="0.01")
     parser.add_argument("--ablations", default="mean,zero", help="of mean, zero, positions (mean values over positions)")
     parser.add_argument("--name", default="faithfulness")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowroutes_fast.capture import Layer, _as_written, _evaluation_mode, _lock, capture, forward_options, unwrap
 from flowroutes_fast.models.families import Block, blocks_of
+from flowroutes_fast.reference import attention_pattern
 from flowroutes_fast.trace import check_weights, token_ids
 
 NAME = "flowroutes_ablation"
@@ -254,12 +255,15 @@ def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: st
     counts: list[Any] = [0.0] * len(blocks)
     for text in texts:
         ids = token_ids(model, tokenizer, text)
-        patterns = clean(model, ids).patterns if weights == "attention" else None
 
-        def add(layer: Layer, patterns: list[Tensor] | None = patterns) -> None:
+        def add(layer: Layer) -> None:
             value = layer.value.double()  # type: ignore[union-attr]
-            alike = value.new_ones(len(layer.query), value.shape[1])  # type: ignore[arg-type]
-            paid = alike if patterns is None else patterns[layer.index].sum(1).double()  # [head, key]
+            paid = value.new_ones(len(layer.query), value.shape[1])  # type: ignore[arg-type]
+            if weights == "attention":
+                paid = attention_pattern(
+                    layer.query.float(), layer.key.float(), scaling=layer.scaling, mask=layer.mask, softcap=layer.softcap,  # type: ignore[union-attr]
+                    window=layer.window, sinks=None if layer.sinks is None else layer.sinks.float(),
+                ).sum(1).double()  # [head, key]  # fmt: skip
             sums[layer.index] += torch.einsum("hk,hkd->hd", paid, value.repeat_interleave(len(paid) // len(value), 0))
             counts[layer.index] += paid.sum(1, keepdim=True)
 
