@@ -2,7 +2,7 @@
 
 from flowroutes_fast import ops, templates
 from flowroutes_fast.contrast import contrast, head_frequencies
-from flowroutes_fast.corpus import Corpus, corpus, open_corpus
+from flowroutes_fast.corpus import Corpus, corpus, corpus_on_ray, open_corpus
 from flowroutes_fast.estimate import Estimate, estimate
 from flowroutes_fast.load import load
 from flowroutes_fast.patching import patching
@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "contrast",
     "corpus",
+    "corpus_on_ray",
     "estimate",
     "head_frequencies",
     "load",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -162,6 +162,9 @@ def corpus(
     window: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 2048,
     memory: Annotated[str | None, typer.Option(help="Leave the weights on disk: most memory they may take, like 8GiB.")] = None,
+    workers: Annotated[int, typer.Option(help="Trace with so many Ray workers (the extra 'ray'); 0 for this process alone.")] = 0,
+    cpus: Annotated[float, typer.Option(help="Processors of each worker.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster, or 'auto'. [default: this machine]")] = None,
 ) -> None:
     """Trace many texts: component vectors and routes as Parquet files, means and frequencies per domain."""
     import flowroutes_fast as fr
@@ -177,11 +180,17 @@ def corpus(
     for path in (p for paths in source.values() for p in paths) if isinstance(source, dict) else ():
         if not path.exists():
             raise FileNotFoundError(f"no file or folder at '{path}'")
-    loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
-    found = fr.corpus(
-        loaded, tokenizer, source, out, threshold=threshold, precision=precision, max_tokens=max_tokens, overflow=overflow, split=split,
-        field=field, positions=positions, edges=edges, shard=(index, count), window=window, batch_tokens=batch_tokens, progress=True,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "threshold": threshold, "precision": precision, "max_tokens": max_tokens, "overflow": overflow, "split": split, "field": field,
+        "positions": positions, "edges": edges, "shard": (index, count), "window": window, "batch_tokens": batch_tokens, "progress": True,
+    }  # fmt: skip
+    if workers:
+        if memory is not None:
+            raise ValueError("--memory and --workers exclude one another: a worker holds the whole model")
+        found = fr.corpus_on_ray(model, source, out, workers=workers, cpus=cpus, address=ray_address, **options)
+    else:
+        loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
+        found = fr.corpus(loaded, tokenizer, source, out, **options)
     done = found.progress[0]
     typer.echo(f"{found!r} in '{out}': {done.tokens / max(done.seconds, 1e-9):.0f} tokens/s")
     for text in _left_out(done):

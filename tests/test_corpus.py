@@ -371,3 +371,18 @@ def test_command(tmp_path):
         CliRunner().invoke(app, [*command, "--shard", "x"], catch_exceptions=False)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         CliRunner().invoke(app, ["corpus", "nowhere.txt", "--out", str(tmp_path / "no")], catch_exceptions=False)
+
+
+def test_datasets_library():
+    """A dataset, a streamed one and a dictionary of splits, each split a domain."""
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": ["a b", "c d", " "], "domain": ["x", "y", "x"]}
+    wanted, skipped = [Text("a b", "x"), Text("c d", "y")], Skipped()
+    made = datasets.Dataset.from_dict(rows)
+    for source in (made, made.to_iterable_dataset()):
+        assert [*read_texts(source, skipped=skipped)] == wanted
+    assert skipped.counts == {"empty": 2}
+    bare = made.remove_columns("domain")
+    assert [*read_texts(datasets.DatasetDict(train=bare, test=bare))] == [Text(t, d) for d in ("train", "test") for t in ("a b", "c d")]
+    with pytest.raises(ValueError, match="a row has no field 'body'; it has 'text'"):
+        [*read_texts(bare, field="body")]

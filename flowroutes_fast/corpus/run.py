@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 1
 STATE, SUMS = "run.json", "statistics.safetensors"
 TABLES = ("texts", "positions", "edges")
 OVERFLOW = ("truncate", "split")
+NO_TOKENS = "no tokens"  # why a text was left out
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,18 @@ class Item:
     offsets: list[tuple[int, int]]
 
 
+@dataclass
+class Window:
+    """Texts whose rows are written together, and what reading them changed."""
+
+    number: int
+    texts: int  # of all shards
+    items: list[Item]
+    digest: str  # of all texts up to here
+    counts: dict[str, int]  # truncated, dropped, split
+    skipped: dict[str, int]  # so far
+
+
 def corpus(
     model: nn.Module,
     tokenizer: Any,
@@ -123,34 +136,51 @@ def corpus(
         ValueError: no text at all, an unknown option, a folder that holds another run or other files, texts that are not those of the
             run so far. OSError: a folder that cannot be written to, a full disk.
     """
-    from flowroutes_fast.corpus.results import Corpus
-
-    model = unwrap(model)
-    context = context_length(text_config(model)) or 1024
-    longest = min(context, 1024) if max_tokens is None else max_tokens
-    _check(longest, context, overflow, window, batch_tokens, shard, threshold, floor)
     if tokenizer is None:
         raise TypeError("a corpus of texts needs a tokenizer")
-    heads = max(int(getattr(text_config(model), "num_attention_heads", 1)), 1)
-    shape = (len(blocks_of(model)), heads)
+    model = unwrap(model)
+    settings = settings_of(
+        model, threshold=threshold, precision=precision, floor=floor, max_tokens=max_tokens, overflow=overflow, window=window,
+        batch_tokens=batch_tokens, positions=positions, edges=edges, shard=shard,
+    )  # fmt: skip
+
+    def rows(windows: Iterator[Window], bar: Any) -> Iterator[tuple[Window, list[Row]]]:
+        for found in windows:
+            yield found, trace_items(model, found.items, settings, bar.update)
+
+    return run(settings, tokenizer, texts, out, rows, field=field, split=split, progress=progress)
+
+
+def settings_of(model: nn.Module, **options: Any) -> Settings:
+    """Settings of a run of ``model``; ``ValueError`` for those that make no sense."""
+    config = text_config(model)
+    context = context_length(config) or 1024
+    longest = min(context, 1024) if options["max_tokens"] is None else options["max_tokens"]
+    heads = max(int(getattr(config, "num_attention_heads", 1)), 1)
     name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)  # type: ignore[union-attr]
-    settings = Settings(name, shape, threshold, precision, floor, longest, overflow, window, batch_tokens, positions, edges, shard)
+    found = Settings(name, (len(blocks_of(model)), heads), **{**options, "max_tokens": longest})
+    _check(found, context)
+    return found
+
+
+def run(
+    settings: Settings, tokenizer: Any, texts: Any, out: str | os.PathLike[str],
+    rows: Callable[[Iterator[Window], Any], Iterator[tuple[Window, list[Row]]]], *, field: str, split: str, progress: bool,
+) -> Any:  # fmt: skip
+    """A run in a folder: windows of texts go to ``rows``, which gives them back traced, in their order."""
+    from flowroutes_fast.corpus.results import Corpus
+
     skipped = Skipped()
     source = read_texts(texts, field=field, split=split, skipped=skipped)
     with Folder(out, settings) as folder:
         if folder.progress.finished:
             return Corpus(folder.path)
+        start = time.perf_counter()
         with tqdm(desc="tokens", unit="tok", unit_scale=True, disable=not progress, initial=folder.progress.tokens) as bar:
-            for number, group in enumerate(_windows(source, window)):
-                if number < folder.progress.windows:
-                    folder.passed(group, last=number == folder.progress.windows - 1)
-                    continue
-                start = time.perf_counter()
-                items = folder.itemise(group, tokenizer)
-                tables = _trace_window(model, items, folder, bar)
+            for window, found in rows(folder.windows(source, tokenizer, skipped), bar):
                 folder.progress.seconds += time.perf_counter() - start
-                folder.progress.skipped = dict(skipped.counts)
-                folder.write(group, tables)
+                folder.write(window, found)
+                start = time.perf_counter()
         if not folder.progress.texts:
             why = ", ".join(f"{count} {reason}" for reason, count in skipped.counts.items())
             raise ValueError("there is no text to trace" + (f" ({why})" if why else ""))
@@ -158,20 +188,18 @@ def corpus(
     return Corpus(folder.path)
 
 
-def _check(
-    longest: int, context: int, overflow: str, window: int, batch_tokens: int, shard: tuple[int, int], threshold: float, floor: float
-) -> None:
-    if overflow not in OVERFLOW:
-        raise ValueError(f"unknown overflow {overflow!r}: choose 'truncate' or 'split'")
-    if not 2 <= longest <= context:
-        raise ValueError(f"max_tokens must lie between 2 and the model's context of {context}, got {longest}")
-    for name, value in (("window", window), ("batch_tokens", batch_tokens)):
+def _check(s: Settings, context: int) -> None:
+    if s.overflow not in OVERFLOW:
+        raise ValueError(f"unknown overflow {s.overflow!r}: choose 'truncate' or 'split'")
+    if not 2 <= s.max_tokens <= context:
+        raise ValueError(f"max_tokens must lie between 2 and the model's context of {context}, got {s.max_tokens}")
+    for name, value in (("window", s.window), ("batch_tokens", s.batch_tokens)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not (len(shard) == 2 and 0 <= shard[0] < shard[1]):
-        raise ValueError(f"shard must be (i, K) with 0 <= i < K, got {shard}")
-    if not floor <= threshold < 1:
-        raise ValueError(f"threshold must lie in [floor, 1) = [{floor}, 1), got {threshold}")
+    if not (len(s.shard) == 2 and 0 <= s.shard[0] < s.shard[1]):
+        raise ValueError(f"shard must be (i, K) with 0 <= i < K, got {s.shard}")
+    if not s.floor <= s.threshold < 1:
+        raise ValueError(f"threshold must lie in [floor, 1) = [{s.floor}, 1), got {s.threshold}")
 
 
 def _windows(source: Iterator[Text], size: int) -> Iterator[list[Text]]:
@@ -191,31 +219,26 @@ def batches(items: list[Item], batch_tokens: int) -> Iterator[list[Item]]:
         yield current
 
 
-def _trace_window(model: nn.Module, items: list[Item], folder: Folder, bar: Any) -> dict[str, pd.DataFrame | None]:
-    """The rows of a window, in the order of its texts; its sums go into the folder's."""
-    s = folder.settings
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
+Row = dict[str, Any]
+
+
+def trace_items(model: nn.Module, items: list[Item], s: Settings, report: Callable[[int], object] = lambda tokens: None) -> list[Row]:
+    """The rows of a window, in the order of its texts; ``report`` hears of every batch's tokens."""
+    rows: dict[tuple[int, int], Row] = {}
     for batch in batches(items, s.batch_tokens):
         found = trace(
             model, None, [item.ids for item in batch], precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False
         )
         for item, one in zip(batch, found, strict=True):
-            rows[item.number, item.piece] = _evaluate(item, one, folder)
-        bar.update(sum(len(item.ids) for item in batch))
-    ordered = [rows[key] for key in sorted(rows)]
-    for row in ordered:  # sums in the texts' order: a run that was cut in two adds up to the same bits
-        folder.add(row["domain"], row.pop("observed"))
-    tables: dict[str, Any] = {"texts": pd.DataFrame([{k: v for k, v in row.items() if k not in TABLES} for row in ordered])}
-    for name in ("positions", "edges"):
-        tables[name] = pd.concat([row[name] for row in ordered], ignore_index=True) if ordered and getattr(s, name) else None
-    return tables
+            rows[item.number, item.piece] = _evaluate(item, one, s)
+        report(sum(len(item.ids) for item in batch))
+    return [rows[key] for key in sorted(rows)]
 
 
-def _evaluate(item: Item, found: Any, folder: Folder) -> dict[str, Any]:
-    s = folder.settings
+def _evaluate(item: Item, found: Any, s: Settings) -> Row:
     word = words(item.text, item.offsets)
     observed = observe(found, word, s.threshold)
-    row: dict[str, Any] = {
+    row: Row = {
         "number": item.number, "piece": item.piece, "domain": item.domain, "text": item.text, "tokens": len(item.ids),
         "mean": observed.components.mean(0), "observed": observed,
     }  # fmt: skip
@@ -269,51 +292,69 @@ class Folder:
             )
         self.sums = read_sums(self.path, self.settings.shape, self.progress.windows)
 
-    def passed(self, group: list[Text], last: bool) -> None:
-        """Texts that were done before: are they the same ones?"""
-        self._seen = _digest(getattr(self, "_seen", ""), group)
-        if last and self._seen != self.progress.digest:
-            raise ValueError(f"the texts are not those of the run in '{self.path}': give a new folder, or remove it to start again")
+    def windows(self, source: Iterator[Text], tokenizer: Any, skipped: Skipped) -> Iterator[Window]:
+        """What is left to do; texts that were done before are compared with those of the run."""
+        s, done, digest, first = self.settings, self.progress.windows, "", 0
+        no_tokens = self.progress.skipped.get(NO_TOKENS, 0)
+        for number, group in enumerate(_windows(source, s.window)):
+            digest, begin, first = _digest(digest, group), first, first + len(group)
+            if number < done:
+                if number == done - 1 and digest != self.progress.digest:
+                    raise ValueError(f"the texts are not those of the run in '{self.path}': give a new folder, or remove it to start again")
+                continue
+            items, counts = self._itemise(group, begin, tokenizer)
+            no_tokens += counts.pop(NO_TOKENS)
+            yield Window(number, len(group), items, digest, counts, dict(skipped.counts) | ({NO_TOKENS: no_tokens} if no_tokens else {}))
 
-    def itemise(self, group: list[Text], tokenizer: Any) -> list[Item]:
+    def _itemise(self, group: list[Text], begin: int, tokenizer: Any) -> tuple[list[Item], dict[str, int]]:
         """This shard's texts as ids, cut or split to ``max_tokens``."""
-        s, p = self.settings, self.progress
+        s = self.settings
         items: list[Item] = []
-        for number, text in enumerate(group, p.texts):
+        counts = dict.fromkeys(("truncated", "dropped", "split", NO_TOKENS), 0)
+        for number, text in enumerate(group, begin):
             if number % s.shard[1] != s.shard[0]:
                 continue
             ids, offsets = _tokenised(tokenizer, text.text)
             if not ids:
-                p.skipped["no tokens"] = p.skipped.get("no tokens", 0) + 1
+                counts[NO_TOKENS] += 1
                 continue
             parts = [slice(a, a + s.max_tokens) for a in range(0, len(ids), s.max_tokens)]
             if len(parts) > 1 and s.overflow == "truncate":
-                p.truncated, p.dropped, parts = p.truncated + 1, p.dropped + len(ids) - s.max_tokens, parts[:1]
+                counts["truncated"] += 1
+                counts["dropped"] += len(ids) - s.max_tokens
+                parts = parts[:1]
             elif len(parts) > 1:
-                p.split += 1
+                counts["split"] += 1
             items += [Item(number, n, text.text, text.domain, ids[part], offsets[part]) for n, part in enumerate(parts)]
-        return items
+        return items, counts
 
     def add(self, domain: str, observed: Any) -> None:
         self.sums.setdefault(domain, Statistics(self.settings.shape)).add(observed)
         self.progress.rows += 1
         self.progress.tokens += len(observed.components)
 
-    def write(self, group: list[Text], tables: dict[str, pd.DataFrame | None]) -> None:
+    def write(self, window: Window, rows: list[Row]) -> None:
         """A finished window: its tables, the sums, and last the state that makes them count."""
+        for row in rows:  # sums in the texts' order: a run that was cut in two adds up to the same bits
+            self.add(row["domain"], row.pop("observed"))
+        tables = {"texts": pd.DataFrame([{k: v for k, v in row.items() if k not in TABLES} for row in rows])}
+        for name in ("positions", "edges"):
+            if rows and getattr(self.settings, name):
+                tables[name] = pd.concat([row[name] for row in rows], ignore_index=True)
         for name, table in tables.items():
-            if table is not None and len(table):
+            if len(table):
                 _write_table(self.path / f"{name}-{self.progress.windows:06d}.parquet", table)
         p = self.progress
-        p.digest = _digest(p.digest, group)
-        p.windows, p.texts = p.windows + 1, p.texts + len(group)
+        for name, count in window.counts.items():
+            setattr(p, name, getattr(p, name) + count)
+        p.digest, p.skipped = window.digest, window.skipped
+        p.windows, p.texts = p.windows + 1, p.texts + window.texts
         self._write_state()
 
     def finish(self, skipped: Skipped) -> None:
-        self.progress.finished, self.progress.skipped = (
-            True,
-            dict(skipped.counts) | {k: v for k, v in self.progress.skipped.items() if k == "no tokens"},
-        )
+        known = self.progress.skipped
+        self.progress.finished = True
+        self.progress.skipped = dict(skipped.counts) | {k: v for k, v in known.items() if k == NO_TOKENS}
         self._write_state()
 
     def _write_state(self) -> None:
