@@ -109,12 +109,17 @@ def test_a_run_goes_through(run):
     found = analysis.untouched(run, limit=1.0)
     assert found.others == 0
     assert found.by_token["share"].eq(1).all()
-    assert "positions are untouched" in str(found)
+    assert found.beginnings == len(run.texts())
+    assert "100.0% of all beginnings" in str(found)
     nothing = analysis.untouched(run, limit=0.0)
     assert nothing.count == 0
     assert str(nothing).startswith("None of")
     with pytest.raises(ValueError, match="no layer is left"):
         analysis.untouched(run, skip=(0.5, 0.5))
+    with pytest.raises(ValueError, match="most must lie"):
+        analysis.untouched(run, most=80)
+    every, half = (analysis.untouched(run, limit=0.4, most=share).count for share in (1.0, 0.5))
+    assert every <= half
 
 
 def test_first_periods(run):

@@ -45,7 +45,7 @@ def analyze(
     method: str = "tsne",
     sample: int = 3000,
     permutations: int = 2000,
-    limit: float = 0.1,
+    limit: float = 0.05,
     seed: int = 0,
 ) -> Path:
     """Write ``report.html`` with the figures (PNG and SVG) and tables (CSV) beside it.
