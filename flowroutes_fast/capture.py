@@ -162,6 +162,8 @@ def _additive(mask: Any, item: int, span: slice) -> Tensor | None:
         return None
     mask = mask[min(item, mask.shape[0] - 1), :, span, span]
     if mask.dtype == torch.bool:
+        if mask.shape[0] == 1 and torch.equal(mask[0], torch.ones_like(mask[0]).tril()):
+            return None
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
     if mask.shape[0] > 1:
         return mask

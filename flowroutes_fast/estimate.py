@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flowroutes_fast.certify import CAPACITY, MEASURES
-from flowroutes_fast.layer import FEW_KEYS, WIDE_MODEL, Options
+from flowroutes_fast.layer import FEW_KEYS, Options
 from flowroutes_fast.load import DEMO, DEMO_NAME, _quiet, cache_folder, demo_file
 from flowroutes_fast.models.families import blocks_of, context_length, family_of
 from flowroutes_fast.ops import BACKENDS, choose_backend
@@ -234,7 +234,7 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
         sorted_rows = 4 * t * (2 * d + BUCKETS + 2)
         per_thread = 4 * ROWS * t * (h * (2 if measure == "signed" else 1) + 1)
         listed = 0.0 if dense else KERNEL_EDGE_BYTES * edges
-        whole = precision == "exact" or (t <= FEW_KEYS and d >= WIDE_MODEL)
+        whole = precision == "exact" or t <= FEW_KEYS
         packed = 4 * t * (h * (s.d_qk + s.d_head + d + 1) if whole else kv + s.kv_heads)
         buffers: float = copies + g + sorted_rows + per_thread * threads + listed + packed + (4 * square if dense else 0)
     elif backend == "reference":

@@ -14,7 +14,7 @@ from flowroutes_fast.capture import Layer
 from flowroutes_fast.certify import Counts, certified
 from flowroutes_fast.neurons import NeuronImportances, neuron_importances
 
-FEW_KEYS, WIDE_MODEL = 256, 2048
+FEW_KEYS = 256
 BIAS_MODES = ("part", "value", "exclude")
 
 
@@ -253,8 +253,8 @@ def _exact_in_rows(a: Attention, others: Tensor, options: Options) -> LayerImpor
 
 
 def cheaper_exactly(a: Attention) -> bool:
-    """Few keys of a wide model: all of u = v W_O costs less than evaluating single sub-edges, which each read their channels of W_O."""
-    return a.row_scale is None and a.gate is None and a.n_key <= FEW_KEYS and a.w_o.shape[2] >= WIDE_MODEL
+    """Few keys: evaluating every sub-edge from all of u = v W_O costs less than bounding all and reading single channels of W_O for some."""
+    return a.row_scale is None and a.gate is None and a.n_key <= FEW_KEYS
 
 
 def _certified(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | None) -> LayerImportances:

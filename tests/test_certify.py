@@ -22,6 +22,12 @@ TOLERANCE = 3e-6  # of |y|_1: float32 sums of what is added up
 IDS = list(range(7, 36))
 
 
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch):
+    """Certify also where evaluating everything is cheaper, as it is for the few keys of these tests."""
+    monkeypatch.setattr("flowroutes_fast.layer.FEW_KEYS", 0)
+
+
 def layer(seed, n_query=19, n_key=None, heads=6, kv=2, d_qk=16, d_v=12, d_model=48, outliers=False, dtype=torch.float32, **options):
     """A random layer whose parts add up to its state; options are those of Attention, or True for a random mask, sinks, row_scale or gate."""
     g = torch.Generator().manual_seed(seed)
@@ -415,11 +421,13 @@ def test_memory_is_linear_in_tokens():
 
 
 @needs_native
-def test_few_keys_of_a_wide_model_are_evaluated_whole():
+@pytest.mark.parametrize("width", [64, 2048])
+def test_few_keys_are_evaluated_whole(width, monkeypatch):
     """Where that is cheaper than bounding: the certificate is exact, and the results are those of precision='exact'."""
     from families import make
 
-    model = make("llama", hidden_size=2048, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, head_dim=16)
+    monkeypatch.setattr("flowroutes_fast.layer.FEW_KEYS", 256)
+    model = make("llama", hidden_size=width, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, head_dim=16)
     certified, exact = fr.trace(model, None, IDS), fr.trace(model, None, IDS, precision="exact")
     assert certified.certificate["worst_error"] == 0
     assert certified.certificate["pairs_evaluated"] == certified.certificate["pairs_bounded"] == 2 * 4 * 29 * 30 // 2
