@@ -116,6 +116,7 @@ setup(
         "flowroutes_fast.models",
         "flowroutes_fast.view",
         "flowroutes_fast.bench",
+        "flowroutes_fast.integrations",
         "flowroutes_fast.kernels",
     ],
     package_dir={"flowroutes_fast.kernels": "kernels"},

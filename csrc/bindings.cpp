@@ -212,6 +212,17 @@ PYBIND11_MODULE(_native, m) {
         py::arg("activation"), py::arg("w"), py::arg("whole"), py::arg("near"), py::arg("rows"), py::arg("parts"), py::arg("d_model"),
         py::arg("threads") = 0, py::arg("isa") = "auto");
     m.def(
+        "component_proximity",
+        [](uintptr_t output, int64_t stride, int64_t count, uintptr_t whole, uintptr_t out, int64_t rows, int64_t d_model, int threads,
+           const std::string& isa) {
+            const Kernels& k = kernels(isa);
+            py::gil_scoped_release release;
+            k.components(reinterpret_cast<const float*>(output), stride, count, reinterpret_cast<const float*>(whole),
+                         reinterpret_cast<float*>(out), rows, d_model, threads);
+        },
+        py::arg("output"), py::arg("stride"), py::arg("count"), py::arg("whole"), py::arg("out"), py::arg("rows"), py::arg("d_model"),
+        py::arg("threads") = 0, py::arg("isa") = "auto");
+    m.def(
         "part_proximity",
         [](uintptr_t part, uintptr_t whole, uintptr_t out, int64_t rows, int64_t part_rows, int64_t d_model, int threads, const std::string& isa) {
             const Kernels& k = kernels(isa);

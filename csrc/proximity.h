@@ -100,6 +100,8 @@ struct Kernels {
     void (*rank1)(const float* activation, const float* w, const float* whole, float* near, int64_t rows, int64_t parts, int64_t d_model, int threads);
     // out[n] = proximity of part[n % part_rows] to whole[n]; rows of d_model, contiguous
     void (*parts)(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d_model, int threads);
+    // out[n, f] = proximity of output[n, f] to whole[n], for the first `count` outputs of each row; `stride` floats from row to row
+    void (*components)(const float* output, int64_t stride, int64_t count, const float* whole, float* out, int64_t rows, int64_t d_model, int threads);
 };
 
 const Kernels& kernels_baseline();

@@ -7,6 +7,8 @@
 // only that prefix is visited (1 to 10 channels of 576 per sub-edge on real activations). Nothing is approximated.
 #include "rows.h"
 
+#include <memory>
+
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
@@ -28,14 +30,34 @@ inline void overshoot(const Magnitudes& order, int64_t i, int64_t d_model, vec a
 }
 
 struct Head {
-    std::vector<float> k, v;      // panels [key / NR][d][NR] of keys and values
-    std::vector<float> u, reach;  // panels [key / NR][d_model][NR] of u[j] = v[j] W_O, and max_d |u[j, d]|
+    const float *k, *v;  // panels [key / NR][d][NR] of keys and values, shared by the heads of a group
+    float *u, *reach;    // panels [key / NR][d_model][NR] of u[j] = v[j] W_O, and max_d |u[j, d]|
+};
+
+// Memory of one call. A small one is kept for the thread's next call: many short texts would otherwise spend their time on fresh pages.
+class Scratch {
+    std::unique_ptr<float[]> memory;
+    int64_t size = 0;
+
+public:
+    float* of(int64_t floats) {
+        if (floats > size) {
+            memory.reset(new float[floats]);
+            size = floats;
+        }
+        return memory.get();
+    }
+    void release_if_large() {
+        if (size <= int64_t(1) << 22) return;
+        memory.reset();
+        size = 0;
+    }
 };
 
 // Turns s[rows, keys] from alpha into proximities, for one head; adds their sum over keys to by_head.
 void head_rows(const AttentionProximity& p, const Magnitudes& order, const Head& head, int64_t h, int64_t i0, int rows, float* s) {
     const int64_t stride = round_up(p.keys, NR);
-    const int64_t visible = attention_rows(p.alpha, p.keys, h, i0, rows, head.k.data(), s, stride);
+    const int64_t visible = attention_rows(p.alpha, p.keys, h, i0, rows, head.k, s, stride);
     const float* g = p.g + (i0 * p.heads + h) * p.d_v;
     const int64_t g_row = p.heads * p.d_v;
     float total[ROWS] = {};
@@ -43,8 +65,8 @@ void head_rows(const AttentionProximity& p, const Magnitudes& order, const Head&
     for (int64_t j = 0; j < visible; j += NR) {
         if (all_zero(s + j, rows, stride)) continue;
         for (int r = 0; r < rows; r += MR)
-            tile(g + r * g_row, g_row, std::min(MR, rows - r), head.v.data() + j * p.d_v, p.d_v, bound + r * NR, NR);
-        const vec reach0 = load(head.reach.data() + j), reach1 = load(head.reach.data() + j + LANES);
+            tile(g + r * g_row, g_row, std::min(MR, rows - r), head.v + j * p.d_v, p.d_v, bound + r * NR, NR);
+        const vec reach0 = load(head.reach + j), reach1 = load(head.reach + j + LANES);
         for (int r = 0; r < rows; ++r) {
             const int64_t i = i0 + r;
             float* alpha = s + r * stride + j;
@@ -54,7 +76,7 @@ void head_rows(const AttentionProximity& p, const Magnitudes& order, const Head&
             const float reach = largest(vmax(need0, need1));
             if (reach > order.smallest[i]) {
                 vec over0, over1;
-                overshoot(order, i, p.d_model, a0, a1, head.u.data() + j * p.d_model, reach, over0, over1);
+                overshoot(order, i, p.d_model, a0, a1, head.u + j * p.d_model, reach, over0, over1);
                 w0 = vmax(w0 - 2.f * over0, vec{});
                 w1 = vmax(w1 - 2.f * over1, vec{});
             }
@@ -103,41 +125,47 @@ void row_block(const AttentionProximity& p, const Magnitudes& order, const std::
     }
 }
 
-Head prepare(const AttentionProximity& p, int64_t h) {
-    Head head;
-    const int64_t kv = h / p.group, padded = round_up(p.keys, NR);
-    if (!p.alpha.pattern) {
-        head.k.resize(padded * p.alpha.d_qk);
-        pack(p.alpha.k + kv * p.alpha.k_head, p.alpha.k_row, p.keys, p.alpha.d_qk, head.k.data());
-    }
-    head.v.resize(padded * p.d_v);
-    pack(p.v + kv * p.v_head, p.v_row, p.keys, p.d_v, head.v.data());
-    head.u.resize(padded * p.d_model);
-    head.reach.resize(padded);
+// u and reach of the NR keys from j on, for one head.
+void panel_of(const AttentionProximity& p, const Head& head, int64_t h, int64_t j) {
     const float* w = p.w_o + h * p.d_v;
-    for (int64_t j = 0; j < padded; j += NR) {
-        float* u = head.u.data() + j * p.d_model;
-        vec high0 = {}, high1 = {};
-        for (int64_t d = 0; d < p.d_model; d += MR) {
-            const int rows = static_cast<int>(std::min<int64_t>(MR, p.d_model - d));
-            tile(w + d * p.w_row, p.w_row, rows, head.v.data() + j * p.d_v, p.d_v, u + d * NR, NR);
-            for (int r = 0; r < rows; ++r) {
-                high0 = vmax(high0, vabs(load(u + (d + r) * NR)));
-                high1 = vmax(high1, vabs(load(u + (d + r) * NR + LANES)));
-            }
+    float* u = head.u + j * p.d_model;
+    vec high0 = {}, high1 = {};
+    for (int64_t d = 0; d < p.d_model; d += MR) {
+        const int rows = static_cast<int>(std::min<int64_t>(MR, p.d_model - d));
+        tile(w + d * p.w_row, p.w_row, rows, head.v + j * p.d_v, p.d_v, u + d * NR, NR);
+        for (int r = 0; r < rows; ++r) {
+            high0 = vmax(high0, vabs(load(u + (d + r) * NR)));
+            high1 = vmax(high1, vabs(load(u + (d + r) * NR + LANES)));
         }
-        store(&head.reach[j], high0);
-        store(&head.reach[j + LANES], high1);
     }
-    return head;
+    store(head.reach + j, high0);
+    store(head.reach + j + LANES, high1);
 }
 
 void attention(const AttentionProximity& p, std::vector<Edge>& edges) {
     const int threads = thread_count(p.threads);
     const Magnitudes order(p.y, p.queries, p.d_model, threads);
+    const int64_t padded = round_up(p.keys, NR), kv_heads = p.heads / p.group, d_qk = p.alpha.pattern ? 0 : p.alpha.d_qk;
+    static thread_local Scratch scratch;
+    float* const k = scratch.of(padded * (kv_heads * (d_qk + p.d_v) + p.heads * (p.d_model + 1)));
+    float* const v = k + kv_heads * padded * d_qk;
+    float* const u = v + kv_heads * padded * p.d_v;
+    float* const reach = u + p.heads * padded * p.d_model;
     std::vector<Head> heads(p.heads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t h = 0; h < p.heads; ++h) heads[h] = prepare(p, h);
+    for (int64_t h = 0; h < p.heads; ++h) {
+        const int64_t kv = h / p.group;
+        heads[h] = {k + kv * padded * d_qk, v + kv * padded * p.d_v, u + h * padded * p.d_model, reach + h * padded};
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t kv = 0; kv < kv_heads; ++kv) {
+            if (d_qk) pack(p.alpha.k + kv * p.alpha.k_head, p.alpha.k_row, p.keys, d_qk, k + kv * padded * d_qk);
+            pack(p.v + kv * p.v_head, p.v_row, p.keys, p.d_v, v + kv * padded * p.d_v);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < p.heads * (padded / NR); ++n) panel_of(p, heads[n % p.heads], n % p.heads, n / p.heads * NR);
+    }
     const int64_t blocks = (p.queries + ROWS - 1) / ROWS;
     std::vector<std::vector<Edge>> found(blocks);
 #pragma omp parallel num_threads(threads)
@@ -147,25 +175,34 @@ void attention(const AttentionProximity& p, std::vector<Edge>& edges) {
         for (int64_t b = blocks - 1; b >= 0; --b) row_block(p, order, heads, b * ROWS, s.data(), found[b]);
     }
     for (auto& f : found) edges.insert(edges.end(), f.begin(), f.end());
+    scratch.release_if_large();
+}
+
+// proximity of z to y
+inline float proximity(const float* z, const float* y, int64_t d) {
+    vec acc = {};
+    float total = 0.f;
+    int64_t c = 0;
+    for (; c + LANES <= d; c += LANES) {
+        const vec yc = load(y + c), w = flip(load(z + c), yc);
+        acc += vmin(w, 2.f * vabs(yc) - w);
+    }
+    for (; c < d; ++c) {
+        const float w = std::signbit(y[c]) ? -z[c] : z[c];
+        total += std::min(w, 2.f * std::fabs(y[c]) - w);
+    }
+    return std::max(0.f, total + sum(acc));
 }
 
 void parts(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d, int threads) {
 #pragma omp parallel for num_threads(thread_count(threads)) schedule(static)
-    for (int64_t n = 0; n < rows; ++n) {
-        const float *z = part + (n % part_rows) * d, *y = whole + n * d;
-        vec acc = {};
-        float total = 0.f;
-        int64_t c = 0;
-        for (; c + LANES <= d; c += LANES) {
-            const vec yc = load(y + c), w = flip(load(z + c), yc);
-            acc += vmin(w, 2.f * vabs(yc) - w);
-        }
-        for (; c < d; ++c) {
-            const float w = std::signbit(y[c]) ? -z[c] : z[c];
-            total += std::min(w, 2.f * std::fabs(y[c]) - w);
-        }
-        out[n] = std::max(0.f, total + sum(acc));
-    }
+    for (int64_t n = 0; n < rows; ++n) out[n] = proximity(part + (n % part_rows) * d, whole + n * d, d);
+}
+
+void components(const float* output, int64_t stride, int64_t count, const float* whole, float* out, int64_t rows, int64_t d, int threads) {
+#pragma omp parallel for num_threads(thread_count(threads)) schedule(static)
+    for (int64_t n = 0; n < rows; ++n)
+        for (int64_t f = 0; f < count; ++f) out[n * count + f] = proximity(output + n * stride + f * d, whole + n * d, d);
 }
 
 // Only channels with |y_d| < |activation| * max_d |w_d| can take anything off the bound.
@@ -215,7 +252,7 @@ void pairs(const Certified&, const int32_t*, const int32_t*, const int32_t*, flo
 #define FLOWROUTES_TEXT(a) FLOWROUTES_TEXT_(a)
 const Kernels& FLOWROUTES_JOIN(kernels_, FLOWROUTES_ISA)() {
     using namespace FLOWROUTES_ISA;
-    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA), certified, bound, pairs, attention, rank1, parts};
+    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA), certified, bound, pairs, attention, rank1, parts, components};
     return table;
 }
 

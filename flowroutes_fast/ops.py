@@ -1,7 +1,8 @@
 """The functions everything is built on: they check their arguments, choose a backend and return tensors.
 
-``attention_importances`` is the public one. The others work on one layer of one sequence and are registered with
-``torch.library`` (namespace ``flowroutes``), so they survive ``torch.compile``.
+:func:`attention_importances`, :func:`part_proximity` and :func:`component_proximity` are public. They take PyTorch tensors, or arrays of
+any library that speaks DLPack (NumPy, JAX, CuPy), and may be called inside ``torch.compile(fullgraph=True)``; there, shapes and dtypes
+are checked and numbers are not. None of them has a gradient. What they call is registered with ``torch.library`` (namespace ``flowroutes``).
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
     return backend
 
 
+def _resolve(backend: str, tensor: Tensor) -> str:
+    """:func:`choose_backend` now, or (while torch.compile traces, which must not look for libraries) when the registered op runs."""
+    return backend if torch.compiler.is_compiling() else choose_backend(backend, tensor)
+
+
 _said: set[str] = set()
 
 
@@ -88,6 +94,90 @@ def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def as_tensor(given: Any, name: str = "the array") -> Tensor:
+    """A tensor that shares memory with ``given``: a tensor itself, or anything with ``__dlpack__`` (a read-only array is copied)."""
+    if isinstance(given, Tensor):
+        return given
+    if not hasattr(given, "__dlpack__"):
+        raise TypeError(f"{name} must be a torch.Tensor or an array that supports DLPack (NumPy, JAX, CuPy), got {type(given).__name__}")
+    try:
+        return torch.from_dlpack(given)
+    except (BufferError, RuntimeError, TypeError, ValueError):  # read-only, or of a dtype that DLPack has no name for
+        import numpy as np
+
+        return torch.from_numpy(np.array(given))
+
+
+def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int = 0) -> Tensor:
+    """Proximity of parts to the states they are parts of (equation 4), without a temporary.
+
+    Equivalent to::
+
+        (whole.abs().sum(-1) - (part - whole).abs().sum(-1)).clamp_min(0)
+
+    but summed termwise, so that nothing cancels.
+
+    Args:
+        part, whole: ``[..., d_model]``, of one shape, float32, bfloat16 or float16 (float64: computed by the reference).
+        backend: see :func:`attention_importances`. threads: of the CPU kernel; 0 for OpenMP's default.
+
+    Returns:
+        ``[...]`` in the units of ‖whole‖₁, float32 (float64 for float64).
+
+    Raises:
+        ValueError: differing shapes or devices. TypeError: no floating point numbers.
+    """
+    part, whole = as_tensor(part, "part"), as_tensor(whole, "whole")
+    _check_states(part=part, whole=whole)
+    if part.shape != whole.shape:
+        raise ValueError(f"part {tuple(part.shape)} and whole {tuple(whole.shape)} must have one shape")
+    flat = torch.ops.flowroutes.part_proximity(*_flat(part, whole), _resolve(backend, whole), threads)
+    return flat.reshape(whole.shape[:-1])
+
+
+def component_proximity(outputs: Any, state: Any, *, backend: str = "auto", threads: int = 0) -> Tensor:
+    """Proximity of every component's output to the state it is added to, at the same position: the component-to-component variant.
+
+    Equivalent to::
+
+        (state.abs().sum(-1, keepdim=True) - (outputs - state[..., None, :]).abs().sum(-1)).clamp_min(0)
+
+    without the temporary of the size of ``outputs``. Divided by its sum over components it is their importance.
+
+    Args:
+        outputs: ``[..., component, d_model]``; a slice of the first components of a larger tensor is not copied.
+        state: ``[..., d_model]``. backend, threads: as for :func:`part_proximity`.
+
+    Returns:
+        ``[..., component]`` in the units of ‖state‖₁, float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: no floating point numbers.
+    """
+    outputs, state = as_tensor(outputs, "outputs"), as_tensor(state, "state")
+    _check_states(outputs=outputs, state=state)
+    if outputs.dim() != state.dim() + 1 or outputs.shape[:-2] != state.shape[:-1] or outputs.shape[-1] != state.shape[-1]:
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} must be [..., component, d_model] for a state [..., d_model] = {tuple(state.shape)}"
+        )
+    return torch.ops.flowroutes.component_proximity(outputs.detach(), state.detach(), _resolve(backend, state), threads)
+
+
+def _check_states(**named: Tensor) -> None:
+    devices = {tensor.device for tensor in named.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{' and '.join(named)} are on different devices: {', '.join(map(str, devices))}")
+    if len({tensor.dtype == torch.float64 for tensor in named.values()}) > 1:
+        raise TypeError(f"{' and '.join(named)} must both be float64, or neither")
+    for name, tensor in named.items():
+        if tensor.dtype not in _FLOAT:
+            raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+
+
+def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().reshape(-1, t.shape[-1]) for t in tensors)
 
 
 class AttentionImportances(NamedTuple):
@@ -98,17 +188,26 @@ class AttentionImportances(NamedTuple):
 
 
 def attention_importances(
-    pattern: Tensor,
-    value: Tensor,
-    w_o: Tensor,
-    resid_pre: Tensor,
-    resid_mid: Tensor,
+    pattern: Any,
+    value: Any,
+    w_o: Any,
+    resid_pre: Any,
+    resid_mid: Any,
     *,
     distance_norm: float = 1,
     clip: float = 0.0,
     backend: str = "auto",
 ) -> AttentionImportances:
     """Importance of every sub-edge and of the residual connection for the state after attention (equation 5).
+
+    Equivalent to::
+
+        z = torch.einsum("bhqk,bkhd,hdm->bqkhm", pattern, value.repeat_interleave(group, 2), w_o)  # all that is avoided
+        y = resid_mid[:, :, None, None]
+        edge = (y.abs().sum(-1) - (z - y).abs().sum(-1)).clamp_min(clip)
+        residual = (resid_mid.abs().sum(-1) - (resid_pre - resid_mid).abs().sum(-1)).clamp_min(clip)
+        total = edge.sum((2, 3)) + residual
+        return edge / total[:, :, None, None], residual / total
 
     Args:
         pattern: attention weights ``[batch, head, query, key]``.
@@ -128,14 +227,12 @@ def attention_importances(
         ValueError: shapes that do not fit, NaN or infinity in a state, an unknown backend.
         TypeError: tensors that are not floating point.
     """
+    given = {"pattern": pattern, "value": value, "w_o": w_o, "resid_pre": resid_pre, "resid_mid": resid_mid}
+    pattern, value, w_o, resid_pre, resid_mid = (as_tensor(array, name) for name, array in given.items())
     _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm, clip)
-    chosen = choose_backend(backend, resid_mid)
-    if chosen != "reference" and distance_norm != 1:
-        if backend == chosen:
-            raise ValueError(f"backend {chosen!r} computes distance_norm=1 only, not {distance_norm}; use backend='reference'")
-        chosen = "reference"
-    if chosen == "triton":  # it recomputes attention weights; a stored pattern is the CUDA kernel's
-        chosen = "reference" if _cuda_missing() else "cuda"
+    chosen = _resolve(backend, resid_mid)
+    if backend not in ("auto", "reference") and distance_norm != 1:
+        raise ValueError(f"backend {chosen!r} computes distance_norm=1 only, not {distance_norm}; use backend='reference'")
     dtype = torch.float64 if resid_mid.dtype == torch.float64 else torch.float32
     pattern, value, w_o, resid_pre, resid_mid = (t.detach().to(dtype) for t in (pattern, value, w_o, resid_pre, resid_mid))
     rows, residuals = [], []
@@ -159,8 +256,6 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
     named = {"pattern": pattern, "value": value, "w_o": w_o, "resid_pre": resid_pre, "resid_mid": resid_mid}
     rank = {"pattern": 4, "value": 4, "w_o": 3, "resid_pre": 3, "resid_mid": 3}
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _FLOAT:
             raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
         if tensor.dim() != rank[name]:
@@ -183,7 +278,7 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
     if head % value.shape[2]:
         raise ValueError(f"value has {value.shape[2]} key-value heads, which does not divide the pattern's {head} heads")
     for name, tensor in named.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.compiler.is_compiling() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinite numbers")
     if not distance_norm > 0:
         raise ValueError(f"distance_norm must be positive, got {distance_norm}")
@@ -248,6 +343,7 @@ def qk_source(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, s
 
 _library = torch.library.Library("flowroutes", "DEF")
 _library.define("part_proximity(Tensor part, Tensor whole, str backend, int threads=0) -> Tensor")
+_library.define("component_proximity(Tensor outputs, Tensor state, str backend, int threads=0) -> Tensor")
 _library.define(
     "attention_proximity(Tensor pattern, Tensor value, Tensor w_o, Tensor whole, str backend, int threads=0) -> Tensor",
 )
@@ -280,10 +376,30 @@ def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0)
     return out
 
 
+@torch.library.impl(_library, "component_proximity", "CompositeExplicitAutograd")
+def _component_proximity(outputs: Tensor, state: Tensor, backend: str, threads: int = 0) -> Tensor:
+    """Proximity of ``outputs [..., component, d_model]`` to ``state [..., d_model]`` -> ``[..., component]``."""
+    if choose_backend(backend, state) != "cpu":
+        dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
+        found = [reference.proximity(outputs[..., n, :].to(dtype), state.to(dtype)) for n in range(outputs.shape[-2])]  # one at a time
+        return torch.stack(found, -1) if found else state.new_zeros(outputs.shape[:-1], dtype=dtype)
+    shape = outputs.shape[:-1]
+    outputs, state = outputs.float().reshape(-1, *outputs.shape[-2:]), state.float().reshape(-1, state.shape[-1]).contiguous()
+    if outputs.stride(2) != 1 or outputs.stride(1) != outputs.shape[2]:
+        outputs = outputs.contiguous()
+    out = state.new_empty(outputs.shape[:2])
+    native.extension().component_proximity(
+        outputs.data_ptr(), outputs.stride(0), outputs.shape[1], state.data_ptr(), out.data_ptr(), len(state), state.shape[1], threads
+    )
+    return out.reshape(shape)
+
+
 @torch.library.impl(_library, "attention_proximity", "CompositeExplicitAutograd")
 def _attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
     """Proximity of all sub-edges ``[head, query, key]`` from stored attention weights."""
     chosen = choose_backend(backend, whole)
+    if chosen == "triton":  # it recomputes attention weights; a stored pattern is the CUDA kernel's
+        chosen = "reference" if _cuda_missing() else "cuda"
     if chosen == "cuda":
         from flowroutes_fast.cuda import dense_proximity as cuda_dense
 
@@ -351,7 +467,12 @@ def _triton_dense(query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole:
 
 @torch.library.register_fake("flowroutes::part_proximity", lib=_library)
 def _(part, whole, backend, threads=0):  # type: ignore[no-untyped-def]
-    return whole.new_empty(whole.shape[0])
+    return whole.new_empty(whole.shape[0], dtype=torch.float64 if whole.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.register_fake("flowroutes::component_proximity", lib=_library)
+def _(outputs, state, backend, threads=0):  # type: ignore[no-untyped-def]
+    return state.new_empty(outputs.shape[:-1], dtype=torch.float64 if state.dtype == torch.float64 else torch.float32)
 
 
 @torch.library.register_fake("flowroutes::attention_proximity", lib=_library)

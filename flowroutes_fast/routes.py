@@ -107,6 +107,12 @@ class Route:
 
         return write_text(path, route_html(self))
 
+    def to_circuit_tracer(self, path: str | os.PathLike[str], *, slug: str | None = None, min_weight: float = 0.005) -> Path:
+        """Write the route as a graph for circuit-tracer's server or Neuronpedia; see :mod:`flowroutes_fast.integrations.circuit_tracer`."""
+        from flowroutes_fast.integrations.circuit_tracer import write_graph
+
+        return write_graph(self, path, slug=slug, min_weight=min_weight)
+
     def to_text(self, width: int | None = None) -> str:
         """A compact text picture: layers down, tokens across."""
         from flowroutes_fast.view.text import route_text
@@ -185,15 +191,17 @@ class _Rows:
 
     def add(self, layer: int, kind: str, source: np.ndarray, target: np.ndarray, head: np.ndarray | int, importance: np.ndarray) -> None:
         n = len(source)
-        for name, values in zip(
-            COLUMNS, (np.full(n, layer), np.full(n, kind, object), source, target, np.broadcast_to(head, n), importance), strict=True
-        ):
-            self.columns[name].append(np.asarray(values))
+        if not n:
+            return
+        heads = head if isinstance(head, np.ndarray) else np.full(n, head)
+        for name, values in zip(COLUMNS, (np.full(n, layer), np.full(n, kind, object), source, target, heads, importance), strict=True):
+            self.columns[name].append(values)
 
     def table(self) -> pd.DataFrame:
         if not self.columns["layer"]:
             return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})
-        return pd.DataFrame({name: np.concatenate(parts) for name, parts in self.columns.items()}).astype(COLUMNS)
+        columns = {name: np.concatenate(parts).astype(COLUMNS[name], copy=False) for name, parts in self.columns.items()}
+        return pd.DataFrame({name: pd.Series(values, dtype=COLUMNS[name], copy=False) for name, values in columns.items()}, copy=False)
 
 
 class EdgeRows(NamedTuple):
@@ -242,6 +250,12 @@ class OpenRows(Exception):
 
 def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, renormalize: bool) -> np.ndarray:
     """Those of the rows ``active`` (sorted) where the certified intervals do not say what is above the threshold."""
+    if (
+        renormalize
+        and trace.measure != "signed"
+        and np.array_equal(*(t[layer].numpy()[active] for t in (trace.normaliser_low, trace.normaliser_high)))
+    ):
+        return active[:0]  # evaluated whole
     below, above = trace.factors(layer, active)
     query, key, head, value = trace.sub_edges(layer, active)
     row = np.searchsorted(active, query)

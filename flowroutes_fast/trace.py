@@ -20,6 +20,7 @@ from flowroutes_fast.by_layer import Store, identity_of
 from flowroutes_fast.capture import Layer, capture, rows_of, span_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
 from flowroutes_fast.estimate import check_memory, working_memory
+from flowroutes_fast.integrations import adapter_of
 from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, check_finite, conservation_error, importances
 from flowroutes_fast.models.families import blocks_of, context_length, text_config, vocabulary_size
 from flowroutes_fast.ops import choose_backend
@@ -59,7 +60,8 @@ def trace(
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
 
     Args:
-        model: a transformers decoder; it comes back unchanged (attention implementation, hooks, training mode).
+        model: a transformers decoder; it comes back unchanged (attention implementation, hooks, training mode). Or a model or activation
+            cache of TransformerLens, a model of nnsight or nnterp (see :mod:`flowroutes_fast.integrations`).
         tokenizer: its tokenizer; may be None when ``text`` is given as ids.
         text: a prompt, or token ids ``[token]`` (list or integer tensor): one :class:`Trace`. Several prompts, ids ``[batch, token]``, lists of
             ids, or what a tokenizer returned: a list of traces from one padded forward pass, each as if its prompt ran alone.
@@ -90,6 +92,12 @@ def trace(
             captured parts do not add up to its states, NaN in the activations (the layer is named).
         TypeError: text of a wrong type. OSError: weights that cannot be read, a folder that cannot be written to.
     """
+    if (adapter := adapter_of(model)) is not None:
+        return adapter.trace(
+            model, tokenizer, text, attention_mask=attention_mask, positions=positions, precision=precision, measure=measure, backend=backend,
+            floor=floor, thresholds=thresholds, tolerance=tolerance, dense=dense, bias=bias, neurons=neurons, threads=threads,
+            progress=progress, resume=resume,
+        )  # fmt: skip
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
     model = unwrap(model)
     blocks = blocks_of(model)

@@ -118,25 +118,21 @@ def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
     layers, tokens, heads = trace.heads.shape
     influence = trace.heads.numpy()
     components = np.concatenate([influence.transpose(1, 0, 2).reshape(tokens, -1), trace.ffn.numpy().T], 1).astype(np.float32)
-    patterns = np.zeros((len(PATTERNS), layers, heads), np.int64)
-    active, in_route = np.zeros((layers, heads), np.int64), np.zeros((layers, heads), np.int64)
-    received = np.zeros(tokens)
+    in_route = np.zeros((layers, heads), np.int64)
     begins, goes_on, starts = word_start(word), later(word), first_of_several(word)
     everyone = np.arange(tokens)
-    for layer in range(layers):
-        query, key, head, importance = trace.sub_edges(layer, everyone)
-        known = head >= 0
-        query, key, head, importance = query[known], key[known], head[known], importance[known].astype(np.float64)
-        cell = query * heads + head
-        age = query - key
-        for number, chosen in enumerate((age == 0, age == 1, age == 2, age == 3, key == 0, (key >= begins[query]) & (age > 0))):
-            share = np.bincount(cell[chosen], importance[chosen], tokens * heads).reshape(tokens, heads)
-            most = share > HALF * influence[layer]
-            rows = goes_on if PATTERNS[number] == "same word" else everyone > 0
-            patterns[number, layer] = most[rows].sum(0)
-        strong = np.unique(cell[importance > threshold])
-        active[layer] = np.bincount(strong % heads, minlength=heads)
-        received += np.bincount(key[age > 0], importance[age > 0], tokens)
+    layer, query, key, head, importance = _all_sub_edges(trace)
+    cell = (layer * tokens + query) * heads + head
+    age = query - key
+    shape = (layers, tokens, heads)
+    patterns = np.zeros((len(PATTERNS), layers, heads), np.int64)
+    for number, chosen in enumerate((age == 0, age == 1, age == 2, age == 3, key == 0, (key >= begins[query]) & (age > 0))):
+        most = np.bincount(cell[chosen], importance[chosen], influence.size).reshape(shape) > HALF * influence
+        patterns[number] = most[:, goes_on if PATTERNS[number] == "same word" else everyone > 0].sum(1)
+    strong = np.zeros(influence.size, bool)
+    strong[cell[importance > threshold]] = True
+    active = strong.reshape(shape).sum(1)
+    received = np.bincount(key[age > 0], importance[age > 0], tokens)
     edges = trace.route(-1, threshold).edges
     of_heads = edges[(edges["kind"] == "attention") & (edges["head"] >= 0)]
     in_route[of_heads["layer"].to_numpy(), of_heads["head"].to_numpy()] = 1
@@ -145,3 +141,13 @@ def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
         components, (received / np.maximum(after, 1)).astype(np.float32), active, in_route, patterns,
         (influence[:, starts] <= LOW).sum(1), int(goes_on.sum()), int(starts.sum()), edges,
     )  # fmt: skip
+
+
+def _all_sub_edges(trace: Trace) -> tuple[np.ndarray, ...]:
+    """Layer, query, key, head and importance of all sub-edges with a known head."""
+    everyone = np.arange(len(trace.tokens))
+    found = [trace.sub_edges(layer, everyone) for layer in range(trace.n_layers)]
+    layer = np.repeat(np.arange(trace.n_layers), [len(part[0]) for part in found])
+    query, key, head, importance = (np.concatenate(column) for column in zip(*found, strict=True))
+    known = head >= 0
+    return layer[known], query[known], key[known], head[known], importance[known].astype(np.float64)

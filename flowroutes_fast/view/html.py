@@ -195,10 +195,10 @@ def _tokens(route: Route, layout: _Layout, nodes: list[dict[str, Any]]) -> list[
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.get_template("route.html.j2")
+    return environment.get_template(name)
 
 
 def route_html(route: Route) -> str:
@@ -210,7 +210,7 @@ def route_html(route: Route) -> str:
     node_data = [{key: node[key] for key in ("name", "text", "position")} for node in nodes]
     crossing = route.edges[(route.edges["kind"] == "attention") & (route.edges["source"] != route.edges["target"])]
     counts = route.edges["kind"].value_counts()
-    return _template().render(
+    return _template("route.html.j2").render(
         route=route,
         layout=layout,
         tokens=tokens,
@@ -225,3 +225,21 @@ def route_html(route: Route) -> str:
         strongest=list(strongest_edges(route, 12, across=True).itertuples(index=False, name=None)),
         data={"tokens": [token["shown"] for token in tokens], "kinds": KINDS, "nodes": node_data, "edges": edge_data},
     )
+
+
+_STROKES = {"attention": "#0072b2", "ffn": "#d55e00", "residual": "#9aa3ae", "mixer": "#8a6d1f", "negative": "#b5179e"}
+
+
+def static_picture(route: Route, numbers: list[int] | None = None) -> str:
+    """The route's graph as one SVG element with colours of its own, for where no script runs; ``numbers``: positions to write below the tokens."""
+    layout = _layout(route)
+    nodes = _nodes(route, layout)
+    edges, _ = _edges(route, layout, {node["node"]: i for i, node in enumerate(nodes)})
+    for edge in edges:
+        kind, _, negative = edge["kind"].partition(" ")
+        edge["stroke"] = _STROKES[negative or kind]
+    tokens = _tokens(route, layout, nodes)
+    return _template("picture.svg.j2").render(
+        route=route, layout=layout, nodes=nodes, edges=edges, tokens=tokens, numbers=numbers or range(len(tokens)),
+        title=f"Route to {', '.join(show_token(route.tokens[p]) for p in route.positions)}, {route.model}",
+    )  # fmt: skip

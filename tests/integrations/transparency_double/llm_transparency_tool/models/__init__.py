@@ -1,0 +1,1 @@
+"""What the graphs are built from."""
