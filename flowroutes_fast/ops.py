@@ -384,6 +384,8 @@ def _component_proximity(outputs: Tensor, state: Tensor, backend: str, threads: 
         found = [reference.proximity(outputs[..., n, :].to(dtype), state.to(dtype)) for n in range(outputs.shape[-2])]  # one at a time
         return torch.stack(found, -1) if found else state.new_zeros(outputs.shape[:-1], dtype=dtype)
     shape = outputs.shape[:-1]
+    if not outputs.numel():
+        return state.new_zeros(shape, dtype=torch.float32)
     outputs, state = outputs.float().reshape(-1, *outputs.shape[-2:]), state.float().reshape(-1, state.shape[-1]).contiguous()
     if outputs.stride(2) != 1 or outputs.stride(1) != outputs.shape[2]:
         outputs = outputs.contiguous()

@@ -26,8 +26,10 @@ from flowroutes_fast.models.families import blocks_of, context_length, text_conf
 from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.record import Settle, Trace
 from flowroutes_fast.streaming import Stream, stream_of
+from flowroutes_fast.workers import run_all
 
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
+SIDE_BY_SIDE = 256 * 2**20  # bytes that all workers together may hold of u = v W_O
 DEFAULT_FLOOR = 1e-3
 DEFAULT_THRESHOLDS = (0.01, 0.03, 0.04)  # those of the paper
 PRECISIONS = ("certified", "exact")
@@ -170,13 +172,16 @@ def _run(
     if stream is not None and groups is None:
         groups = [list(range(len(prompts)))]
 
-    def of(item: int, layer: Layer) -> LayerImportances | None:
-        nonlocal seconds
+    def evaluate(item: int, layer: Layer, options: Options) -> LayerImportances | None:
         if exact is not None and layer.index not in exact:
             return None
-        start = time.perf_counter()
         whole = None if exact is None else torch.isin(rows[item], torch.from_numpy(exact[layer.index]))
-        found = _everywhere(importances(rows_of(layer, rows[item]), options, whole), rows[item], len(prompts[item]))
+        return _everywhere(importances(rows_of(layer, rows[item]), options, whole), rows[item], len(prompts[item]))
+
+    def of(item: int, layer: Layer) -> LayerImportances | None:
+        nonlocal seconds
+        start = time.perf_counter()
+        found = evaluate(item, layer, options)
         seconds += time.perf_counter() - start
         return found
 
@@ -197,10 +202,21 @@ def _run(
     lasts = sorted({len(ids) - 1 for ids in prompts})
     results: list[list[LayerImportances]] = [[] for _ in prompts]
 
+    workers, single = _workers(model, options, [len(ids) for ids in prompts])
+    waiting: list[tuple[int, Layer, Options]] = []
+
     def on_item(item: int, layer: Layer) -> None:
-        if (result := of(item, layer)) is not None:
-            results[item].append(result)
-        if step is not None and item == len(prompts) - 1:
+        nonlocal seconds
+        waiting.append((item, layer, single))
+        if item < len(prompts) - 1:
+            return
+        start = time.perf_counter()
+        for (at, *_), result in zip(waiting, run_all(evaluate, waiting, workers), strict=True):
+            if result is not None:
+                results[at].append(result)
+        waiting.clear()
+        seconds += time.perf_counter() - start
+        if step is not None:
             step()
 
     output = capture(
@@ -214,6 +230,17 @@ def _run(
         return [(found, None) for found in results], seconds
     place = {last: n if logits.shape[1] == len(lasts) else last for n, last in enumerate(lasts)}
     return [(found, logits[i, place[len(ids) - 1]]) for i, (found, ids) in enumerate(zip(results, prompts, strict=True))], seconds
+
+
+def _workers(model: nn.Module, options: Options, lengths: list[int]) -> tuple[int, Options]:
+    """How many threads evaluate a batch's prompts side by side, and the options of each."""
+    threads = options.threads or torch.get_num_threads()
+    if options.backend != "cpu" or len(lengths) < 2 or threads < 2 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return 1, options  # weights of offloaded modules come in for one reader at a time
+    config = text_config(model)
+    each = 4 * int(getattr(config, "num_attention_heads", 1)) * int(getattr(config, "hidden_size", 1)) * max(lengths)
+    workers = max(1, min(threads, len(lengths), SIDE_BY_SIDE // each))
+    return workers, replace(options, threads=threads // workers)
 
 
 def _groups(model: nn.Module, lengths: list[int], options: Options, recurrent: bool) -> list[list[int]]:

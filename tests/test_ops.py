@@ -201,3 +201,94 @@ def test_missing_extension_is_explained(monkeypatch):
         ops.attention_importances(**bad())
     with pytest.raises(RuntimeError, match="no compiler was found"):
         ops.attention_importances(**bad(), backend="cpu")
+
+
+def components(shape=(2, 5, 7, 33), dtype=torch.float32):
+    torch.manual_seed(2)
+    outputs = torch.randn(shape, dtype=dtype)
+    return outputs, outputs.sum(-2) + 0.3
+
+
+def naive_components(outputs, state):
+    outputs, state = outputs.double(), state.double()
+    return (state.abs().sum(-1, keepdim=True) - (outputs - state[..., None, :]).abs().sum(-1)).clamp_min(0)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 7, 33), (3, 123, 4, 5), (4, 0, 9)])
+def test_component_proximity(backend, shape):
+    outputs, state = components(shape)
+    found = ops.component_proximity(outputs, state, backend=backend)
+    assert found.shape == outputs.shape[:-1]
+    np.testing.assert_allclose(found, naive_components(outputs, state), rtol=1e-5, atol=1e-5)
+    for part in (outputs[..., :1, :], outputs[..., ::2, :], outputs.transpose(-1, -2).contiguous().transpose(-1, -2)):  # slices, strides
+        np.testing.assert_allclose(
+            ops.component_proximity(part, state, backend=backend), naive_components(part, state), rtol=1e-5, atol=1e-5
+        )
+    parts = torch.stack([ops.part_proximity(part, state, backend=backend) for part in outputs.unbind(-2)], -1) if shape[-2] else found
+    np.testing.assert_allclose(found, parts, rtol=1e-6, atol=1e-6)
+
+
+def test_component_proximity_does_not_cancel():
+    state = torch.full((1, 64), 1e4)
+    outputs = torch.full((1, 1, 64), 1e-3)
+    np.testing.assert_allclose(ops.component_proximity(outputs, state), [[64e-3]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"state": torch.zeros(2, 5, 32)}, ValueError, r"must be \[..., component, d_model\]"),
+        ({"state": torch.zeros(5, 33)}, ValueError, r"must be \[..., component, d_model\]"),
+        ({"state": torch.zeros(2, 5, 33, dtype=torch.float64)}, TypeError, "both be float64"),
+        ({"outputs": torch.zeros(2, 5, 7, 33, dtype=torch.int32)}, TypeError, "floating point"),
+        ({"outputs": [[1.0]]}, TypeError, "supports DLPack"),
+        ({"backend": "tpu"}, ValueError, "unknown backend 'tpu'"),
+    ],
+)
+def test_component_proximity_bad_input(change, error, says):
+    outputs, state = components()
+    with pytest.raises(error, match=says):
+        ops.component_proximity(**{"outputs": outputs, "state": state, **change})
+
+
+def foreign(tensor, kind):
+    if kind == "jax":
+        return pytest.importorskip("jax.numpy").asarray(tensor.numpy())
+    array = tensor.numpy().copy()
+    array.flags.writeable = kind == "numpy"
+    return array
+
+
+@pytest.mark.parametrize("kind", ["numpy", "read-only numpy", "jax"])
+def test_arrays_of_other_libraries(kind):
+    outputs, state = components()
+    inputs = case(3, 1, 9, 4, 2, 8, 16)
+    given = [foreign(t, kind) for t in inputs]
+    for found, wanted in zip(ops.attention_importances(*given), ops.attention_importances(*inputs), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(ops.component_proximity(foreign(outputs, kind), foreign(state, kind)), ops.component_proximity(outputs, state))
+    assert torch.equal(ops.part_proximity(foreign(state, kind), foreign(state * 2, kind)), ops.part_proximity(state, state * 2))
+
+
+def test_an_array_shares_its_memory():
+    array = np.ones((2, 3), np.float32)
+    assert ops.as_tensor(array).data_ptr() == array.ctypes.data
+
+
+@pytest.mark.parametrize("name", ["attention_importances", "part_proximity", "component_proximity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inside_torch_compile(name, dtype):
+    outputs, state = components(dtype=dtype)
+    given = {
+        "attention_importances": [t.to(dtype) for t in case(3, 1, 9, 4, 2, 8, 16)],
+        "part_proximity": [state, state * 2],
+        "component_proximity": [outputs, state],
+    }[name]
+    call = getattr(ops, name)
+
+    def doubled(*tensors):
+        found = call(*(2 * t for t in tensors))
+        return found[0] + 1 if isinstance(found, tuple) else found + 1
+
+    torch.testing.assert_close(torch.compile(doubled, fullgraph=True, backend="aot_eager")(*given), doubled(*given))

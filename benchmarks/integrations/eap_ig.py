@@ -1,6 +1,8 @@
 """Component-to-component scores at EAP-IG's shapes: the broadcast that it makes against component_importances, on equal activations.
 
-python benchmarks/integrations/eap_ig.py --out benchmarks/results/integrations/eap_ig.json
+    python benchmarks/integrations/eap_ig.py --out benchmarks/results/integrations/eap_ig.json --checkout FOLDER
+
+With a checkout of EAP-IG (and TransformerLens 3 installed) its own function is timed as well, forward pass included.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import torch
 
@@ -74,10 +77,55 @@ def memory(side, shape):
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
+def whole(checkout, repeats):
+    """EAP-IG's own function against :func:`flowroutes_fast.integrations.eap_ig.scores`, on a random GPT-2 small, forward pass included."""
+    sys.path.insert(0, f"{checkout}/src")
+    import transformer_lens
+    from eap import attribute
+    from eap.graph import Graph
+
+    from flowroutes_fast.integrations import eap_ig
+
+    layers, heads, width = MODELS["GPT-2 small"]
+    torch.manual_seed(0)
+    config = {"n_ctx": 64, "d_mlp": 4 * width, "d_vocab": 1000, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu"}
+    model = transformer_lens.HookedTransformer(
+        transformer_lens.HookedTransformerConfig(n_layers=layers, d_model=width, d_head=width // heads, n_heads=heads, **config)
+    )
+    for switch in (model.set_use_attn_result, model.set_use_split_qkv_input, model.set_use_hook_mlp_in):
+        switch(True)  # its own function needs them
+    graph, tokens = Graph.from_model(model), torch.randint(0, 1000, (1, 20))
+    attribute.tokenize_plus = lambda *_, **__: (tokens, torch.ones_like(tokens), torch.tensor([20]), 20)
+    zeros = torch.zeros  # it asks for a CUDA device by name
+    attribute.torch.zeros = lambda *size, **options: zeros(*size, **options | {"device": "cpu"})
+    sides = {
+        "theirs": lambda: attribute.get_scores_information_flow_routes(model, graph, [(["x"], None, None)], quiet=True),
+        "ours": lambda: eap_ig.scores(model, graph, [(tokens, torch.tensor([20]))], quiet=True),
+        "forward pass": lambda: model(tokens),
+    }
+    seconds, found = {name: [] for name in sides}, {}
+    try:
+        for _ in range(repeats + 1):
+            for name, call in sides.items():
+                start = time.perf_counter()
+                with torch.no_grad():
+                    found[name] = call()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        attribute.torch.zeros = zeros
+    medians = {name: statistics.median(kept[1:]) for name, kept in seconds.items()}
+    worst = float((found["theirs"] - found["ours"]).abs().max())
+    return {
+        "model": "GPT-2 small", "texts": 1, "tokens": 20, "transformer_lens": version("transformer_lens"), "seconds": medians,
+        "ratio": medians["theirs"] / medians["ours"], "largest difference": worst,
+    }  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--checkout", help="of EAP-IG, to time its own function")
     options = parser.parse_args()
     rows = []
     for name, (layers, heads, width) in MODELS.items():
@@ -115,6 +163,9 @@ def main():
 
     what = {"what": "component-to-component scores of one batch, all layers", "repeats": options.repeats, "statistic": "median"}
     found = {"conditions": conditions("cpu", "cpu") | what, "rows": rows}
+    if options.checkout:
+        found["whole function"] = whole(options.checkout, options.repeats)
+        print(found["whole function"])
     if options.out:
         with open(options.out, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
