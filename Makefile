@@ -4,7 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test test-gpu test-slow bench lint clean
+ENVIRONMENTS := transformer-lens-4 transformer-lens-3 nnterp jax
+TESTS_transformer-lens-4 := tests/integrations/test_transformer_lens.py
+TESTS_transformer-lens-3 := tests/integrations/test_transformer_lens.py tests/integrations/test_eap_ig.py
+TESTS_nnterp := tests/integrations/test_nnsight.py
+TESTS_jax := tests/test_ops.py -k arrays
+
+.PHONY: setup demo test test-integrations test-gpu test-slow bench lint clean $(addprefix test-,$(ENVIRONMENTS))
 
 setup: $(VENV)/.ready
 
@@ -21,6 +27,20 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+	$(MAKE) test-integrations
+
+# libraries whose pins clash with each other or are too large for .venv: each in an environment on top of it
+test-integrations: $(addprefix test-,$(ENVIRONMENTS))
+
+$(VENV)/with/%/.ready: tests/integrations/environments/%.txt $(VENV)/.ready
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(@D)/place
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" > "$$(cat $(@D)/place)/base.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+$(addprefix test-,$(ENVIRONMENTS)): test-%: $(VENV)/with/%/.ready
+	$(VENV)/with/$*/bin/python -m pytest $(TESTS_$*)
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu
