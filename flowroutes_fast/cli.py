@@ -1,15 +1,20 @@
-"""The command line: ``flowroutes trace``, ``estimate``, ``models``, ``bench``, ``doctor`` and ``--version``."""
+"""The command line: ``flowroutes trace``, ``estimate``, ``corpus``, ``analyze``, ``bench``, ``models`` and ``doctor``."""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+from flowroutes_fast import terminal
+from flowroutes_fast.terminal import examples
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+Json = Annotated[bool, typer.Option("--json", help=terminal.JSON_HELP)]
 
 
 def _version(asked: bool) -> None:
@@ -20,37 +25,63 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog=examples(
+        'flowroutes trace "The capital of France is"',
+        "flowroutes COMMAND --help",
+        "flowroutes --install-completion",
+    )
+    + f"\n\n{terminal.EXIT_CODES}"
+)
 def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False) -> None:
-    """Information flow routes of a language model."""
+    """See how information flows through a language model to one of its predictions, from a single forward pass."""
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        'flowroutes trace "The capital of France is" --threshold 0.04 --out out/capital',
+        'flowroutes trace "Paris is in" --model ./my-checkpoint --measure signed',
+        'flowroutes trace "Paris is in" --rule flow --keep 0.05',
+        'flowroutes trace "Paris is in" --model big.gguf --memory 8GiB --resume run',
+        'flowroutes trace "Paris is in" --json | jq .prediction',
+    )
+)
 def trace(
     text: Annotated[str, typer.Argument(help="The prompt to explain.")],
-    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.")] = "demo",
+    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)] = "demo",
     position: Annotated[
         list[int] | None,
-        typer.Option(help="Token position whose prediction is explained; negative from the end. May be repeated. [default: -1]"),
+        typer.Option(help="Token position whose prediction is explained; negative from the end. May be repeated. \\[default: -1]"),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Edges above this importance (--rule flow: flow) are followed. [default: 0.04 without --keep]")
+        float | None, typer.Option(help="Edges above this importance (--rule flow: flow) are followed. \\[default: 0.04 without --keep]")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="'importance' (each edge on its own) or 'flow' (what the edge carries to the root).")
+        str,
+        typer.Option(
+            help="'importance' (each edge on its own) or 'flow' (what the edge carries to the root).",
+            autocompletion=terminal.one_of("importance", "flow"),
+        ),
     ] = "importance",
     keep: Annotated[float | None, typer.Option(help="With --rule flow, instead of a threshold: share of the edges to keep.")] = None,
     renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for route.html and route.json.")] = None,
-    backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'.")] = "auto",
-    precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
-    measure: Annotated[str, typer.Option(help="'proximity' or 'signed'.")] = "proximity",
+    backend: Annotated[
+        str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'.", autocompletion=terminal.backends)
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="'certified' or 'exact'.", autocompletion=terminal.one_of("certified", "exact"))
+    ] = "certified",
+    measure: Annotated[
+        str, typer.Option(help="'proximity' or 'signed'.", autocompletion=terminal.one_of("proximity", "signed"))
+    ] = "proximity",
     memory: Annotated[
         str | None, typer.Option(help="Leave the weights on disk and read them while running: most memory they may take, like 8GiB.")
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="A new folder that keeps every finished layer; the same command after a kill goes on from there.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Explain a prediction: print the route, and write it as a page and as JSON."""
     if threshold is None and keep is None:
@@ -67,7 +98,8 @@ def trace(
     from flowroutes_fast.trace import DEFAULT_THRESHOLDS
 
     start = time.perf_counter()
-    loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
+    with terminal.busy(f"loading {model}"):
+        loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
     opened = time.perf_counter()
     wanted = (*([threshold] if threshold is not None and rule == "importance" else []), *DEFAULT_THRESHOLDS)
     result = fr.trace(
@@ -78,11 +110,18 @@ def trace(
         precision=precision,
         measure=measure,
         thresholds=wanted,
-        progress=memory is not None,
+        progress=terminal.progress_wanted(),
         resume=resume,
     )
     route = result.route(position or -1, threshold, renormalize, rule=rule, keep=keep)
     extracted = time.perf_counter()
+    written = [] if out is None else [route.to_html(out / "route.html"), route.save(out / "route.json")]
+    if json:
+        terminal.print_json({
+            "model": result.model, "tokens": result.tokens, "prediction": [{"token": t, "probability": p} for t, p in result.prediction],
+            "route": route.to_dict(), "certificate": result.certificate, "seconds": result.timings, "files": written,
+        })  # fmt: skip
+        return
     _report(result, route)
     sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.heads.shape[-1]} heads · backend {result.backend} · {result.precision}"
     share = result.timings["importances"] / max(result.timings["total"] - result.timings["importances"], 1e-9)
@@ -91,35 +130,56 @@ def trace(
         f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which importances "
         f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
     )
-    if out is not None:
-        page, data = route.to_html(out / "route.html"), route.save(out / "route.json")
-        typer.echo(f"wrote {page} ({page.stat().st_size / 1e3:.0f} kB) and {data} ({data.stat().st_size / 1e3:.0f} kB)")
+    if written:
+        typer.echo("wrote " + " and ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
 
 
 def _report(result, route) -> None:  # type: ignore[no-untyped-def]
+    from rich.text import Text
+
     from flowroutes_fast.view.text import rule_text, show_token
 
     for text, probability in result.prediction[:1]:
-        typer.echo(f"prediction  {text!r} with probability {probability:.2f}")
+        terminal.console().print(Text.assemble("prediction  ", (repr(text), "bold green"), f" with probability {probability:.2f}"))
     typer.echo("tokens      " + " ".join(f"{i}:{show_token(token)}" for i, token in enumerate(result.tokens)) + "\n")
     typer.echo(route.to_text())
     typer.echo(f"\n{len(route.edges)} sub-edges, {len(route.token_edges)} token edges: {rule_text(route)}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "flowroutes estimate meta-llama/Llama-2-7b-hf --tokens 4096 --dtype bfloat16",
+        "flowroutes estimate ./llama-3-70b --tokens 64 --memory 8GiB",
+        "flowroutes estimate demo --tokens 512 --json | jq .total",
+    )
+)
 def estimate(
-    model: Annotated[str, typer.Argument(help="'demo', a local folder, a .gguf file or a hub id; its configuration alone is read.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="'demo', a local folder, a .gguf file or a hub id; its configuration alone is read.", autocompletion=terminal.models
+        ),
+    ],
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")],
-    precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
-    measure: Annotated[str, typer.Option(help="'proximity' or 'signed'.")] = "proximity",
-    backend: Annotated[str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'; it need not be available here.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="'certified' or 'exact'.", autocompletion=terminal.one_of("certified", "exact"))
+    ] = "certified",
+    measure: Annotated[
+        str, typer.Option(help="'proximity' or 'signed'.", autocompletion=terminal.one_of("proximity", "signed"))
+    ] = "proximity",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="'auto', 'cpu', 'triton', 'cuda' or 'reference'; it need not be available here.", autocompletion=terminal.backends
+        ),
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Type of the weights, say bfloat16; as loading gives it by default.")] = None,
     neurons: Annotated[bool, typer.Option(help="Also split FFNs into neurons.")] = False,
     batch: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
     memory: Annotated[str | None, typer.Option(help="As for trace: weights stay on disk, this much may be in memory, like 8GiB.")] = None,
+    json: Json = False,
 ) -> None:
     """Peak memory and duration of a trace, before anything is loaded."""
-    from rich.console import Console
     from rich.table import Table
 
     import flowroutes_fast as fr
@@ -128,6 +188,9 @@ def estimate(
     found = fr.estimate(
         model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch, memory=memory
     )
+    if json:
+        terminal.print_json({**asdict(found), "additional": found.additional, "total": found.total})
+        return
     sequences = f" × {batch}" if batch > 1 else ""
     table = Table(title=f"{found.model}, {tokens} tokens{sequences}, {precision}, {measure}, backend {found.backend}", title_justify="left")
     table.add_column("what")
@@ -136,23 +199,32 @@ def estimate(
     for name, size, how in found.rows():
         table.add_row(name, _size(size), how, style="bold" if name == "total" else None, end_section=name in ("allocator", "total"))
     table.add_row("time", _duration(found.seconds), found.time_source)
-    console = Console()
+    console = terminal.console()
     console.print(table)
     for note in found.notes:
         console.print(note)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "flowroutes corpus english=essays/ code=src/ --out run",
+        "flowroutes corpus texts.jsonl --field body --overflow split --out run",
+        "cat lines.txt | flowroutes corpus - --out run",
+        "flowroutes corpus texts.parquet --out run0 --shard 0/4",
+    )
+)
 def corpus(
     texts: Annotated[
         list[str],
         typer.Argument(help="Files or folders (text, .jsonl, .parquet), or '-' for lines of standard input; DOMAIN=PATH names a domain."),
     ],
     out: Annotated[Path, typer.Option(help="A new folder for the results; that of a killed run, to go on with it.")],
-    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.")] = "demo",
+    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)] = "demo",
     threshold: Annotated[float, typer.Option(help="Importance above which a sub-edge is active and a route's edges are kept.")] = 0.04,
-    precision: Annotated[str, typer.Option(help="'certified' or 'exact'.")] = "certified",
-    max_tokens: Annotated[int | None, typer.Option(help="Longest piece of a text. [default: the model's context, at most 1024]")] = None,
+    precision: Annotated[
+        str, typer.Option(help="'certified' or 'exact'.", autocompletion=terminal.one_of("certified", "exact"))
+    ] = "certified",
+    max_tokens: Annotated[int | None, typer.Option(help="Longest piece of a text. \\[default: the model's context, at most 1024]")] = None,
     overflow: Annotated[str, typer.Option(help="Longer texts: 'truncate' or 'split' into pieces.")] = "truncate",
     split: Annotated[str, typer.Option(help="What of a text file is one text: 'file', 'paragraph' or 'line'.")] = "file",
     field: Annotated[str, typer.Option(help="Where JSONL and Parquet have the text.")] = "text",
@@ -164,7 +236,8 @@ def corpus(
     memory: Annotated[str | None, typer.Option(help="Leave the weights on disk: most memory they may take, like 8GiB.")] = None,
     workers: Annotated[int, typer.Option(help="Trace with so many Ray workers (the extra 'ray'); 0 for this process alone.")] = 0,
     cpus: Annotated[float, typer.Option(help="Processors of each worker.")] = 1,
-    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster, or 'auto'. [default: this machine]")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster, or 'auto'. \\[default: this machine]")] = None,
+    json: Json = False,
 ) -> None:
     """Trace many texts: component vectors and routes as Parquet files, means and frequencies per domain."""
     import flowroutes_fast as fr
@@ -182,35 +255,48 @@ def corpus(
             raise FileNotFoundError(f"no file or folder at '{path}'")
     options: dict[str, Any] = {
         "threshold": threshold, "precision": precision, "max_tokens": max_tokens, "overflow": overflow, "split": split, "field": field,
-        "positions": positions, "edges": edges, "shard": (index, count), "window": window, "batch_tokens": batch_tokens, "progress": True,
+        "positions": positions, "edges": edges, "shard": (index, count), "window": window, "batch_tokens": batch_tokens, "progress": terminal.progress_wanted(),
     }  # fmt: skip
     if workers:
         if memory is not None:
             raise ValueError("--memory and --workers exclude one another: a worker holds the whole model")
         found = fr.corpus_on_ray(model, source, out, workers=workers, cpus=cpus, address=ray_address, **options)
     else:
-        loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
+        with terminal.busy(f"loading {model}"):
+            loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
         found = fr.corpus(loaded, tokenizer, source, out, **options)
     done = found.progress[0]
+    if json:
+        terminal.print_json({"folder": out, "model": found.settings["model"], "domains": found.domains, **asdict(done)})
+        return
     typer.echo(f"{found!r} in '{out}': {done.tokens / max(done.seconds, 1e-9):.0f} tokens/s")
     for text in _left_out(done):
         typer.echo(text)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "flowroutes analyze run --model demo --general english --out report",
+        "flowroutes analyze run0 run1 run2 run3 --out report --json | jq -r .report",
+    )
+)
 def analyze(
     folders: Annotated[list[Path], typer.Argument(help="Folders that 'flowroutes corpus' wrote; several shards of one run together.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, its figures and tables.")],
     model: Annotated[
-        str | None, typer.Option(help="For the concepts that heads write: 'demo', a local folder, a .gguf file or a hub id.")
+        str | None,
+        typer.Option(
+            help="For the concepts that heads write: 'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models
+        ),
     ] = None,
-    general: Annotated[str | None, typer.Option(help="The domain that stands for general text. [default: all others]")] = None,
+    general: Annotated[str | None, typer.Option(help="The domain that stands for general text. \\[default: all others]")] = None,
     tagged_domain: Annotated[
         str | None, typer.Option(help="Take the clusters' positions from this domain (the tagger knows English).")
     ] = None,
     method: Annotated[str, typer.Option(help="Of the clusters' picture: 'tsne', 'umap' or 'pca'.")] = "tsne",
     sample: Annotated[int, typer.Option(help="Positions in the clusters' picture.")] = 3000,
     permutations: Annotated[int, typer.Option(help="Of texts between domains.")] = 2000,
+    json: Json = False,
 ) -> None:
     """A report on a corpus run: components, positional heads, clusters, periods as BOS, domains, concepts."""
     import flowroutes_fast as fr
@@ -222,6 +308,9 @@ def analyze(
         run, out, model=loaded, tokenizer=tokenizer, general=general, tagged_domain=tagged_domain, method=method, sample=sample,
         permutations=permutations,
     )  # fmt: skip
+    if json:
+        terminal.print_json({"report": page, "files": sorted(path for path in out.iterdir() if path != page)})
+        return
     typer.echo(f"wrote {page} ({page.stat().st_size / 1e3:.0f} kB), figures and tables beside it")
 
 
@@ -237,7 +326,9 @@ def _left_out(done: object) -> list[str]:
     return found
 
 
-@app.command()
+@app.command(
+    epilog=examples("flowroutes bench --quick --tokens 256 --out /tmp/bench", "flowroutes bench --what end-to-end --tokens 256,512"),
+)
 def bench(
     tokens: Annotated[str, typer.Option(help="Lengths, comma separated.")] = "256,512,1024",
     shapes: Annotated[str, typer.Option(help="Layer shapes: smollm2-135m, llama-2-7b, llama-3-8b, llama-70b.")] = "smollm2-135m,llama-2-7b",
@@ -248,7 +339,6 @@ def bench(
     profile: Annotated[Path | None, typer.Option(help="Also write a Chrome trace of one traced pass.")] = None,
 ) -> None:
     """Correctness first, then speed: kernels against plain PyTorch and the roofline, traces against the forward pass."""
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from flowroutes_fast.bench.report import plots, tables
@@ -260,8 +350,9 @@ def bench(
         raise ValueError(f"tokens must be whole numbers, comma separated, got {tokens!r}") from None
     if min(lengths) < 1:
         raise ValueError(f"tokens must be positive, got {tokens!r}")
-    console = Console()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as progress:
+    console = terminal.console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting")
         path = run(
             tokens=lengths, shapes=tuple(shapes.split(",")), what=tuple(what.split(",")), out=out, backend=backend, quick=quick,
@@ -279,10 +370,9 @@ def bench(
     console.print("wrote " + ", ".join(str(p) for p in (path, *pictures)))
 
 
-@app.command()
-def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False) -> None:
+@app.command(epilog=examples("flowroutes models", "flowroutes models --json | jq -r '.[].family'"))
+def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False, json: Json = False) -> None:
     """The model families that can be traced, and what is particular about each."""
-    from rich.console import Console
     from rich.table import Table
 
     from flowroutes_fast.models import table
@@ -290,14 +380,17 @@ def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markd
     if markdown:
         typer.echo(table.markdown(), nl=False)
         return
+    if json:
+        terminal.print_json([dict(zip(table.COLUMNS, row, strict=True)) for row in table.rows()])
+        return
     shown = Table(*table.COLUMNS)
     for row in table.rows():
         shown.add_row(*row)
-    Console().print(shown)
+    terminal.console().print(shown)
 
 
-@app.command()
-def doctor() -> None:
+@app.command(epilog=examples("flowroutes doctor", "flowroutes doctor --json | jq .backends.cpu"))
+def doctor(json: Json = False) -> None:
     """Which backends are available and, for each that is not, why."""
     import torch
     import transformers
@@ -305,6 +398,15 @@ def doctor() -> None:
     from flowroutes_fast import native, ops
     from flowroutes_fast.version import __version__
 
+    if json:
+        backends: dict[str, dict[str, object]] = {
+            name: {"available": reason is None, "reason": reason} for name, reason in ops.backend_status().items()
+        }
+        if backends["cpu"]["available"]:
+            backends["cpu"] |= {"isa": native.extension().isa(), "threads": torch.get_num_threads()}
+        versions = {"flowroutes_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        terminal.print_json({"versions": versions, "backends": backends})
+        return
     typer.echo(f"flowroutes_fast {__version__} · torch {torch.__version__} · transformers {transformers.__version__}")
     for name, reason in ops.backend_status().items():
         detail = f" ({native.extension().isa()}, {torch.get_num_threads()} threads)" if name == "cpu" and reason is None else ""

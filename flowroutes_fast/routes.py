@@ -154,12 +154,15 @@ class Route:
         options: dict[str, Any] = {"ablation": ablation, "means": means, "answer": answer, "random": random, "seed": seed}
         return verify(self, model, attention=attention, ids=ids, **options)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the route as JSON (:func:`load_route` reads it back)."""
+    def to_dict(self) -> dict[str, Any]:
+        """The route as plain lists and numbers, ``edges`` by column: what :meth:`save` writes."""
         header = {k: v for k, v in asdict(self).items() if k != "edges"}
         columns = {name: self.edges[name].tolist() for name in COLUMNS}
-        document = {"format": FORMAT, "version": FORMAT_VERSION, **header, "edges": columns}
-        return write_text(path, json.dumps(document, ensure_ascii=False, allow_nan=False))
+        return {"format": FORMAT, "version": FORMAT_VERSION, **header, "edges": columns}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the route as JSON (:func:`load_route` reads it back)."""
+        return write_text(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False))
 
     def __repr__(self) -> str:
         return f"Route({len(self.edges)} sub-edges to {', '.join(f'{self.tokens[p]!r}@{p}' for p in self.positions)}, threshold={self.threshold}, {self.model})"
