@@ -298,7 +298,9 @@ def test_a_report_of_what_was_kept(tmp_path):
 
 def test_a_report_of_little(tmp_path):
     """Too few positions for clusters, too few texts for a test: said, and the rest is there."""
-    few = fr.corpus(make("llama"), Tokenizer(), {"a": [t[:30] for t in sentences(1)], "b": [t[:30] for t in sentences(2, seed=1)]}, tmp_path / "run")
+    few = fr.corpus(
+        make("llama"), Tokenizer(), {"a": [t[:30] for t in sentences(1)], "b": [t[:30] for t in sentences(2, seed=1)]}, tmp_path / "run"
+    )
     text = analysis.analyze(few, tmp_path / "out", permutations=10).read_text()
     assert "Clusters need 50 positions, there are" in text
     assert "b: not tested, for a test takes 20 texts on either side;" in text
