@@ -79,8 +79,9 @@ def positional(table: pd.DataFrame, shape: tuple[int, int]) -> Any:
     for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
         values = table[name].to_numpy().reshape(shape)
         _heat(axes, values, "earlier subwords\nof the word" if name == "same word" else name, figure, 1.0)
-        for row in table[(table["role"] == name) | ((name == "same word") & (table["role"] == "subword merging"))].itertuples():
-            axes.add_patch(Rectangle((row.head - 0.5, row.layer - 0.5), 1, 1, fill=False, ec="#ff3b30", lw=1.5, clip_on=False))
+        framed = table[table["role"] == ("subword merging" if name == "same word" else name)]
+        for layer, head in zip(framed["layer"].tolist(), framed["head"].tolist(), strict=True):
+            axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, ec="#ff3b30", lw=1.5, clip_on=False))
     return figure
 
 

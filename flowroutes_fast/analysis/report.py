@@ -93,7 +93,7 @@ def write_page(corpus: Corpus, folder: Path, sections: list[Section], left_out: 
     for section in sections:
         for name, table in section.tables.items():
             lists = [c for c in table if len(table) and isinstance(table[c].iloc[0], list)]
-            shown = table.assign(**{c: table[c].map(" ".join) for c in lists})
+            shown = table.assign(**{str(c): table[c].map(" ".join) for c in lists})
             write_text(folder / f"{name}.csv", shown.to_csv(index=False, float_format="%.6g"))
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True)
     page = environment.get_template("report.html.j2").render(
@@ -135,9 +135,13 @@ def _components(corpus: Corpus, folder: Path) -> Section:
 
 
 def _positional(corpus: Corpus, folder: Path) -> Section:
-    table = positional_heads(corpus.all_domains())
+    statistics = corpus.all_domains()
+    table = positional_heads(statistics)
     counts = table["role"].value_counts()
-    sentences = []
+    sentences = [
+        f"Counted in {statistics.after_first} positions (the first of a text left out); subwords of a word in {statistics.later} later and "
+        f"{statistics.first} first ones."
+    ]
     for role in [r for r in counts.index if r]:
         rows = table[table["role"] == role]
         names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(12).itertuples()) + (", …" if len(rows) > 12 else "")
@@ -145,7 +149,9 @@ def _positional(corpus: Corpus, folder: Path) -> Section:
             f"{len(rows)} {role} head{'s' * (len(rows) > 1)} ({rows['largest'].sum()} of them the most important of their layer): {names}."
         )
     near = table.sort_values("same word", ascending=False).iloc[0]
-    if "subword merging" not in counts:
+    if not statistics.later:
+        sentences.append("No word has several tokens: nothing can be said of subword-merging heads.")
+    elif "subword merging" not in counts:
         sentences.append(
             f"No head is a subword-merging head by the paper's criteria. The nearest is L{near['layer']:.0f}H{near['head']:.0f}: more than half of its "
             f"influence on earlier subwords in {near['same word']:.0%} of later subwords, quiet in {near['quiet']:.0%} of first subwords."
