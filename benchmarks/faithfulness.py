@@ -163,7 +163,7 @@ def picture(table: pd.DataFrame, path: Path) -> None:
                 number = order[rule]
                 style = {
                     "color": f"C{number % 10}",
-                    "ls": "--" if rule in ("attention", "random") else ":" if rule.startswith("route") else "-",
+                    "ls": "--" if rule in ("attention", "random") else ":" if "route" in rule else "-",
                 }
                 points = points.sort_values("share")
                 ax.plot(points["share"], points[name], marker="o", ms=3, label=rule, **style)
@@ -208,7 +208,7 @@ def main() -> None:
         left_out = (
             () if means is not None else ("flow centred", "local centred", "gradient")
         )  # zero: nothing to centre by; no better than signed
-        rules = [r for r in arguments.rules.split(",") if r not in left_out]
+        rules = [r for r in arguments.rules.split(",") if r and r not in left_out]
         start, done = time.perf_counter(), []
 
         def step(done: list = done, start: float = start, kind: str = kind) -> None:

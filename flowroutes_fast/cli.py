@@ -241,7 +241,7 @@ def corpus(
 ) -> None:
     """Trace many texts: component vectors and routes as Parquet files, means and frequencies per domain."""
     import flowroutes_fast as fr
-    from flowroutes_fast.corpus.texts import from_stream, named_sources
+    from flowroutes_fast.corpus.texts import Stream, named_sources
 
     try:
         index, count = (int(n) for n in shard.split("/"))
@@ -249,7 +249,7 @@ def corpus(
         raise ValueError(f"--shard must be i/K, like 0/4, got {shard!r}") from None
     if "-" in texts and len(texts) > 1:
         raise ValueError("standard input ('-') cannot be combined with files")
-    source: object = from_stream(sys.stdin, field) if texts == ["-"] else named_sources(texts)
+    source: object = Stream(getattr(sys.stdin, "buffer", sys.stdin)) if texts == ["-"] else named_sources(texts)
     for path in (p for paths in source.values() for p in paths) if isinstance(source, dict) else ():
         if not path.exists():
             raise FileNotFoundError(f"no file or folder at '{path}'")

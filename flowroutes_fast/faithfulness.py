@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ABLATIONS = ("mean", "zero")
 RULES = ("local proximity", "flow proximity", "local signed", "flow signed", "flow centred", "gradient", "attention", "random")
 EVERY_RULE = (*RULES, "local centred")
+ROUTES = {"importance": "route", "flow": "flow route"}  # rule of Trace.route -> its name in curves
 STEPS = 4  # of the integrated gradient
 SHARES = (0.01, 0.03, 0.05, 0.1, 0.2, 0.5)
 SIGNED_FLOOR = 1e-6
@@ -294,7 +295,7 @@ def measure(
 
     Columns ``prompt, tokens, rule, size, share, answer, full`` (the answer's probability in the whole model; the answer is its most probable
     token), ``probability, kept`` (their quotient, at most 1), ``kl`` (nats), ``rank, same_top``. ``size`` is what was asked for: the share, or, for
-    the rules ``"route proximity"`` and ``"route signed"``, the threshold of a route (:meth:`Trace.route`). Arguments as for :func:`curve`.
+    ``"route proximity"``, ``"route signed"``, ``"flow route proximity"`` and ``"flow route signed"``, the threshold of a route (:meth:`Trace.route`). Arguments as for :func:`curve`.
     """
     _check(ablation, means)
     _check_rules(rules)
@@ -315,9 +316,10 @@ def measure(
             masks.append(strongest(scores, shares))
         for kind in ("proximity", "signed") if thresholds else ():
             traced = _trace(model, ids, kind)
-            for threshold in thresholds:
-                names.append((f"route {kind}", threshold))
-                masks.append([m[None] for m in route_masks(traced.route(threshold=threshold), run.patterns)])
+            for rule, label in ROUTES.items():
+                for threshold in thresholds:
+                    names.append((f"{label} {kind}", threshold))
+                    masks.append([m[None] for m in route_masks(traced.route(threshold=threshold, rule=rule), run.patterns)])
         keep = [torch.cat([m[layer] for m in masks]) for layer in range(len(run.patterns))]
         logits = kept_logits(
             model, ids, keep, means=means, attention=attention,
@@ -380,7 +382,7 @@ def curve(
         prompts: texts or lists of ids; the prediction after the last token of each is explained.
         rules: how sub-edges are ranked, see :func:`rank_sub_edges`; all of a prompt's compete, at all positions and in all layers.
         shares: shares of all sub-edges that are kept, in (0, 1].
-        thresholds: also the routes at these thresholds, by proximity and by signed flow.
+        thresholds: also the routes at these thresholds of importance, and of flow, by proximity and by signed flow.
         ablation: ``"mean"`` or ``"zero"``: what takes the place of the others.
         means: see :func:`flowroutes_fast.ablation.value_means`; None: of the prompts themselves.
         attention: ``"live"`` or ``"frozen"``, see :func:`flowroutes_fast.ablation.kept_logits`.

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 LOCK = ".lock"
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Call ``write`` with a temporary name in the same folder, then rename; an interruption leaves nothing behind.
 
-    Raises ``OSError`` with the folder's name when it cannot be written to.
+    Raises ``OSError`` with the file's name when it cannot be written, for a full disk say.
     """
     target = Path(path)
     try:
@@ -30,6 +32,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return target

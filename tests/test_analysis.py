@@ -2,6 +2,7 @@
 
 import sys
 
+import chromium
 import numpy as np
 import pandas as pd
 import pytest
@@ -132,6 +133,30 @@ def test_first_periods(run):
         assert texts[row.number][: row.begin].count(".") == 0
 
 
+def test_attention_that_lands(run):
+    """Against attention weights that the model itself gives, position by position."""
+    model, middle = make("llama"), analysis.untouched(run, limit=1.0).positions["taken"].median()
+    found = analysis.untouched(run, limit=middle)
+    assert 0 < found.count < 0.9 * (found.count + found.others)
+    seen = analysis.attention_on(run, model, found, texts=3)
+    keys = found.positions[["number", "piece"]].drop_duplicates()
+    chosen = keys.iloc[[0, (len(keys) - 1) // 2, len(keys) - 1]]
+    positions, weights = run.positions(), {True: [], False: []}
+    special, periods = ({(r.number, r.piece, r.position) for r in t.itertuples()} for t in (found.positions, found.first_periods))
+    model.set_attn_implementation("eager")
+    for key in chosen.itertuples(index=False):
+        ids = positions[(positions["number"] == key.number) & (positions["piece"] == key.piece)]["token_id"].tolist()
+        with torch.no_grad():
+            attention = torch.stack(model(torch.tensor([ids]), output_attentions=True).attentions).mean((0, 1, 2))
+        for place in range(len(ids) - 1):
+            if (*key, place) in special or (*key, place) not in periods:
+                weights[(*key, place) in special].append(float(attention[place + 1 :, place].mean()))
+    assert seen.untouched == pytest.approx(np.mean(weights[True]), rel=1e-4)
+    assert seen.others == pytest.approx(np.mean(weights[False]), rel=1e-4)
+    assert seen.texts == 3
+    assert f"untouched positions {seen.untouched:.4f}" in str(seen)
+
+
 def test_clusters_that_are_there(run, monkeypatch):
     rng = np.random.default_rng(0)
     tags = rng.choice(["NOUN", "DET"], 300)
@@ -254,6 +279,10 @@ def test_a_report(run, tmp_path):
     for name in ("components", "positional", "clusters", "domains"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
         assert (tmp_path / f"{name}.svg").is_file()
+    concepts = pd.read_csv(tmp_path / "concepts.csv")
+    assert len(concepts[["layer", "head"]].drop_duplicates()) == run.shape[0] * run.shape[1]
+    assert "attention weight from each later position" in text or "None of" in text
+    assert len(pd.read_csv(tmp_path / "clusters.csv")) > 50
     heads = pd.read_csv(tmp_path / "heads.csv")
     np.testing.assert_allclose(heads["importance"], run.all_domains().heads()["importance"], rtol=1e-4)
     assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
@@ -265,6 +294,56 @@ def test_a_report_of_what_was_kept(tmp_path):
     assert "kept no positions" in text
     assert "one domain" in text
     assert "No model was given" in text
+
+
+def test_a_report_of_little(tmp_path):
+    """Too few positions for clusters, too few texts for a test: said, and the rest is there."""
+    few = fr.corpus(
+        make("llama"), Tokenizer(), {"a": [t[:30] for t in sentences(1)], "b": [t[:30] for t in sentences(2, seed=1)]}, tmp_path / "run"
+    )
+    text = analysis.analyze(few, tmp_path / "out", permutations=10).read_text()
+    assert "Clusters need 50 positions, there are" in text
+    assert "b: not tested, for a test takes 20 texts on either side;" in text
+    assert "Periods as BOS" in text
+
+
+def test_umap(run):
+    pytest.importorskip("umap")
+    found = analysis.clusters(run, lambda text: [(0, len(text), "NOUN")], sample=100, method="umap", shuffles=2)
+    assert found.points[["x", "y"]].std().gt(0).all()
+    assert not np.allclose(found.points["x"], found.points["pca_x"])
+
+
+def test_umap_that_is_not_there(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ImportError, match=r"needs umap-learn: pip install 'flowroutes_fast\[umap\]'"):
+        analysis.clusters(run, lambda text: [], sample=100, method="umap", shuffles=1)
+
+
+def test_searching_the_page(run, tmp_path):
+    """In a browser: a token, a domain or a head leaves the rows that have it; numbers of other columns do not count."""
+    pytest.importorskip("websocket")
+    if chromium.BINARY is None:
+        pytest.skip("no Chromium here")
+    report, heads = sys.modules["flowroutes_fast.analysis.report"], [(0, 1, ""), (1, 2, "other"), (3, 0, "")]
+    rows = [
+        {"layer": layer, "head": head, "domains": domains, "sigma": 41.5, "tokens": [f"token{layer}", "<b>"]}
+        for layer, head, domains in heads
+    ]
+    section = report.Section("What heads write", [], "", {"concepts": pd.DataFrame(rows)}, searchable=True)
+    page = report.write_page(run, tmp_path, [section], [])
+    browser = chromium.Chromium()
+    try:
+        browser.open(page, "Boolean(document.querySelector('input'))")
+        for text, wanted in (("", [0, 1, 3]), ("L1H2", [1]), ("TOKEN3", [3]), ("other", [1]), ("41", []), ("<b>", [0, 1, 3])):
+            browser.run(f"(box => {{ box.value = {text!r}; box.dispatchEvent(new Event('input')); }})(document.querySelector('input'))")
+            shown = browser.run(
+                "[...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => Number(r.cells[0].textContent))"
+            )
+            assert shown == wanted, text
+        assert not browser.of("exception")
+    finally:
+        browser.close()
 
 
 def test_tokens_are_escaped(run, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from flowroutes_fast.cli import app
 from flowroutes_fast.corpus.results import vectors
 from flowroutes_fast.corpus.run import batches
 from flowroutes_fast.corpus.statistics import PATTERNS, observe
-from flowroutes_fast.corpus.texts import Skipped, Text, from_stream, pieces, read_texts
+from flowroutes_fast.corpus.texts import Skipped, Stream, Text, pieces, read_texts
 from flowroutes_fast.corpus.words import first_of_several, later, word_start, words
 
 pytest.importorskip("pyarrow")
@@ -238,15 +238,46 @@ def test_damaged_results(model, tmp_path):
         fr.open_corpus(tmp_path / "run")
 
 
-def test_a_full_disk(model, tmp_path, monkeypatch):
-    import pyarrow as pa
+@pytest.mark.parametrize("name", ["texts", "positions", "edges", "statistics", "run"])
+def test_a_full_disk(model, whole, tmp_path, monkeypatch, name):
+    """Whichever file does not fit any more: the error names it, nothing half-written stays, and the same call goes on."""
+    import errno
 
-    def full(*_, **__):
-        raise pa.ArrowException("No space left on device")
+    import pyarrow.parquet as pq
+    import safetensors.numpy
+    from safetensors import SafetensorError
 
-    monkeypatch.setattr("pyarrow.parquet.write_table", full)
-    with pytest.raises(OSError, match=r"cannot write .*texts-000000.parquet.*No space left"):
-        fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run")
+    from flowroutes_fast import files
+
+    def full(function, file, error):
+        def write(*args, **options):
+            if (
+                any(f".{file}" in str(a) and "/run/" in str(a) for a in args)
+                and sum("000000" in p.name for p in tmp_path.glob("run/*")) >= 1
+            ):
+                raise error
+            return function(*args, **options)
+
+        return write
+
+    no_space = OSError(errno.ENOSPC, "No space left on device")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(pq, "write_table", full(pq.write_table, name, no_space))
+        patched.setattr(
+            safetensors.numpy, "save_file", full(safetensors.numpy.save_file, name, SafetensorError("I/O error: No space left on device"))
+        )
+        patched.setattr(files.Path, "write_text", full(files.Path.write_text, name, no_space))
+        if name == "texts":
+            run.mkdir()
+            (run / "texts-000000.parquet").write_bytes(b"")  # of a run that was killed
+        with pytest.raises(OSError, match=rf"cannot write .*{name}.*No space left on device.*the same call goes on"):
+            fr.corpus(model, Tokenizer(), TEXTS, run, window=5, batch_tokens=100)
+    assert not [p for p in run.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+    again = fr.corpus(model, Tokenizer(), TEXTS, run, window=5, batch_tokens=100)
+    assert len(again.positions()) == len(whole.positions())
+    for domain in whole.domains:
+        np.testing.assert_array_equal(again.statistics[domain].total, whole.statistics[domain].total)
 
 
 def test_long_texts(model, tmp_path):
@@ -300,7 +331,88 @@ def test_sources(tmp_path):
     assert skipped.counts["empty"] == 2
     assert any(reason.startswith("decoded as") for reason in skipped.counts)
     assert [t.domain for t in read_texts({"m": ["a", "b"], "n": tmp_path / "a.txt"})] == ["m", "m", "n"]
-    assert [t.text for t in from_stream(io.StringIO('{"text": "a"}\nplain\n{not json\n'))] == ["a", "plain", "{not json"]
+
+
+def test_streams():
+    assert [t.text for t in read_texts(Stream(io.StringIO('{"text": "a"}\nplain\n{not json\n')))] == ["a", "plain", "{not json"]
+    raw = "Ein längerer Satz über Füchse\n".encode("latin-1") + b'\n\0\1\n{"text": "half \\ud800"}\n'
+    skipped = Skipped()
+    assert [t.text for t in read_texts(Stream(io.BytesIO(raw)), skipped=skipped)] == ["Ein längerer Satz über Füchse", "half ?"]
+    assert skipped.counts.pop("binary") == skipped.counts.pop("empty") == skipped.counts.pop("broken characters replaced") == 1
+    assert next(iter(skipped.counts)).startswith("decoded as")
+    with pytest.raises(ValueError, match="line 1 has no field 'text'; it has 'body'"):
+        list(read_texts(Stream(io.StringIO('{"body": "a"}'))))
+
+
+def test_strings_of_jsonl_hold_line_separators(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\u2028two\x0cthree"}, ensure_ascii=False) + "\n")
+    assert [t.text for t in read_texts(tmp_path / "a.jsonl")] == ["one\u2028two\x0cthree"]
+
+
+def test_hidden_files_are_no_texts(tmp_path):
+    (tmp_path / ".git" / "objects").mkdir(parents=True)
+    (tmp_path / ".git" / "objects" / "a").write_text("no text of the user's")
+    (tmp_path / ".hidden").write_text("nor this")
+    (tmp_path / "a.txt").write_text("one")
+    assert [t.text for t in read_texts(tmp_path)] == ["one"]
+
+
+class Bar:
+    """Stands for tqdm."""
+
+    totals: list
+
+    def __init__(self, **options):
+        self.options, self.totals, self.total = options, [], None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def refresh(self):
+        self.totals.append(self.total)
+
+    def update(self, tokens):
+        pass
+
+
+@pytest.mark.parametrize("options", [{}, {"shard": (1, 3)}, {"max_tokens": 6}, {"max_tokens": 6, "overflow": "split"}])
+def test_the_bar_foretells_tokens(model, tmp_path, monkeypatch, options):
+    """From the first window on it knows the total within a few tokens, and at the end exactly."""
+    from flowroutes_fast.corpus import run
+
+    bars = []
+    monkeypatch.setattr(run, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    found = fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", window=5, progress=True, **options)
+    tokens = found.progress[0].tokens
+    assert len(bars[0].totals) == 5
+    assert all(abs(total - tokens) <= 0.2 * tokens for total in bars[0].totals)
+    assert bars[0].totals[-1] == tokens
+    fr.corpus(model, Tokenizer(), iter(TEXTS), tmp_path / "stream", window=5, progress=True, **options)
+    assert set(bars[1].totals) == {None}
+
+
+def test_the_bar_goes_on_after_a_kill(model, tmp_path, monkeypatch):
+    from flowroutes_fast.corpus import run
+
+    write, bars = run.Folder.write, []
+
+    def stopped(self, window, rows):
+        if window.number == 2:
+            raise KeyboardInterrupt
+        write(self, window, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Folder, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", window=5)
+    done = fr.open_corpus(tmp_path / "run").progress[0].tokens
+    monkeypatch.setattr(run, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    found = fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", window=5, progress=True)
+    assert bars[0].options["initial"] == done
+    assert bars[0].totals[-1] == found.progress[0].tokens
 
 
 @pytest.mark.parametrize(

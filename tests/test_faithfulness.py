@@ -247,7 +247,13 @@ def test_rankings(name):
 def test_curve(llama):
     prompts = [IDS, IDS[2:9], IDS[::-1]]
     table = measure(llama, None, prompts, shares=(0.1, 1.0), thresholds=(0.02,))
-    assert len(table) == 3 * (len(faithfulness.RULES) * 2 + 2)
+    assert len(table) == 3 * (len(faithfulness.RULES) * 2 + 4)
+    for rule, name in (("importance", "route proximity"), ("flow", "flow route proximity")):
+        route = fr.trace(llama, None, IDS, precision="exact").route(threshold=0.02, rule=rule)
+        row = table[(table["rule"] == name) & (table["prompt"] == 0)].iloc[0]
+        seen = route.verify(llama, means=value_means(llama, None, prompts), random=0)
+        assert row["share"] == seen.share
+        assert row["kl"] == pytest.approx(seen.kl, rel=1e-3, abs=1e-6)
     whole = table[table["size"] == 1.0]
     np.testing.assert_allclose(whole["kl"], 0, atol=1e-6)
     np.testing.assert_allclose(whole["kept"], 1, atol=1e-4)
@@ -257,7 +263,7 @@ def test_curve(llama):
     for name in ("kept", "kl", "same_top"):
         assert (found[f"{name}_low"] <= found[name] + 1e-12).all()
         assert (found[name] <= found[f"{name}_high"] + 1e-12).all()
-    assert set(found["rule"]) == {*faithfulness.RULES, "route proximity", "route signed"}
+    assert set(found["rule"]) == {*faithfulness.RULES, *(f"{r} {m}" for r in ("route", "flow route") for m in ("proximity", "signed"))}
     assert (found["prompts"] == 3).all()
 
 

@@ -21,7 +21,7 @@ class Untouched:
 
     ``first_period``: of the untouched positions that are not the text's first, the share that is its first period; ``expected``: the same
     share if untouched positions were drawn from all positions. ``beginnings``: untouched positions that begin their text, and their share of all
-    that do. ``received``: mean influence on later positions, of the untouched and of all.
+    that do. ``first_periods``: all of them. ``received``: mean influence on later positions, of the untouched and of all.
     """
 
     positions: pd.DataFrame
@@ -34,6 +34,7 @@ class Untouched:
     periods_untouched: float
     beginnings: int
     beginnings_share: float
+    first_periods: pd.DataFrame
 
     def __str__(self) -> str:
         if not self.count:
@@ -43,10 +44,15 @@ class Untouched:
             if self.count > self.beginnings
             else "There is no other."
         )
+        periods = (
+            "There is no first period."
+            if np.isnan(self.periods_untouched)
+            else f"{self.periods_untouched:.1%} of all first periods are untouched."
+        )
         return (
             f"{self.count} of {self.count + self.others} positions are left untouched between the first and last layers; {self.beginnings} of them "
-            f"begin their text, which is {self.beginnings_share:.1%} of all beginnings. {inside} They give {self.received[0]:.4f} of importance to each "
-            f"later position, an average one {self.received[1]:.4f}. {self.periods_untouched:.1%} of all first periods are untouched."
+            f"begin their text, which is {self.beginnings_share:.1%} of all beginnings. {inside} An untouched position gives {self.received[0]:.4f} of "
+            f"importance to each later one, summed over layers, an average position {self.received[1]:.4f}. {periods}"
         )
 
 
@@ -95,4 +101,50 @@ def untouched(corpus: Corpus, limit: float = LIMIT, most: float = MOST, skip: tu
         (float(table.loc[table["untouched"], "received"].mean()), float(table["received"].mean())),
         float(table.loc[first, "untouched"].mean()) if first.any() else float("nan"),
         count - len(outliers), float(table.loc[table["position"] == 0, "untouched"].mean()),
+        table.loc[first, ["number", "piece", "position", "untouched"]].reset_index(drop=True),
     )  # fmt: skip
+
+
+@dataclass
+class Attention:
+    """``untouched, first_periods, others``: attention weight that a position gets from each later one, mean over those, all heads and layers
+    and the positions of a kind (NaN: there are none); ``texts``: how many were run."""
+
+    untouched: float
+    first_periods: float
+    others: float
+    texts: int
+
+    def __str__(self) -> str:
+        parts = {"untouched positions": self.untouched, "first periods": self.first_periods, "other positions": self.others}
+        said = ", ".join(f"{name} {value:.4f}" for name, value in parts.items() if not np.isnan(value))
+        return f"Mean attention weight from each later position, in {self.texts} texts with untouched positions: {said}."
+
+
+def attention_on(corpus: Corpus, model: Any, found: Untouched, texts: int = 50) -> Attention:
+    """The attention that lands on untouched positions, on first periods and on all others, from new forward passes over some of the texts.
+
+    Texts are spread evenly over those with an untouched position; the last position, with none after it, does not count.
+    """
+    from flowroutes_fast.ablation import clean
+
+    keys = found.positions[["number", "piece"]].drop_duplicates()
+    keys = keys.iloc[np.unique(np.linspace(0, len(keys) - 1, min(texts, len(keys))).astype(int))]
+    wanted, kinds, names = pd.MultiIndex.from_frame(keys), ("untouched", "first_periods", "others"), ["number", "piece", "position"]
+    special = {
+        "untouched": set(found.positions[names].itertuples(index=False, name=None)),
+        "first_periods": set(found.first_periods[names].itertuples(index=False, name=None)),
+    }
+    weights: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for part in corpus.parts("positions", [*names, "token_id"]):
+        part = part[pd.MultiIndex.from_frame(part[["number", "piece"]]).isin(wanted)]
+        for key, rows in part.groupby(["number", "piece"]):
+            count = len(rows)
+            patterns = [p.float() for p in clean(model, rows["token_id"].tolist()).patterns if p.numel()]
+            landed = [(p.sum(1) - p.diagonal(0, 1, 2)).mean(0).cpu().numpy() for p in patterns]  # from other positions
+            mean = np.mean(landed, 0)[: count - 1] / np.arange(count - 1, 0, -1)
+            for position, weight in enumerate(mean):
+                kind = next((k for k, members in special.items() if (*key, position) in members), "others")
+                weights[kind].append(float(weight))
+    means = {kind: float(np.mean(values)) if values else float("nan") for kind, values in weights.items()}
+    return Attention(**means, texts=len(keys))

@@ -12,6 +12,7 @@ import pandas as pd
 from flowroutes_fast.corpus.results import Corpus, vectors
 from flowroutes_fast.corpus.words import later
 
+LEAST_POSITIONS = 50
 FUNCTION = {"ADP": "function", "DET": "function", "PRON": "function", "CONJ": "function", "PRT": "function", "AUX": "function"}
 CONTENT = {"NOUN": "content", "VERB": "content", "ADJ": "content", "ADV": "content"}
 PENN = {  # Penn treebank -> universal tagset
@@ -94,14 +95,23 @@ def clusters(
     return Clusters(points, pd.DataFrame([s for s in scores if s]), pca.explained_variance_ratio_, method)
 
 
-def _sample(corpus: Corpus, domain: str | None, sample: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
+def _texts_of(corpus: Corpus, domain: str | None) -> pd.DataFrame:
     if domain is not None and domain not in corpus.domains:
         raise ValueError(f"unknown domain {domain!r}: this run has {', '.join(map(repr, corpus.domains))}")
     texts = corpus.texts()
-    wanted = texts if domain is None else texts[texts["domain"] == domain]
-    total = int(wanted["tokens"].sum() - len(wanted))  # the first position has nothing before it
-    if total < 50:
-        raise ValueError(f"clusters need at least 50 positions, there are {total}")
+    return texts if domain is None else texts[texts["domain"] == domain]
+
+
+def countable(corpus: Corpus, domain: str | None = None) -> int:
+    """Positions that can be clustered: the first of a text has nothing before it."""
+    texts = _texts_of(corpus, domain)
+    return int(texts["tokens"].sum() - len(texts))
+
+
+def _sample(corpus: Corpus, domain: str | None, sample: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
+    wanted, total = _texts_of(corpus, domain), countable(corpus, domain)
+    if total < LEAST_POSITIONS:
+        raise ValueError(f"clusters need at least {LEAST_POSITIONS} positions, there are {total}")
     keys = pd.MultiIndex.from_frame(wanted[["number", "piece"]])
     rng, parts = np.random.default_rng(seed), []
     for part in corpus.parts("positions", ["number", "piece", "position", "begin", "end", "word", "components"]):
@@ -143,7 +153,7 @@ def _plane(reduced: np.ndarray, method: str, seed: int) -> np.ndarray:
         try:
             from umap import UMAP
         except ImportError as error:
-            raise ImportError("method='umap' needs umap-learn: pip install umap-learn") from error
+            raise ImportError("method='umap' needs umap-learn: pip install 'flowroutes_fast[umap]'") from error
         return UMAP(n_components=2, random_state=seed).fit_transform(reduced)
     from sklearn.manifold import TSNE
 

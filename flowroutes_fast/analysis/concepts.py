@@ -14,6 +14,8 @@ from flowroutes_fast.capture import unwrap
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.weights import effective_weight
 
+TOGETHER = 16  # heads whose vectors meet the unembedding at a time: it is read once for all of them
+
 
 @dataclass
 class Concepts:
@@ -65,11 +67,14 @@ def concepts(
         for block in tqdm(blocks, desc="layers", disable=not progress):
             if block.attention is None or (wanted is not None and not any(layer == block.index for layer, _ in wanted)):
                 continue
-            for index, sigma, vectors in _decomposed(block, rank):
-                if wanted is not None and (block.index, index) not in wanted:
-                    continue
-                seen.add((block.index, index))
-                rows += _tokens(block.index, index, sigma, vectors, gain, centred, unembedding, tokenizer, rank, top)
+            found = [f for f in _decomposed(block, rank) if wanted is None or (block.index, f[0]) in wanted]
+            seen |= {(block.index, index) for index, _, _ in found}
+            for first in range(0, len(found), TOGETHER):
+                some = found[first : first + TOGETHER]
+                vectors = torch.stack([v for _, _, v in some])
+                logits = ((vectors - vectors.mean(-1, keepdim=True) if centred else vectors) * gain) @ unembedding.T
+                for (index, sigma, _), one in zip(some, logits, strict=True):
+                    rows += _tokens(block.index, index, sigma, one, tokenizer, rank, top)
     if wanted is not None and wanted - seen:
         layer, index = min(wanted - seen)
         raise ValueError(f"there is no head L{layer}H{index} in this model, or it has no attention weights")
@@ -98,21 +103,8 @@ def _decomposed(block: Block, rank: int) -> Any:
     return zip(range(count), sigma, first, strict=True)
 
 
-def _tokens(
-    layer: int,
-    head: int,
-    sigma: Tensor,
-    vectors: Tensor,
-    gain: Tensor,
-    centred: bool,
-    unembedding: Tensor,
-    tokenizer: Any,
-    rank: int,
-    top: int,
-) -> list[dict[str, Any]]:
-    if centred:
-        vectors = vectors - vectors.mean(-1, keepdim=True)
-    logits = (vectors * gain) @ unembedding.T
+def _tokens(layer: int, head: int, sigma: Tensor, logits: Tensor, tokenizer: Any, rank: int, top: int) -> list[dict[str, Any]]:
+    """Rows of a head, of ``logits [rank, token]``."""
     share = sigma.square() / sigma.square().sum()
     found = []
     for place in range(min(rank, len(sigma))):

@@ -61,7 +61,7 @@ def components(statistics: Statistics) -> Any:
     heads, ffn = statistics.heads(), statistics.ffn()
     shape = statistics.shape
     _heat(left, heads["importance"].to_numpy().reshape(shape), "mean importance of heads", figure)
-    _heat(middle, heads["active"].to_numpy().reshape(shape), "share of positions where active", figure, 1.0)
+    _heat(middle, heads["active"].to_numpy().reshape(shape), "share of positions where active", figure)
     by_layer = heads.groupby("layer")["importance"].sum()
     right.barh(ffn["layer"] - 0.2, ffn["importance"], 0.4, label="FFN", color=COLOURS[1])
     right.barh(by_layer.index + 0.2, by_layer, 0.4, label="all heads", color=COLOURS[0])
@@ -71,38 +71,42 @@ def components(statistics: Statistics) -> Any:
 
 
 def positional(table: pd.DataFrame, shape: tuple[int, int]) -> Any:
-    """Share of positions where more than half of a head's influence is on one place."""
+    """Share of positions where more than half of a head's influence is on one place; heads with that role are framed."""
+    from matplotlib.patches import Rectangle
+
     names = ["previous token", "same word", "first token", "same token"]
     figure = _new(12, 3.8)
     for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
         values = table[name].to_numpy().reshape(shape)
         _heat(axes, values, "earlier subwords\nof the word" if name == "same word" else name, figure, 1.0)
-        for row in table[(table["role"] == name) | ((name == "same word") & (table["role"] == "subword merging"))].itertuples():
-            axes.plot(row.head, row.layer, "s", mfc="none", mec="#ff3b30", ms=7)
+        framed = table[table["role"] == ("subword merging" if name == "same word" else name)]
+        for layer, head in zip(framed["layer"].tolist(), framed["head"].tolist(), strict=True):
+            axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, ec="#ff3b30", lw=1.5, clip_on=False))
     return figure
 
 
 def planes(found: Clusters) -> Any:
-    """Positions in the plane, coloured by part of speech and by place in the word."""
-    figure = _new(12, 5.4)
-    left, right = figure.subplots(1, 2)
+    """Positions in the plane, coloured by part of speech and by place in the word: principal components, and below them the other method."""
     points = found.points
     counts = points["tag"].value_counts()
-    _scatter(left, points, "tag", [t for t in counts.index if counts[t] >= 10][: len(COLOURS)], found.method)
-    kinds = points["subword"].where(~points["digits"], "digits")
-    _scatter(right, points.assign(kind=kinds), "kind", ["whole", "first", "later", "digits"], found.method)
+    tags = [t for t in counts.index if counts[t] >= 10][: len(COLOURS)]
+    kinds = points.assign(kind=points["subword"].where(~points["digits"], "digits"))
+    rows = [("PCA", "pca_x", "pca_y")] + ([] if found.method == "pca" else [(METHODS[found.method], "x", "y")])
+    figure = _new(12, 5.2 * len(rows))
+    for (left, right), (name, x, y) in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+        _scatter(left, points, "tag", tags, (x, y), f"{name} by part of speech")
+        _scatter(right, kinds, "kind", ["whole", "first", "later", "digits"], (x, y), f"{name} by place in the word")
     return figure
 
 
-def _scatter(axes: Any, points: pd.DataFrame, column: str, values: Sequence[str], method: str) -> None:
+METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
+
+
+def _scatter(axes: Any, points: pd.DataFrame, column: str, values: Sequence[str], plane: tuple[str, str], title: str) -> None:
     for value, colour in zip(values, COLOURS, strict=False):
         chosen = points[points[column] == value]
-        axes.scatter(chosen["x"], chosen["y"], s=5, color=colour, label=f"{value} ({len(chosen)})", linewidths=0)
-    axes.set(
-        title={"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}[method]
-        + f" by {'part of speech' if column == 'tag' else 'place in the word'}"
-    )
-    axes.set(xticks=[], yticks=[])
+        axes.scatter(chosen[plane[0]], chosen[plane[1]], s=5, color=colour, label=f"{value} ({len(chosen)})", linewidths=0)
+    axes.set(title=title, xticks=[], yticks=[])
     axes.legend(frameon=False, fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -11,15 +11,16 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flowroutes_fast.analysis import figures
-from flowroutes_fast.analysis.bos import untouched
-from flowroutes_fast.analysis.clusters import Tagger, clusters
-from flowroutes_fast.analysis.concepts import Concepts, concepts
-from flowroutes_fast.analysis.domains import domain_heads, domain_means, domain_overlap
+from flowroutes_fast.analysis.bos import attention_on, untouched
+from flowroutes_fast.analysis.clusters import LEAST_POSITIONS, Tagger, clusters, countable
+from flowroutes_fast.analysis.concepts import concepts
+from flowroutes_fast.analysis.domains import LEAST_TEXTS, domain_heads, domain_means, domain_overlap
 from flowroutes_fast.analysis.heads import positional_heads
 from flowroutes_fast.corpus.results import Corpus
 from flowroutes_fast.files import check_writable, write_text
 
-CONCEPT_HEADS = 40
+SHOWN = 400  # rows of a table on the page; its file has all
+POINTS = ["number", "piece", "position", "token", "tag", "subword", "digits", "pca_x", "pca_y", "x", "y"]
 
 
 @dataclass
@@ -66,33 +67,45 @@ def analyze(
     if not statistics.texts:
         raise ValueError("this run has no text yet")
     sections = [_components(corpus, folder), _positional(corpus, folder)]
-    kept = bool(corpus.settings["positions"])
-    if kept:
-        sections += [_clusters(corpus, folder, tagger, tagged_domain, method, sample, seed), _bos(corpus, limit)]
+    left_out = []
+    if corpus.settings["positions"]:
+        if (there := countable(corpus, tagged_domain)) >= LEAST_POSITIONS:
+            sections.append(_clusters(corpus, folder, tagger, tagged_domain, method, sample, seed))
+        else:
+            left_out.append(f"Clusters need {LEAST_POSITIONS} positions, there are {there}: none are shown.")
+        sections.append(_bos(corpus, limit, model))
+    else:
+        left_out.append("The run kept no positions: no clusters, no periods as BOS.")
     specific: pd.DataFrame | None = None
     if len(corpus.domains) > 1:
         section, specific = _domains(corpus, folder, general, permutations, seed)
         sections.append(section)
     if model is not None:
-        sections.append(_concepts(corpus, model, tokenizer, specific))
-    left_out = [] if kept else ["The run kept no positions: no clusters, no periods as BOS."]
+        sections.append(_concepts(model, tokenizer, specific))
     left_out += [] if len(corpus.domains) > 1 else ["The run has one domain: nothing is compared."]
     left_out += [] if model is not None else ["No model was given: no concepts."]
+    left_out += [] if corpus.finished else ["The run is not finished: these are its texts so far."]
+    return write_page(corpus, folder, sections, left_out)
+
+
+def write_page(corpus: Corpus, folder: Path, sections: list[Section], left_out: list[str]) -> Path:
+    """The tables as CSV, and the page."""
     for section in sections:
         for name, table in section.tables.items():
-            shown = (
-                table.assign(tokens=table["tokens"].map(" ".join))
-                if "tokens" in table and len(table) and isinstance(table["tokens"].iloc[0], list)
-                else table
-            )
+            lists = [c for c in table if len(table) and isinstance(table[c].iloc[0], list)]
+            shown = table.assign(**{str(c): table[c].map(" ".join) for c in lists})
             write_text(folder / f"{name}.csv", shown.to_csv(index=False, float_format="%.6g"))
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True)
     page = environment.get_template("report.html.j2").render(
-        corpus=corpus, statistics=statistics, sections=sections, left_out=left_out, cell=_cell, rows=lambda t: t.head(400).itertuples(index=False),
+        corpus=corpus, statistics=corpus.all_domains(), sections=sections, left_out=left_out, cell=_cell, rows=_rows, shown=SHOWN,
         tokens=sum(p.tokens for p in corpus.progress), truncated=sum(p.truncated for p in corpus.progress),
         skipped=sum(sum(p.skipped.values()) for p in corpus.progress),
     )  # fmt: skip
     return write_text(folder / "report.html", page)
+
+
+def _rows(table: pd.DataFrame, whole: bool) -> Any:
+    return (table if whole else table.head(SHOWN)).itertuples(index=False)
 
 
 def _cell(value: Any) -> str:
@@ -106,10 +119,12 @@ def _components(corpus: Corpus, folder: Path) -> Section:
     heads, ffn = statistics.heads(), statistics.ffn()
     layers = corpus.shape[0]
     ends = max(1, layers // 6)
-    first, middle, last = ffn["importance"][:ends], ffn["importance"][ends : layers - ends], ffn["importance"].iloc[-1]
+    values = ffn["importance"].to_numpy()
+    above, middle = values[1 : max(ends, 2)], values[ends : max(layers - 1, ends + 1)]
     best = heads.sort_values("importance", ascending=False).iloc[0]
     sentences = [
-        f"FFN importance: {first.mean():.3f} on average in the first {ends} layers, {middle.mean():.3f} in the middle, {last:.3f} in the last layer.",
+        f"FFN importance: {values[0]:.3f} in layer 0, {_mean(above):.3f} on average in layers 1 to {max(ends, 2) - 1}, {_mean(middle):.3f} "
+        f"from there to the last but one (at most {middle.max():.3f}, in layer {ends + int(middle.argmax())}), {values[-1]:.3f} in the last.",
         f"The head with the largest mean importance is L{best['layer']:.0f}H{best['head']:.0f} ({best['importance']:.3f}); "
         f"{(heads['active'] > 0.5).sum()} of {len(heads)} heads are active (a sub-edge above {corpus.settings['threshold']}) in more than half of the positions, "
         f"{(heads['active'] < 0.01).sum()} in less than one in a hundred.",
@@ -120,9 +135,13 @@ def _components(corpus: Corpus, folder: Path) -> Section:
 
 
 def _positional(corpus: Corpus, folder: Path) -> Section:
-    table = positional_heads(corpus.all_domains())
+    statistics = corpus.all_domains()
+    table = positional_heads(statistics)
     counts = table["role"].value_counts()
-    sentences = []
+    sentences = [
+        f"Counted in {statistics.after_first} positions (the first of a text left out); subwords of a word in {statistics.later} later and "
+        f"{statistics.first} first ones."
+    ]
     for role in [r for r in counts.index if r]:
         rows = table[table["role"] == role]
         names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(12).itertuples()) + (", …" if len(rows) > 12 else "")
@@ -130,7 +149,9 @@ def _positional(corpus: Corpus, folder: Path) -> Section:
             f"{len(rows)} {role} head{'s' * (len(rows) > 1)} ({rows['largest'].sum()} of them the most important of their layer): {names}."
         )
     near = table.sort_values("same word", ascending=False).iloc[0]
-    if "subword merging" not in counts:
+    if not statistics.later:
+        sentences.append("No word has several tokens: nothing can be said of subword-merging heads.")
+    elif "subword merging" not in counts:
         sentences.append(
             f"No head is a subword-merging head by the paper's criteria. The nearest is L{near['layer']:.0f}H{near['head']:.0f}: more than half of its "
             f"influence on earlier subwords in {near['same word']:.0%} of later subwords, quiet in {near['quiet']:.0%} of first subwords."
@@ -151,18 +172,28 @@ def _clusters(corpus: Corpus, folder: Path, tagger: Tagger | None, domain: str |
         for row in found.scores.to_dict("records")
     ]
     where = f" of {domain!r}" if domain else ""
+    if tagger is None and domain is None and len(corpus.domains) > 1:
+        sentences.append(
+            "The tagger knows English, and these positions are of all domains: choose one with tagged_domain (--tagged-domain)."
+        )
     sentences.insert(
         0,
         f"{len(found.points)} positions{where}; the first two principal components explain {found.variance[:2].sum():.0%} of the variance.",
     )
     return Section(
-        "Clusters of positions", sentences, figures.save(figures.planes(found), folder / "clusters"), {"silhouettes": found.scores}
+        "Clusters of positions",
+        sentences,
+        figures.save(figures.planes(found), folder / "clusters"),
+        {"silhouettes": found.scores, "clusters": found.points[POINTS]},
     )
 
 
-def _bos(corpus: Corpus, limit: float) -> Section:
+def _bos(corpus: Corpus, limit: float, model: Any) -> Section:
     found = untouched(corpus, limit)
-    return Section("Periods as BOS", [str(found)], "", {"untouched": found.by_token.head(30)})
+    sentences = [str(found)]
+    if model is not None and found.count:
+        sentences.append(str(attention_on(corpus, model, found)))
+    return Section("Periods as BOS", sentences, "", {"untouched": found.by_token})
 
 
 def _domains(corpus: Corpus, folder: Path, general: str | None, permutations: int, seed: int) -> tuple[Section, pd.DataFrame]:
@@ -175,20 +206,32 @@ def _domains(corpus: Corpus, folder: Path, general: str | None, permutations: in
         rows = specific[specific["domain"] == domain]
         names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(8).itertuples()) + (", …" if len(rows) > 8 else "")
         tested = heads.loc[heads["domain"] == domain, "q"].notna().any()
-        why = "" if tested else " (too few texts for a test)"
-        sentences.append(f"{domain or '(none)'}: {len(rows)} specific heads{why}" + (f": {names}." if len(rows) else "."))
+        if tested:
+            sentences.append(f"{domain or '(none)'}: {len(rows)} specific heads" + (f": {names}." if len(rows) else "."))
+        else:
+            cut = int(heads.loc[heads["domain"] == domain, "specific"].sum())
+            sentences.append(
+                f"{domain or '(none)'}: not tested, for a test takes {LEAST_TEXTS} texts on either side; {cut} heads pass the paper's cut alone."
+            )
     overlap = domain_overlap(heads).reset_index(names="domain")
     figure = figures.save(figures.domain_figure(means, heads), folder / "domains")
     return Section("Domains", sentences, figure, {"domain_heads": specific, "domain_overlap": overlap, "domain_means": means}), specific
 
 
-def _concepts(corpus: Corpus, model: Any, tokenizer: Any, specific: pd.DataFrame | None) -> Section:
-    heads = corpus.all_domains().heads().sort_values("importance", ascending=False)
-    chosen = [] if specific is None else list(zip(specific["layer"], specific["head"], strict=True))
-    chosen += list(zip(heads["layer"], heads["head"], strict=True))
-    wanted = list(dict.fromkeys((int(layer), int(head)) for layer, head in chosen))[:CONCEPT_HEADS]
-    found: Concepts = concepts(model, tokenizer, rank=3, heads=wanted)
+def _concepts(model: Any, tokenizer: Any, specific: pd.DataFrame | None) -> Section:
+    table = concepts(model, tokenizer, rank=3).table
+    of_domains: dict[tuple[int, int], str] = {}
+    for row in [] if specific is None else specific.to_dict("records"):
+        key = (row["layer"], row["head"])
+        of_domains[key] = ", ".join(filter(None, (of_domains.get(key, ""), row["domain"])))
+    table.insert(2, "domains", [of_domains.get(key, "") for key in zip(table["layer"], table["head"], strict=True)])
+    table = table.sort_values("domains", key=lambda names: names == "", kind="stable", ignore_index=True)
+    heads = len(table[["layer", "head"]].drop_duplicates())
     sentences = [
-        f"Top tokens of the first three right singular vectors of W_V W_O, both signs, for {len(wanted)} heads: those specific to a domain, then the most important."
+        f"Top tokens of the first three right singular vectors of W_V W_O, both signs, for all {heads} heads; those specific to a domain come first."
     ]
-    return Section("What heads write", sentences, "", {"concepts": found.table}, searchable=True)
+    return Section("What heads write", sentences, "", {"concepts": table}, searchable=True)
+
+
+def _mean(values: Any) -> float:
+    return float(values.mean()) if len(values) else float("nan")

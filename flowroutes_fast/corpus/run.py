@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from flowroutes_fast.capture import unwrap
 from flowroutes_fast.corpus.statistics import ARRAYS, COUNTS, Statistics, observe
-from flowroutes_fast.corpus.texts import Skipped, Text, read_texts
+from flowroutes_fast.corpus.texts import Skipped, Text, read_texts, rereadable
 from flowroutes_fast.corpus.words import words
 from flowroutes_fast.files import LOCK, claim, write_atomically, write_text
 from flowroutes_fast.models.families import blocks_of, context_length, text_config
@@ -30,6 +30,7 @@ STATE, SUMS = "run.json", "statistics.safetensors"
 TABLES = ("texts", "positions", "edges")
 OVERFLOW = ("truncate", "split")
 NO_TOKENS = "no tokens"  # why a text was left out
+CHARACTERS = 4  # of a token, about: for the time that is left alone
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Window:
     digest: str  # of all texts up to here
     counts: dict[str, int]  # truncated, dropped, split
     skipped: dict[str, int]  # so far
+    expected: int | None = None  # tokens of the whole run, as far as this and earlier windows tell
 
 
 def corpus(
@@ -127,7 +129,7 @@ def corpus(
         positions: write a row per position with its component vector. edges: write the route of every text's last position.
         shard: ``(i, K)``: the texts with number ≡ i modulo K alone; :func:`open_corpus` puts the folders together.
         field, split: of the texts.
-        progress: show a bar with tokens per second.
+        progress: show a bar with tokens per second and, for texts that can be read twice (no stream), the time that is left.
 
     Returns:
         A :class:`Corpus` on the folder.
@@ -175,17 +177,30 @@ def run(
     with Folder(out, settings) as folder:
         if folder.progress.finished:
             return Corpus(folder.path)
+        if progress and rereadable(texts):
+            folder.measure(read_texts(texts, field=field, split=split))
         start = time.perf_counter()
         with tqdm(desc="tokens", unit="tok", unit_scale=True, disable=not progress, initial=folder.progress.tokens) as bar:
-            for window, found in rows(folder.windows(source, tokenizer, skipped), bar):
+            for window, found in rows(_announced(folder.windows(source, tokenizer, skipped), bar), bar):
                 folder.progress.seconds += time.perf_counter() - start
-                folder.write(window, found)
+                try:
+                    folder.write(window, found)
+                except OSError as error:
+                    raise OSError(f"{error}; once that is mended, the same call goes on after the last window that was written") from error
                 start = time.perf_counter()
         if not folder.progress.texts:
             why = ", ".join(f"{count} {reason}" for reason, count in skipped.counts.items())
             raise ValueError("there is no text to trace" + (f" ({why})" if why else ""))
         folder.finish(skipped)
     return Corpus(folder.path)
+
+
+def _announced(windows: Iterator[Window], bar: Any) -> Iterator[Window]:
+    """Tell a bar how many tokens to expect, before each window is traced."""
+    for window in windows:
+        bar.total = window.expected
+        bar.refresh()
+        yield window
 
 
 def _check(s: Settings, context: int) -> None:
@@ -263,6 +278,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str], settings: Settings) -> None:
         self.path, self.settings = Path(path), settings
         self.progress, self.sums = Progress(), {}  # type: ignore[var-annotated]
+        self.characters: int | None = None  # of all this shard's texts, if they were counted
 
     def __enter__(self) -> Folder:
         self.lock = claim(self.path)
@@ -292,19 +308,34 @@ class Folder:
             )
         self.sums = read_sums(self.path, self.settings.shape, self.progress.windows)
 
+    def measure(self, texts: Iterator[Text]) -> None:
+        """Count characters, so that tokens can be foretold."""
+        self.characters = sum(map(self._size, texts, itertools.count()))
+
+    def _size(self, text: Text, number: int) -> int:
+        """Characters that count: none of other shards' texts, of a text that is cut about as many as are traced."""
+        s = self.settings
+        if number % s.shard[1] != s.shard[0]:
+            return 0
+        return min(len(text.text), CHARACTERS * s.max_tokens) if s.overflow == "truncate" else len(text.text)
+
     def windows(self, source: Iterator[Text], tokenizer: Any, skipped: Skipped) -> Iterator[Window]:
         """What is left to do; texts that were done before are compared with those of the run."""
-        s, done, digest, first = self.settings, self.progress.windows, "", 0
+        s, done, digest, first, seen, tokens = self.settings, self.progress.windows, "", 0, 0, self.progress.tokens
         no_tokens = self.progress.skipped.get(NO_TOKENS, 0)
         for number, group in enumerate(_windows(source, s.window)):
             digest, begin, first = _digest(digest, group), first, first + len(group)
+            seen += sum(map(self._size, group, itertools.count(begin)))
             if number < done:
                 if number == done - 1 and digest != self.progress.digest:
                     raise ValueError(f"the texts are not those of the run in '{self.path}': give a new folder, or remove it to start again")
                 continue
             items, counts = self._itemise(group, begin, tokenizer)
             no_tokens += counts.pop(NO_TOKENS)
-            yield Window(number, len(group), items, digest, counts, dict(skipped.counts) | ({NO_TOKENS: no_tokens} if no_tokens else {}))
+            tokens += sum(len(item.ids) for item in items)
+            expected = round(tokens / seen * self.characters) if self.characters and seen else None
+            left_out = dict(skipped.counts) | ({NO_TOKENS: no_tokens} if no_tokens else {})
+            yield Window(number, len(group), items, digest, counts, left_out, expected)
 
     def _itemise(self, group: list[Text], begin: int, tokenizer: Any) -> tuple[list[Item], dict[str, int]]:
         """This shard's texts as ids, cut or split to ``max_tokens``."""

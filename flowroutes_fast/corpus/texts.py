@@ -42,7 +42,8 @@ def read_texts(
 
     Args:
         source: a string (one text); a path (:class:`pathlib.Path`) to a ``.jsonl``, ``.parquet`` or text file, or to a folder of those; a
-            mapping of domain names to sources; or anything that gives strings, dictionaries, paths or :class:`Text` (a ``datasets`` dataset).
+            mapping of domain names to sources; a :class:`Stream`; or anything that gives strings, dictionaries, paths or :class:`Text` (a
+            ``datasets`` dataset).
         field: where dictionaries, JSONL and Parquet have the text; ``"domain"`` beside it is used.
         split: what of a text file is one text: ``"file"``, ``"paragraph"`` (between blank lines) or ``"line"``.
         domain: of texts that have none.
@@ -62,6 +63,8 @@ def read_texts(
             yield from _from_file(file, field, split, domain, skipped)
     elif isinstance(source, (str, Text, dict)):
         yield from _from_item(source, field, domain, skipped)
+    elif isinstance(source, Stream):
+        yield from source.texts(field, domain, skipped)
     elif isinstance(source, Iterable):
         for item in source:
             if isinstance(item, Path):
@@ -72,9 +75,16 @@ def read_texts(
         raise TypeError(f"texts must be strings, paths or dictionaries, got {type(source).__name__}")
 
 
+def rereadable(source: Any) -> bool:
+    """Can a source be read twice? A stream, or an iterator, cannot."""
+    if isinstance(source, dict):
+        return all(map(rereadable, source.values()))
+    return isinstance(source, (str, Path, Text)) or hasattr(source, "__len__")
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not any(n.startswith(".") for n in p.relative_to(path).parts))
         if not found:
             raise ValueError(f"folder '{path}' holds no files")
         return found
@@ -95,6 +105,11 @@ def _from_item(item: Any, field: str, domain: str, skipped: Skipped) -> Iterator
     elif not item.strip():
         skipped.add("empty")
     else:
+        try:
+            item.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+            item = item.encode("utf-8", "replace").decode()
+            skipped.add("broken characters replaced")
         yield Text(item, domain)
 
 
@@ -106,7 +121,7 @@ def _from_file(file: Path, field: str, split: str, domain: str, skipped: Skipped
     if text is None:
         return
     if file.suffix in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
             if not line.strip():
                 continue
             try:
@@ -175,17 +190,30 @@ def _from_parquet(file: Path, field: str, domain: str, skipped: Skipped) -> Iter
         raise ValueError(f"'{file}' is no Parquet file, or damaged: {error}") from error
 
 
-def from_stream(stream: Any, field: str = "text", skipped: Skipped | None = None) -> Iterator[Text]:
-    """Lines of a stream: JSON objects with a text, or one text each."""
-    skipped = Skipped() if skipped is None else skipped
-    for line in stream:
-        if line.lstrip().startswith("{"):
-            try:
-                yield from _from_item(json.loads(line), field, "", skipped)
+class Stream:
+    """Lines of a stream, of texts or of bytes, as a source: JSON objects with a text, or one text each. It can be read once."""
+
+    def __init__(self, lines: Any) -> None:
+        self.lines = lines
+
+    def texts(self, field: str, domain: str, skipped: Skipped) -> Iterator[Text]:
+        for number, line in enumerate(self.lines, 1):
+            text = decoded(line, "", skipped) if isinstance(line, bytes) else line
+            if text is None:
                 continue
-            except ValueError:
-                pass
-        yield from _from_item(line.rstrip("\n"), field, "", skipped)
+            row = _json_object(text)
+            if row is not None and field not in row:
+                raise ValueError(f"line {number} has no field {field!r}; it has {', '.join(map(repr, row))}")
+            yield from _from_item(text.rstrip("\r\n") if row is None else row, field, domain, skipped)
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    if not line.lstrip().startswith("{"):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def named_sources(arguments: list[str]) -> dict[str, list[Path]]:
