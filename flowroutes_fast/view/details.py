@@ -110,9 +110,10 @@ def details(
     order = np.argsort(state := _joined(found.states, (0,), np.int64), kind="stable")
     token, names = np.unique(_joined(found.tokens, (0, TOP_TOKENS), np.int64)[order], return_inverse=True)
     texts = [show_token(tokenizer.decode([int(i)]) if tokenizer is not None else str(int(i))) for i in token]
+    probabilities = _joined(found.probabilities, (0, TOP_TOKENS), np.float32)[order]
     shape = (0, max(found.heads, default=1), 1)
     return Details(
-        state[order], names.reshape(len(state), -1), _joined(found.probabilities, (0, TOP_TOKENS), np.float32)[order], texts,
+        state[order], names.reshape(probabilities.shape), probabilities, texts,
         np.concatenate([layer * tokens + query for layer, query in found.rows_done]) if found.rows_done else np.zeros(0, np.int64),
         _joined(found.keys, shape, np.int64), _joined(found.weights, shape, np.float32), partial, why,
     )  # fmt: skip

@@ -54,7 +54,7 @@ function reselect(kept) {
 
 function showState() {
   const a = setOf("A"), subEdges = scene.routes.map((r) => r.parts.length), edges = scene.routes.map((r) => r.edges.length);
-  $("about").textContent = `${a.model} · ${a.layers} layers × ${a.heads} heads · ${a.n} tokens · ${a.precision}, ${a.measure}`;
+  $("about").textContent = `${a.model} · ${a.layers} layers × ${a.heads} heads · ${state.compare === "prompt" ? `${a.n} and ${setOf("B").n}` : a.n} tokens · ${a.precision}, ${a.measure}`;
   $("threshold").value = toSlider(state.threshold);
   $("threshold").setAttribute("aria-valuetext", String(state.threshold));
   if (document.activeElement !== $("threshold-number")) $("threshold-number").value = Number(state.threshold.toPrecision(6));
@@ -91,6 +91,7 @@ function notice() {
 function strip(box, trace, side) {
   if (box.trace !== trace) {
     box.trace = trace;
+    box.showing = false;
     box.replaceChildren();
     trace.tokens.forEach((token, i) => {
       const button = add(box, "button");
@@ -101,6 +102,12 @@ function strip(box, trace, side) {
       button.dataset.position = i;
       for (let n = 0; n < trace.breaks[i]; n++) add(box, "br");
     });
+  }
+  const chosen = side ? state.second : state.root;
+  if (box.chosen !== chosen || !box.showing) {
+    [box.chosen, box.showing] = [chosen, true];
+    const found = box.querySelector(`[data-position="${chosen}"]`);
+    if (found) box.scrollTop = found.offsetTop - box.offsetTop - box.clientHeight / 2;
   }
   const both = state.compare === "position", place = scene.placeOf[side], second = scene.placeOf[1];
   for (const button of box.children) {
@@ -365,7 +372,7 @@ const zoomBy = (factor) => { moved = true; view.zoom(factor, view.left + (view.w
 document.addEventListener("keydown", (event) => {
   if (!scene || event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target.type !== "checkbox";
-  if (typing) { if (event.key === "Escape" && event.target.type !== "number") { event.target.blur(); canvas.focus(); } return; }
+  if (typing) { if (event.key === "Escape") canvas.focus(); return; }
   const onGraph = event.target === canvas || event.target === document.body;
   if (onGraph && (event.key.startsWith("Arrow") || event.key === "," || event.key === ".")) step(event.key);
   else if (onGraph && event.key === "Enter" && state.selection && state.selection.line) strongestHead(state.selection.line);
@@ -405,7 +412,7 @@ for (const [id, side] of [["prompt", 0], ["prompt-b", 1]]) {
     if (!button) return;
     const chosen = +button.dataset.position;
     if (side || (event.shiftKey && state.compare === "position")) state.second = chosen;
-    else if (event.shiftKey) { state.second = chosen; state.compare = "position"; }
+    else if (event.shiftKey) Object.assign(state, { second: chosen, compare: "position", selection: null });
     else state.root = chosen;
     rebuild({ refit: state.prune });
   });
@@ -441,9 +448,12 @@ const picturePng = () => new Promise((resolve, reject) => {
 const fileName = (ending) => `route-${state.root}-${state.threshold}.${ending}`;
 $("save-svg").addEventListener("click", () => save(new Blob([pictureSvg()], { type: "image/svg+xml" }), fileName("svg")));
 $("save-png").addEventListener("click", () => picturePng().then((blob) => save(blob, fileName("png")), (error) => { $("notice").textContent = error.message; $("notice").hidden = false; }));
+const setting = () => `Threshold ${Number(state.threshold.toPrecision(6))}, ${state.renormalize ? "renormalised" : "not renormalised"}, root ${scene.routes.map((route, side) => (scene.compared ? "AB"[side] + " " : "") + tokenText(route.trace, route.roots[0])).join(", ")}${$("filter").value ? `, showing ${$("filter").value}` : ""}`;
 window.addEventListener("beforeprint", () => {
   if (!scene) return;
-  $("printed").replaceChildren(document.importNode(new DOMParser().parseFromString(pictureSvg(LIGHT), "image/svg+xml").documentElement, true));
+  $("printed").replaceChildren();
+  add($("printed"), "p", setting());
+  $("printed").append(document.importNode(new DOMParser().parseFromString(pictureSvg(LIGHT), "image/svg+xml").documentElement, true));
   document.documentElement.dataset.screen = document.documentElement.dataset.theme;
   document.documentElement.dataset.theme = "light";
 });
@@ -452,11 +462,18 @@ window.addEventListener("afterprint", () => {
   if (document.documentElement.dataset.screen) document.documentElement.dataset.theme = document.documentElement.dataset.screen;
 });
 
+// The logit lens and the attention weights belong to the prompt, whatever the measure.
+function shareDetails(set, from) {
+  if (!from || from === set) return;
+  for (const name of ["details", "lens_state", "lens_token", "lens_probability", "attention_row", "attention_key", "attention_weight"]) set[name] = from[name];
+}
+
 // Put traces on show: {sets, columns, start} and their blocks.
 async function show(about, blocks, keep = false) {
   const began = performance.now(), sets = [];
   for (let i = 0; i < about.sets.length; i++) sets.push(await openTrace(about.sets[i], blocks[i]));
   const { start } = about, first = sets[0];
+  for (const set of sets) shareDetails(set, sets.find((one) => one.prompt === set.prompt && one.details.keys));
   Object.assign(state, { sets, aligned: about.columns, root: start.root, second: start.second, selection: null, hover: null });
   if (!keep) Object.assign(state, { threshold: start.threshold, renormalize: start.renormalize });
   state.measure = sets.some((s) => s.measure === state.measure) ? state.measure : first.measure;

@@ -110,6 +110,7 @@ class View {
   x(column) { return this.left + column * this.sx - this.x0; }
   y(height) { return this.height - this.bottom - heightOf(height) * this.sy + this.y0; }
   fit(scene, focus) {
+    this.top = scene.compared ? 54 : 34;
     const wide = this.width - this.left - 58, tall = this.height - this.bottom - this.top;
     this.sy = Math.max(Math.min(tall / scene.layers, 64), 11);
     this.sx = Math.max(Math.min(wide / Math.max(scene.width, 1), Math.max(2.6 * this.sy, 62)), 26);
