@@ -7,7 +7,7 @@ const KEYS = [
   ["Enter", "details of the strongest head of an edge"], ["+ −", "threshold up, down"], ["r", "make the selected token the root"], ["n", "renormalise"], ["s", "signed, or proximity"],
   ["c", "compare: nothing, two positions, two prompts"], ["p", "touched tokens only"], ["/", "show only some heads: L5H3, L20, H3, ffn"], ["f", "fit into the window"], ["[ ]", "zoom"], ["d", "light, dark"], ["Esc", "let go of the selection"],
 ];
-const state = { sets: [], aligned: null, threshold: 0.04, root: 0, second: null, renormalize: true, measure: "proximity", compare: "", prune: false, filter: headFilter(""), selection: null, hover: null };
+const state = { sets: [], aligned: null, threshold: 0.04, root: 0, second: null, renormalize: true, measure: "proximity", compare: "", prune: false, filter: headFilter(""), selection: null, hover: null, firstPrompt: null, asking: false };
 let scene = null, drawn = [], colours = LIGHT, frame = 0, moved = false;
 
 const panel = new Panel($("panel"), (selection) => choose(selection));
@@ -23,6 +23,7 @@ const toSlider = (threshold) => (threshold <= lowest() ? 0 : (1000 * Math.log(th
 const fromSlider = (at) => (at <= 0 ? lowest() : Number((base() * (0.5 / base()) ** (at / 1000)).toPrecision(3)));
 
 function rebuild({ refit = false } = {}) {
+  if (!state.sets.length) return;
   const a = setOf("A"), began = performance.now();
   state.threshold = Math.min(Math.max(state.threshold, lowest()), 0.999);
   const routes = [extract(a, [state.root], state.threshold, state.renormalize)];
@@ -486,24 +487,32 @@ async function show(about, blocks, keep = false) {
 }
 
 async function ask(form, beside) {
-  const text = $("text").value, buttons = form.querySelectorAll("button"), first = state.sets.length ? state.firstPrompt : undefined;
-  if (!text.trim()) return;
-  buttons.forEach((b) => { b.disabled = true; });
+  const text = $("text").value, first = state.firstPrompt;
+  if (!text.trim() || state.asking) return;
+  state.asking = true;
+  askable();
   $("notice").textContent = "Tracing …";
   $("notice").hidden = false;
   try {
-    const body = JSON.stringify({ text: beside && first !== undefined ? first : text, other: beside && first !== undefined ? text : null, threshold: state.threshold });
-    const reply = await fetch(form.dataset.url, { method: "POST", headers: { "Content-Type": "application/json", "X-Flowroutes": form.dataset.key }, body });
-    const found = await reply.json();
+    const body = JSON.stringify({ text: beside ? first : text, other: beside ? text : null, threshold: state.threshold });
+    const reply = await fetch(form.dataset.url, { method: "POST", headers: { "Content-Type": "application/json", "X-Flowroutes": form.dataset.key }, body })
+      .catch(() => { throw new Error("the server does not answer; is it still running?"); });
+    const found = await reply.json().catch(() => ({}));
     if (!reply.ok) throw new Error(found.error || `the server answered ${reply.status}`);
-    if (!beside || first === undefined) state.firstPrompt = text;
+    if (!beside) state.firstPrompt = text;
     await show(found, found.data, true);
   } catch (error) {
     $("notice").textContent = `Not traced: ${error.message}`;
     $("notice").hidden = false;
   } finally {
-    buttons.forEach((b) => { b.disabled = false; });
+    state.asking = false;
+    askable();
   }
+}
+
+function askable() {
+  $("run").disabled = state.asking;
+  $("run-other").disabled = state.asking || !state.firstPrompt;
 }
 
 function begin() {
@@ -519,6 +528,7 @@ function begin() {
   document.documentElement.classList.add("live");
   if (form) {
     state.firstPrompt = about.prompt;
+    askable();
     form.addEventListener("submit", (event) => { event.preventDefault(); ask(form, event.submitter && event.submitter.id === "run-other"); });
     $("text").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); ask(form, false); } });
     if (!about.sets.length) $("text").focus();
