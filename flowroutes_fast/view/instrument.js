@@ -421,8 +421,7 @@ for (const [id, side] of [["prompt", 0], ["prompt-b", 1]]) {
 
 // Export: the whole graph, not only what the window shows.
 function pictureSvg(palette = colours) {
-  const whole = wholeView(scene);
-  whole.bottom = view.bottom;
+  const whole = wholeView(scene, view.bottom);
   const surface = new SvgSurface(whole.width, whole.height, palette.page);
   paint(surface, scene, whole, palette, { node: null, lines: null, near: null, column: -1 }, MAX_LINES);
   return surface.toString();
@@ -437,8 +436,7 @@ function save(blob, name) {
 }
 
 const picturePng = () => new Promise((resolve, reject) => {
-  const whole = wholeView(scene), copy = document.createElement("canvas"), ratio = Math.min(2, 16000 / whole.width, 16000 / whole.height);
-  whole.bottom = view.bottom;
+  const whole = wholeView(scene, view.bottom), copy = document.createElement("canvas"), ratio = Math.min(2, 16000 / whole.width, 16000 / whole.height);
   copy.width = Math.round(whole.width * ratio);
   copy.height = Math.round(whole.height * ratio);
   const c = copy.getContext("2d");

@@ -227,11 +227,12 @@ function paint(surface, scene, view, colours, mark, most = MAX_DRAWN) {
 }
 
 // The whole graph, whatever the window shows: for export and print.
-function wholeView(scene) {
+function wholeView(scene, bottom) {
   const view = new View();
   view.sx = 42;
   view.sy = 32;
   view.top = scene.compared ? 70 : 60;
+  view.bottom = bottom;
   view.width = view.left + scene.width * view.sx + 110;
   view.height = view.top + scene.layers * view.sy + view.bottom;
   view.x0 = -40;

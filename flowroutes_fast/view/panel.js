@@ -124,13 +124,13 @@ class Panel {
   entering(scene, route, side, node, into, position) {
     if (!node.height) return;
     add(this.element, "h3", route.renormalize ? "What enters, above the threshold, as shares" : "What enters, above the threshold");
-    if (!into.length) { add(this.element, "p", "nothing", "muted"); return; }
+    if (!into.length) { add(this.element, "p", node.weak ? `${node.weak} edges, all weaker than those that are drawn` : "nothing", "muted"); return; }
     const rows = into.slice(0, PANEL_ROWS).map((line) => {
       const source = route.edges.source[line.edge[side]];
       const label = line.kind === ATTENTION ? (source === position ? "attention to itself" : tokenText(route.trace, source)) : SHORT[line.kind];
       return [label, line.value[side], colourName(line.kind), () => this.select({ type: "edge", line })];
     });
-    bars(this.element, rows, { largest: 1, more: into.length - PANEL_ROWS });
+    bars(this.element, rows, { largest: 1, more: Math.max(into.length - PANEL_ROWS, 0) + node.weak });
   }
 
   lens(trace, height, position, title = "Logit lens: next token if this were the last state") {
@@ -237,26 +237,31 @@ class Panel {
 
   strongest(scene, route) {
     const { edges, parts, trace } = route, found = [];
+    let count = 0, least = 0;
     for (let e = 0; e < edges.length; e++) {
       if (edges.kind[e] !== ATTENTION || edges.source[e] === edges.target[e]) continue;
       for (let p = edges.first[e]; p < edges.first[e] + edges.count[e]; p++) {
-        if (!scene.filter.active || scene.filter.passes(edges.layer[e], ATTENTION, parts.head[p])) found.push([e, p]);
+        if (scene.filter.active && !scene.filter.passes(edges.layer[e], ATTENTION, parts.head[p])) continue;
+        count++;
+        if (found.length === PANEL_ROWS && Math.abs(parts.value[p]) <= least) continue;
+        found.push([e, p]);
+        found.sort((a, b) => Math.abs(parts.value[b[1]]) - Math.abs(parts.value[a[1]]));
+        found.length = Math.min(found.length, PANEL_ROWS);
+        least = Math.abs(parts.value[found[found.length - 1][1]]);
       }
     }
-    found.sort((a, b) => Math.abs(parts.value[b[1]]) - Math.abs(parts.value[a[1]]));
     add(this.element, "h3", "Strongest heads across positions");
     if (!found.length) add(this.element, "p", "none above the threshold", "muted");
-    bars(this.element, found.slice(0, PANEL_ROWS).map(([e, p]) => [
+    bars(this.element, found.map(([e, p]) => [
       `${headName(edges.layer[e], parts.head[p])} ${clip(trace.tokens[edges.source[e]], 8)}@${edges.source[e]}→${edges.target[e]}`, parts.value[p], scene.signed ? "plus" : "attention",
       () => this.select(this.lineOf(scene, 0, e)), `${tokenText(trace, edges.source[e])} → ${tokenText(trace, edges.target[e])}`,
-    ]), { more: found.length - PANEL_ROWS });
+    ]), { more: count - found.length });
   }
 
   differences(scene) {
-    const both = scene.lines.filter((line) => line.edge[0] >= 0 && line.edge[1] >= 0).length;
-    const only = [0, 1].map((side) => scene.lines.filter((line) => line.edge[1 - side] < 0).length);
+    const [a, b, both] = scene.sizes;
     add(this.element, "h3", "Edges (heads summed)");
-    facts(this.element, [["only in A", String(only[0])], ["only in B", String(only[1])], ["in both", String(both)]]);
+    facts(this.element, [["only in A", String(a - both)], ["only in B", String(b - both)], ["in both", String(both)]]);
     add(this.element, "h3", "Largest differences, A − B (no residual connections)");
     const sorted = scene.lines.filter((line) => line.shown && !residual(line)).sort((p, q) => Math.abs(q.value[0] - q.value[1]) - Math.abs(p.value[0] - p.value[1]));
     bars(this.element, sorted.slice(0, PANEL_ROWS).map((line) => {

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flowroutes_fast.trace import DEFAULT_THRESHOLDS, token_ids, trace
+from flowroutes_fast.trace import DEFAULT_THRESHOLDS, model_name, token_ids, trace
 from flowroutes_fast.view import page
 from flowroutes_fast.view.details import details
 
@@ -176,7 +176,13 @@ class Guard:
 def create_app(tracer: Tracer, port: int, shown: Trace | None = None, **options: Any) -> Any:
     """The server as an ASGI application; ``options`` are those of :func:`flowroutes_fast.view.page.trace_html`."""
     key = secrets.token_urlsafe(24)
-    settings = {"url": "/trace", "key": key, "max_characters": MAX_CHARACTERS, "prompt": tracer.prompt_of(shown)}
+    settings = {
+        "url": "/trace",
+        "key": key,
+        "max_characters": MAX_CHARACTERS,
+        "prompt": tracer.prompt_of(shown),
+        "model": model_name(tracer.model),
+    }
     html = page.trace_html(shown, server=settings, **options)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
