@@ -1,4 +1,4 @@
-"""The command line: ``flowroutes trace``, ``estimate``, ``corpus``, ``analyze``, ``bench``, ``models`` and ``doctor``."""
+"""The command line: ``flowroutes trace``, ``view``, ``estimate``, ``corpus``, ``analyze``, ``bench``, ``models`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def trace(
     ] = "importance",
     keep: Annotated[float | None, typer.Option(help="With --rule flow, instead of a threshold: share of the edges to keep.")] = None,
     renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Folder for route.html and route.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for route.html, route.json and trace.safetensors (for 'flowroutes view').")
+    ] = None,
     backend: Annotated[
         str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'.", autocompletion=terminal.backends)
     ] = "auto",
@@ -115,7 +117,9 @@ def trace(
     )
     route = result.route(position or -1, threshold, renormalize, rule=rule, keep=keep)
     extracted = time.perf_counter()
-    written = [] if out is None else [route.to_html(out / "route.html"), route.save(out / "route.json")]
+    written = (
+        [] if out is None else [route.to_html(out / "route.html"), route.save(out / "route.json"), result.save(out / "trace.safetensors")]
+    )
     if json:
         terminal.print_json({
             "model": result.model, "tokens": result.tokens, "prediction": [{"token": t, "probability": p} for t, p in result.prediction],
@@ -131,7 +135,7 @@ def trace(
         f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
     )
     if written:
-        typer.echo("wrote " + " and ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
+        typer.echo("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
 
 
 def _report(result, route) -> None:  # type: ignore[no-untyped-def]
@@ -144,6 +148,51 @@ def _report(result, route) -> None:  # type: ignore[no-untyped-def]
     typer.echo("tokens      " + " ".join(f"{i}:{show_token(token)}" for i, token in enumerate(result.tokens)) + "\n")
     typer.echo(route.to_text())
     typer.echo(f"\n{len(route.edges)} sub-edges, {len(route.token_edges)} token edges: {rule_text(route)}")
+
+
+@app.command(
+    epilog=examples(
+        "flowroutes view out/demo/trace.safetensors",
+        "flowroutes view mary.safetensors john.safetensors --model demo --out compared.html",
+        "flowroutes view --serve --model demo",
+    )
+)
+def view(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="A trace file; a second one to compare with; for each, if there is one, its trace with the other measure."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page. (default: the first file's name with .html)")] = None,
+    open_page: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Show it in a browser. (default: when this is a terminal)")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="'demo', a local folder, a .gguf file or a hub id. Adds what each state predicts (logit lens), where heads attend and the "
+            "signed view; with --serve, the model that traces prompts. (default with --serve: demo)"
+        ),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Where the slider starts.")] = 0.04,
+    position: Annotated[int, typer.Option(help="The root that the page opens with; negative from the end.")] = -1,
+    renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 and trace prompts that are typed into it.")] = False,
+    port: Annotated[int, typer.Option(help="With --serve; 0 takes a free one.")] = 8765,
+    max_tokens: Annotated[int | None, typer.Option(help="With --serve: longest prompt. (default: 2048)")] = None,
+) -> None:
+    """Show traces in an interactive page: routes at every threshold, from every token, of two prompts side by side."""
+    from flowroutes_fast.view import command
+
+    options: dict[str, Any] = {
+        "open_page": sys.stdout.isatty() if open_page is None else open_page, "threshold": threshold, "position": position,
+        "renormalize": renormalize, "say": typer.echo,
+    }  # fmt: skip
+    if serve:
+        if out is not None:
+            raise ValueError("--out and --serve exclude one another: a served page is no file")
+        command.serve(files or [], port=port, model=model or "demo", max_tokens=max_tokens, **options)
+    else:
+        command.view(files or [], out=out, model=model, **options)
 
 
 @app.command(

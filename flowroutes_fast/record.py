@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from flowroutes_fast.files import write_atomically
+from flowroutes_fast.files import write_atomically, write_text
 from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
 
@@ -324,6 +324,47 @@ class Trace:
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "trace": json.dumps(header, ensure_ascii=False)}
         return write_atomically(path, lambda temporary: save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata))
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        other: Trace | None = None,
+        signed: Trace | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        threshold: float = 0.04,
+        position: int = -1,
+        renormalize: bool = True,
+    ) -> Path:
+        """Write the trace as a self-contained page that extracts routes while you move its slider; returns the page's path.
+
+        Args:
+            other: another prompt's trace by the same model, to compare with.
+            signed: the same prompt with ``measure="signed"``, to switch to.
+            model, tokenizer: those of the trace, which run once more: the page then shows what every state would predict (logit lens) and
+                where every head attends.
+            threshold, position, renormalize: the route that the page opens with.
+
+        Raises:
+            ValueError: traces that do not belong together. IndexError: position out of range.
+        """
+        from flowroutes_fast.view.details import details
+        from flowroutes_fast.view.page import trace_html
+
+        about = [
+            details(model, tokenizer, one, position=at) if model is not None and one else None
+            for one, at in ((self, position), (other, -1))
+        ]
+        page = trace_html(
+            self, other, signed=signed, details=about[0], other_details=about[1], threshold=threshold, position=position, renormalize=renormalize
+        )  # fmt: skip
+        return write_text(path, page)
+
+    def _repr_html_(self) -> str:
+        from flowroutes_fast.view.notebook import trace_cell
+
+        return trace_cell(self)
+
     def __repr__(self) -> str:
         kept = "all sub-edges" if self.dense is not None else f"sub-edges above {self.floor}"
         return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.heads.shape[-1]} heads, {self.precision}, {kept}, {self.model})"
@@ -357,4 +398,4 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
             stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in _NEURON)) for layer in layers]
         return Trace(**header, **{name: tensors[name] for name in _ARRAYS}, **stored)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path}' is a damaged trace file: {error}") from error
+        raise ValueError(f"'{path}' is a damaged trace file, or none: {error}") from error

@@ -164,6 +164,11 @@ class Route:
         """Write the route as JSON (:func:`load_route` reads it back)."""
         return write_text(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False))
 
+    def _repr_html_(self) -> str:
+        from flowroutes_fast.view.notebook import route_cell
+
+        return route_cell(self)
+
     def __repr__(self) -> str:
         return f"Route({len(self.edges)} sub-edges to {', '.join(f'{self.tokens[p]!r}@{p}' for p in self.positions)}, threshold={self.threshold}, {self.model})"
 

@@ -150,7 +150,7 @@ def trace(
     mixers = [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks]
     traces = [
         _record(
-            found, options, tokens=_token_texts(tokenizer, ids), token_ids=ids, model=_name(model), mixers=mixers, floor=0.0 if dense else floor,
+            found, options, tokens=_token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
             prediction=_prediction(logits, tokenizer), timings={"total": total, "importances": ours},
             settle=_settler(weak, ids, row, replace(options, neurons=False)) if precision == "certified" else None,
         )
@@ -322,7 +322,7 @@ def _record(results: list[LayerImportances], options: Options, **known: Any) -> 
     )
 
 
-def _name(model: Any) -> str:
+def model_name(model: Any) -> str:
     return str(getattr(model.config, "_name_or_path", "") or model.config.model_type)
 
 

@@ -26,6 +26,7 @@ TOP_KEYS = 8
 MAX_STATES = 4_000  # of the logit lens
 MAX_ROWS = 300_000  # (layer, query, head, key) of attention weights
 CHUNK_BYTES = 64 * 2**20
+BATCH = 256  # states to which the lens is applied together
 _SAMPLE = 8  # tokens that calibrate the lens
 
 Lens = Callable[[Tensor], Tensor]  # states [n, d_model] -> logits [n, vocabulary]
@@ -103,6 +104,7 @@ def details(
     finally:
         watch.remove()
     found.lens(0, first[0][0])
+    found.flush()
     if len(found.heads) > 1:  # layers with fewer heads are filled up
         most = max(found.heads)
         found.keys = [np.pad(k, ((0, 0), (0, most - k.shape[1]), (0, 0))) for k in found.keys]
@@ -110,9 +112,10 @@ def details(
     order = np.argsort(state := _joined(found.states, (0,), np.int64), kind="stable")
     token, names = np.unique(_joined(found.tokens, (0, TOP_TOKENS), np.int64)[order], return_inverse=True)
     texts = [show_token(tokenizer.decode([int(i)]) if tokenizer is not None else str(int(i))) for i in token]
+    probabilities = _joined(found.probabilities, (0, TOP_TOKENS), np.float32)[order]
     shape = (0, max(found.heads, default=1), 1)
     return Details(
-        state[order], names.reshape(len(state), -1), _joined(found.probabilities, (0, TOP_TOKENS), np.float32)[order], texts,
+        state[order], names.reshape(probabilities.shape), probabilities, texts,
         np.concatenate([layer * tokens + query for layer, query in found.rows_done]) if found.rows_done else np.zeros(0, np.int64),
         _joined(found.keys, shape, np.int64), _joined(found.weights, shape, np.float32), partial, why,
     )  # fmt: skip
@@ -132,6 +135,7 @@ class _Collected:
     def __init__(self, lens: Lens | None, tokens: int, states: np.ndarray, rows: np.ndarray) -> None:
         self._lens, self.wanted, self.rows, self.n = lens, states, rows, tokens
         self.states: list[np.ndarray] = []
+        self.waiting: list[Tensor] = []
         self.tokens: list[np.ndarray] = []
         self.probabilities: list[np.ndarray] = []
         self.rows_done: list[tuple[int, np.ndarray]] = []
@@ -149,14 +153,23 @@ class _Collected:
 
     def lens(self, height: int, state: Tensor) -> None:
         positions = np.flatnonzero(self.wanted[height])
-        if self._lens is None or not len(positions):
+        if self._lens is None:
             return
-        for some in np.array_split(positions, -(-len(positions) // 256)):
-            logits = self._lens(state[torch.from_numpy(some).to(state.device)])
-            top = logits.softmax(-1).topk(min(TOP_TOKENS, logits.shape[-1]))
+        for some in np.array_split(positions, -(-len(positions) // BATCH) or 1):
             self.states.append(height * self.n + some)
-            self.tokens.append(top.indices.cpu().numpy())
-            self.probabilities.append(top.values.float().cpu().numpy())
+            self.waiting.append(state[torch.from_numpy(some).to(state.device)])
+            if sum(map(len, self.waiting)) >= BATCH:
+                self.flush()
+
+    def flush(self) -> None:
+        """Apply the lens to the states that wait for it, together: the unembedding is read once for all."""
+        if self._lens is None or not self.waiting:
+            return
+        logits = self._lens(torch.cat([some.to(self.waiting[0].device) for some in self.waiting]))
+        top = logits.softmax(-1).topk(min(TOP_TOKENS, logits.shape[-1]))
+        self.tokens.append(top.indices.cpu().numpy())
+        self.probabilities.append(top.values.float().cpu().numpy())
+        self.waiting.clear()
 
     def _attention(self, layer: Layer, queries: np.ndarray) -> None:
         assert layer.query is not None

@@ -7,7 +7,7 @@ const KEYS = [
   ["Enter", "details of the strongest head of an edge"], ["+ −", "threshold up, down"], ["r", "make the selected token the root"], ["n", "renormalise"], ["s", "signed, or proximity"],
   ["c", "compare: nothing, two positions, two prompts"], ["p", "touched tokens only"], ["/", "show only some heads: L5H3, L20, H3, ffn"], ["f", "fit into the window"], ["[ ]", "zoom"], ["d", "light, dark"], ["Esc", "let go of the selection"],
 ];
-const state = { sets: [], aligned: null, threshold: 0.04, root: 0, second: null, renormalize: true, measure: "proximity", compare: "", prune: false, filter: headFilter(""), selection: null, hover: null };
+const state = { sets: [], aligned: null, threshold: 0.04, root: 0, second: null, renormalize: true, measure: "proximity", compare: "", prune: false, filter: headFilter(""), selection: null, hover: null, firstPrompt: null, asking: false };
 let scene = null, drawn = [], colours = LIGHT, frame = 0, moved = false;
 
 const panel = new Panel($("panel"), (selection) => choose(selection));
@@ -23,6 +23,7 @@ const toSlider = (threshold) => (threshold <= lowest() ? 0 : (1000 * Math.log(th
 const fromSlider = (at) => (at <= 0 ? lowest() : Number((base() * (0.5 / base()) ** (at / 1000)).toPrecision(3)));
 
 function rebuild({ refit = false } = {}) {
+  if (!state.sets.length) return;
   const a = setOf("A"), began = performance.now();
   state.threshold = Math.min(Math.max(state.threshold, lowest()), 0.999);
   const routes = [extract(a, [state.root], state.threshold, state.renormalize)];
@@ -54,7 +55,7 @@ function reselect(kept) {
 
 function showState() {
   const a = setOf("A"), subEdges = scene.routes.map((r) => r.parts.length), edges = scene.routes.map((r) => r.edges.length);
-  $("about").textContent = `${a.model} · ${a.layers} layers × ${a.heads} heads · ${a.n} tokens · ${a.precision}, ${a.measure}`;
+  $("about").textContent = `${a.model} · ${a.layers} layers × ${a.heads} heads · ${state.compare === "prompt" ? `${a.n} and ${setOf("B").n}` : a.n} tokens · ${a.precision}, ${a.measure}`;
   $("threshold").value = toSlider(state.threshold);
   $("threshold").setAttribute("aria-valuetext", String(state.threshold));
   if (document.activeElement !== $("threshold-number")) $("threshold-number").value = Number(state.threshold.toPrecision(6));
@@ -91,6 +92,7 @@ function notice() {
 function strip(box, trace, side) {
   if (box.trace !== trace) {
     box.trace = trace;
+    box.showing = false;
     box.replaceChildren();
     trace.tokens.forEach((token, i) => {
       const button = add(box, "button");
@@ -101,6 +103,12 @@ function strip(box, trace, side) {
       button.dataset.position = i;
       for (let n = 0; n < trace.breaks[i]; n++) add(box, "br");
     });
+  }
+  const chosen = side ? state.second : state.root;
+  if (box.chosen !== chosen || !box.showing) {
+    [box.chosen, box.showing] = [chosen, true];
+    const found = box.querySelector(`[data-position="${chosen}"]`);
+    if (found) box.scrollTop = found.offsetTop - box.offsetTop - box.clientHeight / 2;
   }
   const both = state.compare === "position", place = scene.placeOf[side], second = scene.placeOf[1];
   for (const button of box.children) {
@@ -365,7 +373,7 @@ const zoomBy = (factor) => { moved = true; view.zoom(factor, view.left + (view.w
 document.addEventListener("keydown", (event) => {
   if (!scene || event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target.type !== "checkbox";
-  if (typing) { if (event.key === "Escape" && event.target.type !== "number") { event.target.blur(); canvas.focus(); } return; }
+  if (typing) { if (event.key === "Escape") canvas.focus(); return; }
   const onGraph = event.target === canvas || event.target === document.body;
   if (onGraph && (event.key.startsWith("Arrow") || event.key === "," || event.key === ".")) step(event.key);
   else if (onGraph && event.key === "Enter" && state.selection && state.selection.line) strongestHead(state.selection.line);
@@ -405,7 +413,7 @@ for (const [id, side] of [["prompt", 0], ["prompt-b", 1]]) {
     if (!button) return;
     const chosen = +button.dataset.position;
     if (side || (event.shiftKey && state.compare === "position")) state.second = chosen;
-    else if (event.shiftKey) { state.second = chosen; state.compare = "position"; }
+    else if (event.shiftKey) Object.assign(state, { second: chosen, compare: "position", selection: null });
     else state.root = chosen;
     rebuild({ refit: state.prune });
   });
@@ -413,8 +421,7 @@ for (const [id, side] of [["prompt", 0], ["prompt-b", 1]]) {
 
 // Export: the whole graph, not only what the window shows.
 function pictureSvg(palette = colours) {
-  const whole = wholeView(scene);
-  whole.bottom = view.bottom;
+  const whole = wholeView(scene, view.bottom);
   const surface = new SvgSurface(whole.width, whole.height, palette.page);
   paint(surface, scene, whole, palette, { node: null, lines: null, near: null, column: -1 }, MAX_LINES);
   return surface.toString();
@@ -429,8 +436,7 @@ function save(blob, name) {
 }
 
 const picturePng = () => new Promise((resolve, reject) => {
-  const whole = wholeView(scene), copy = document.createElement("canvas"), ratio = Math.min(2, 16000 / whole.width, 16000 / whole.height);
-  whole.bottom = view.bottom;
+  const whole = wholeView(scene, view.bottom), copy = document.createElement("canvas"), ratio = Math.min(2, 16000 / whole.width, 16000 / whole.height);
   copy.width = Math.round(whole.width * ratio);
   copy.height = Math.round(whole.height * ratio);
   const c = copy.getContext("2d");
@@ -441,9 +447,12 @@ const picturePng = () => new Promise((resolve, reject) => {
 const fileName = (ending) => `route-${state.root}-${state.threshold}.${ending}`;
 $("save-svg").addEventListener("click", () => save(new Blob([pictureSvg()], { type: "image/svg+xml" }), fileName("svg")));
 $("save-png").addEventListener("click", () => picturePng().then((blob) => save(blob, fileName("png")), (error) => { $("notice").textContent = error.message; $("notice").hidden = false; }));
+const setting = () => `Threshold ${Number(state.threshold.toPrecision(6))}, ${state.renormalize ? "renormalised" : "not renormalised"}, root ${scene.routes.map((route, side) => (scene.compared ? "AB"[side] + " " : "") + tokenText(route.trace, route.roots[0])).join(", ")}${$("filter").value ? `, showing ${$("filter").value}` : ""}`;
 window.addEventListener("beforeprint", () => {
   if (!scene) return;
-  $("printed").replaceChildren(document.importNode(new DOMParser().parseFromString(pictureSvg(LIGHT), "image/svg+xml").documentElement, true));
+  $("printed").replaceChildren();
+  add($("printed"), "p", setting());
+  $("printed").append(document.importNode(new DOMParser().parseFromString(pictureSvg(LIGHT), "image/svg+xml").documentElement, true));
   document.documentElement.dataset.screen = document.documentElement.dataset.theme;
   document.documentElement.dataset.theme = "light";
 });
@@ -452,11 +461,18 @@ window.addEventListener("afterprint", () => {
   if (document.documentElement.dataset.screen) document.documentElement.dataset.theme = document.documentElement.dataset.screen;
 });
 
+// The logit lens and the attention weights belong to the prompt, whatever the measure.
+function shareDetails(set, from) {
+  if (!from || from === set) return;
+  for (const name of ["details", "lens_state", "lens_token", "lens_probability", "attention_row", "attention_key", "attention_weight"]) set[name] = from[name];
+}
+
 // Put traces on show: {sets, columns, start} and their blocks.
 async function show(about, blocks, keep = false) {
   const began = performance.now(), sets = [];
   for (let i = 0; i < about.sets.length; i++) sets.push(await openTrace(about.sets[i], blocks[i]));
   const { start } = about, first = sets[0];
+  for (const set of sets) shareDetails(set, sets.find((one) => one.prompt === set.prompt && one.details.keys));
   Object.assign(state, { sets, aligned: about.columns, root: start.root, second: start.second, selection: null, hover: null });
   if (!keep) Object.assign(state, { threshold: start.threshold, renormalize: start.renormalize });
   state.measure = sets.some((s) => s.measure === state.measure) ? state.measure : first.measure;
@@ -469,24 +485,32 @@ async function show(about, blocks, keep = false) {
 }
 
 async function ask(form, beside) {
-  const text = $("text").value, buttons = form.querySelectorAll("button"), first = state.sets.length ? state.firstPrompt : undefined;
-  if (!text.trim()) return;
-  buttons.forEach((b) => { b.disabled = true; });
+  const text = $("text").value, first = state.firstPrompt;
+  if (!text.trim() || state.asking) return;
+  state.asking = true;
+  askable();
   $("notice").textContent = "Tracing …";
   $("notice").hidden = false;
   try {
-    const body = JSON.stringify({ text: beside && first !== undefined ? first : text, other: beside && first !== undefined ? text : null, threshold: state.threshold });
-    const reply = await fetch(form.dataset.url, { method: "POST", headers: { "Content-Type": "application/json", "X-Flowroutes": form.dataset.key }, body });
-    const found = await reply.json();
+    const body = JSON.stringify({ text: beside ? first : text, other: beside ? text : null, threshold: state.threshold });
+    const reply = await fetch(form.dataset.url, { method: "POST", headers: { "Content-Type": "application/json", "X-Flowroutes": form.dataset.key }, body })
+      .catch(() => { throw new Error("the server does not answer; is it still running?"); });
+    const found = await reply.json().catch(() => ({}));
     if (!reply.ok) throw new Error(found.error || `the server answered ${reply.status}`);
-    if (!beside || first === undefined) state.firstPrompt = text;
+    if (!beside) state.firstPrompt = text;
     await show(found, found.data, true);
   } catch (error) {
     $("notice").textContent = `Not traced: ${error.message}`;
     $("notice").hidden = false;
   } finally {
-    buttons.forEach((b) => { b.disabled = false; });
+    state.asking = false;
+    askable();
   }
+}
+
+function askable() {
+  $("run").disabled = state.asking;
+  $("run-other").disabled = state.asking || !state.firstPrompt;
 }
 
 function begin() {
@@ -502,6 +526,7 @@ function begin() {
   document.documentElement.classList.add("live");
   if (form) {
     state.firstPrompt = about.prompt;
+    askable();
     form.addEventListener("submit", (event) => { event.preventDefault(); ask(form, event.submitter && event.submitter.id === "run-other"); });
     $("text").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); ask(form, false); } });
     if (!about.sets.length) $("text").focus();

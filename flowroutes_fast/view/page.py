@@ -76,7 +76,7 @@ def trace_html(
     return _template().render(
         model=trace.model if trace is not None else "",
         policy=policy, script=Markup(script), style=Markup(style), picture=Markup(picture), sentence=sentence, server=server,
-        data={key: value for key, value in data.items() if key != "data"}, blocks=data["data"],
+        data={**{key: value for key, value in data.items() if key != "data"}, "prompt": server and server.get("prompt")}, blocks=data["data"],
     )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ function paintEdges(surface, scene, view, colours, drawn, lit) {
     const strength = Math.sqrt(Math.min(value, 1)), c = curveOf(scene, view, line);
     let alpha = (residual(line) ? 0.3 : 0.45) + 0.5 * strength;
     if (!line.shown) alpha = 0.07;
-    else if (!on) alpha *= 0.2;
+    else if (!on) alpha *= 0.28;
     const width = widthOf(value) * Math.min(1, Math.max(view.sx / 34, 0.45)) + (lit && on ? 0.5 : 0);
     surface.curve(c, colour, width, lit && on ? Math.max(alpha, 0.85) : alpha, dash);
     if (line.kind === FFN) marks.push([c, colour, Math.min(3.5 + 6.5 * strength, 0.42 * view.sy), alpha, line.shown && on]);
@@ -178,7 +178,7 @@ function paintAxes(surface, scene, view, colours, hovered) {
     const root = scene.routes.some((route, side) => route.roots.some((r) => scene.placeOf[side][r] === i));
     const colour = root ? colours.root : i === hovered || scene.touched[i] ? colours.ink : colours.faint;
     const { a, b } = scene.columns[i], number = a >= 0 ? a : b;
-    if (view.sx >= 17 || !(n % (2 * every))) surface.text(x, floor + 22, String(number), colours.faint, { align: "center", size: 9 });
+    if (view.sx >= 17 || !(n % (2 * every))) surface.text(x, floor + 22, String(number), a < 0 ? colours.second : colours.faint, { align: "center", size: 9 });
     if (wide) surface.text(x, floor + 38, isolated(labelOf(scene, i)), colour, { align: "center", bold: root });
     else surface.text(x + 4, floor + 35, isolated(labelOf(scene, i)), colour, { align: "right", slanted: true, bold: root });
   });
@@ -227,11 +227,12 @@ function paint(surface, scene, view, colours, mark, most = MAX_DRAWN) {
 }
 
 // The whole graph, whatever the window shows: for export and print.
-function wholeView(scene) {
+function wholeView(scene, bottom) {
   const view = new View();
   view.sx = 42;
   view.sy = 32;
-  view.top = 60;
+  view.top = scene.compared ? 70 : 60;
+  view.bottom = bottom;
   view.width = view.left + scene.width * view.sx + 110;
   view.height = view.top + scene.layers * view.sy + view.bottom;
   view.x0 = -40;

@@ -24,11 +24,24 @@ function stateName(height, position) {
   return height % 2 ? `A${(height - 1) / 2}_${position}` : height ? `I${height / 2 - 1}_${position}` : `X0_${position}`;
 }
 
-// Bounds of an importance (before renormalisation) of one row; FFN shares of sequential blocks are known exactly.
-function boundsOf(trace, layer, kind, target, raw) {
-  if (trace.precision !== "certified" || kind === FFN_RESIDUAL || (kind === FFN && trace.shapes[layer] !== "parallel")) return [raw, raw];
+// Bounds of an importance (before renormalisation) of one row; FFN shares of sequential blocks are known exactly. `low`, `high`: before those of
+// the row's normaliser; they differ where heads are known only as a sum.
+function boundsOf(trace, layer, kind, target, low, high = low) {
+  if (trace.precision !== "certified" || kind === FFN_RESIDUAL || (kind === FFN && trace.shapes[layer] !== "parallel")) return [low, high];
   const [below, above] = factors(trace, layer * trace.n + target);
-  return [raw * below, raw * above];
+  return [low * below, high * above];
+}
+
+// The same for an edge of a route (the sum of its heads), and for one of its parts: a rest is entered as its middle.
+function partBounds(route, e, p) {
+  const { trace, edges, parts } = route, raw = parts.raw[p], rest = parts.head[p] === REST && edges.kind[e] === ATTENTION;
+  return boundsOf(trace, edges.layer[e], edges.kind[e], edges.target[e], rest ? 0 : raw, rest ? 2 * raw : raw);
+}
+
+function edgeBounds(route, e) {
+  const sum = [0, 0];
+  for (let p = route.edges.first[e]; p < route.edges.first[e] + route.edges.count[e]; p++) partBounds(route, e, p).forEach((bound, i) => { sum[i] += bound; });
+  return sum;
 }
 
 function facts(parent, rows) {
@@ -111,13 +124,13 @@ class Panel {
   entering(scene, route, side, node, into, position) {
     if (!node.height) return;
     add(this.element, "h3", route.renormalize ? "What enters, above the threshold, as shares" : "What enters, above the threshold");
-    if (!into.length) { add(this.element, "p", "nothing", "muted"); return; }
+    if (!into.length) { add(this.element, "p", node.weak ? `${node.weak} edges, all weaker than those that are drawn` : "nothing", "muted"); return; }
     const rows = into.slice(0, PANEL_ROWS).map((line) => {
       const source = route.edges.source[line.edge[side]];
       const label = line.kind === ATTENTION ? (source === position ? "attention to itself" : tokenText(route.trace, source)) : SHORT[line.kind];
       return [label, line.value[side], colourName(line.kind), () => this.select({ type: "edge", line })];
     });
-    bars(this.element, rows, { largest: 1, more: into.length - PANEL_ROWS });
+    bars(this.element, rows, { largest: 1, more: Math.max(into.length - PANEL_ROWS, 0) + node.weak });
   }
 
   lens(trace, height, position, title = "Logit lens: next token if this were the last state") {
@@ -147,7 +160,7 @@ class Panel {
 
   edgeOf(scene, route, line, e) {
     const { trace, edges, parts } = route, source = edges.source[e], target = edges.target[e];
-    const bounds = boundsOf(trace, line.layer, line.kind, target, edges.raw[e]), rows = [];
+    const bounds = edgeBounds(route, e), rows = [];
     if (route.renormalize) rows.push(["in the route", `${number(edges.value[e])} of what enters`]);
     rows.push(["importance", number(edges.raw[e])], ["known", interval(bounds)]);
     facts(this.element, rows);
@@ -162,7 +175,7 @@ class Panel {
     const side = scene.routes.indexOf(route);
     const shown = order.slice(0, 16).map((p) => {
       const head = parts.head[p], role = head === REST ? "" : trace.roles[trace.role[line.layer * trace.heads + head]];
-      const [low, high] = boundsOf(trace, line.layer, ATTENTION, target, parts.raw[p]);
+      const [low, high] = partBounds(route, e, p);
       const action = head === REST ? null : () => this.select({ type: "head", layer: line.layer, head, query: target, side, line });
       return [headName(line.layer, head), parts.value[p], "attention", action, `${low.toFixed(5)} to ${high.toFixed(5)}${role ? ", " + role : ""}`];
     });
@@ -224,28 +237,33 @@ class Panel {
 
   strongest(scene, route) {
     const { edges, parts, trace } = route, found = [];
+    let count = 0, least = 0;
     for (let e = 0; e < edges.length; e++) {
       if (edges.kind[e] !== ATTENTION || edges.source[e] === edges.target[e]) continue;
       for (let p = edges.first[e]; p < edges.first[e] + edges.count[e]; p++) {
-        if (!scene.filter.active || scene.filter.passes(edges.layer[e], ATTENTION, parts.head[p])) found.push([e, p]);
+        if (scene.filter.active && !scene.filter.passes(edges.layer[e], ATTENTION, parts.head[p])) continue;
+        count++;
+        if (found.length === PANEL_ROWS && Math.abs(parts.value[p]) <= least) continue;
+        found.push([e, p]);
+        found.sort((a, b) => Math.abs(parts.value[b[1]]) - Math.abs(parts.value[a[1]]));
+        found.length = Math.min(found.length, PANEL_ROWS);
+        least = Math.abs(parts.value[found[found.length - 1][1]]);
       }
     }
-    found.sort((a, b) => Math.abs(parts.value[b[1]]) - Math.abs(parts.value[a[1]]));
     add(this.element, "h3", "Strongest heads across positions");
     if (!found.length) add(this.element, "p", "none above the threshold", "muted");
-    bars(this.element, found.slice(0, PANEL_ROWS).map(([e, p]) => [
+    bars(this.element, found.map(([e, p]) => [
       `${headName(edges.layer[e], parts.head[p])} ${clip(trace.tokens[edges.source[e]], 8)}@${edges.source[e]}→${edges.target[e]}`, parts.value[p], scene.signed ? "plus" : "attention",
       () => this.select(this.lineOf(scene, 0, e)), `${tokenText(trace, edges.source[e])} → ${tokenText(trace, edges.target[e])}`,
-    ]), { more: found.length - PANEL_ROWS });
+    ]), { more: count - found.length });
   }
 
   differences(scene) {
-    const both = scene.lines.filter((line) => line.edge[0] >= 0 && line.edge[1] >= 0).length;
-    const only = [0, 1].map((side) => scene.lines.filter((line) => line.edge[1 - side] < 0).length);
+    const [a, b, both] = scene.sizes;
     add(this.element, "h3", "Edges (heads summed)");
-    facts(this.element, [["only in A", String(only[0])], ["only in B", String(only[1])], ["in both", String(both)]]);
-    add(this.element, "h3", "Largest differences, A − B");
-    const sorted = scene.lines.filter((line) => line.shown).sort((p, q) => Math.abs(q.value[0] - q.value[1]) - Math.abs(p.value[0] - p.value[1]));
+    facts(this.element, [["only in A", String(a - both)], ["only in B", String(b - both)], ["in both", String(both)]]);
+    add(this.element, "h3", "Largest differences, A − B (no residual connections)");
+    const sorted = scene.lines.filter((line) => line.shown && !residual(line)).sort((p, q) => Math.abs(q.value[0] - q.value[1]) - Math.abs(p.value[0] - p.value[1]));
     bars(this.element, sorted.slice(0, PANEL_ROWS).map((line) => {
       const place = (i) => { const c = scene.columns[i]; return c.a >= 0 ? c.a : c.b; };
       const where = line.s === line.t ? `@${place(line.t)}` : `@${place(line.s)}→${place(line.t)}`;
@@ -266,7 +284,7 @@ class Panel {
 
 const SVG_NAME = "http://www.w3.org/2000/svg";
 
-function sample(parent, d, attributes) {
+function sample(parent, d, attributes, square) {
   const svg = document.createElementNS(SVG_NAME, "svg");
   svg.setAttribute("width", "40");
   svg.setAttribute("height", "16");
@@ -277,12 +295,17 @@ function sample(parent, d, attributes) {
     else shape.setAttribute(name, value);
   }
   svg.append(shape);
+  if (square) {
+    const mark = svg.appendChild(document.createElementNS(SVG_NAME, "rect"));
+    for (const [name, value] of Object.entries({ x: "22", y: "4", width: "8", height: "8" })) mark.setAttribute(name, value);
+    mark.style.fill = attributes.stroke;
+  }
   add(parent, "dt").append(svg);
 }
 
 function legend(parent, scene) {
   const list = add(parent, "dl", undefined, "legend"), s = "M3 14C3 4 37 12 37 2", flat = "M3 8H37";
-  const entry = (d, attributes, text) => { sample(list, d, attributes); add(list, "dd", text); };
+  const entry = (d, attributes, text, square) => { sample(list, d, attributes, square); add(list, "dd", text); };
   if (scene.compared) {
     entry(s, { stroke: "var(--plus)" }, "only in A");
     entry(s, { stroke: "var(--second)", "stroke-dasharray": "6 3" }, "only in B");
@@ -292,11 +315,11 @@ function legend(parent, scene) {
     entry(s, { stroke: "var(--minus)", "stroke-dasharray": "6 3" }, "pushes it away");
   } else {
     entry(s, { stroke: "var(--attention)" }, "attention, heads summed");
-    entry("M20 15C30 12 30 4 20 1M24 6h6v6h-6z", { stroke: "var(--ffn)" }, "FFN (square)");
+    entry("M18 15C28 13 28 3 18 1", { stroke: "var(--ffn)" }, "FFN (square)", true);
     if (scene.lines.some((line) => line.kind === MIXER)) entry(flat, { stroke: "var(--mixer)", "stroke-dasharray": "2 2" }, "mixer without attention weights");
     entry("M20 16V0", { stroke: "var(--residual)" }, "residual connection");
   }
-  if (scene.signed || scene.compared) entry("M20 15C30 12 30 4 20 1M24 6h6v6h-6z", { stroke: "var(--muted)", "stroke-width": "1.6" }, "FFN has a square, residual connections are straight");
+  if (scene.signed || scene.compared) entry("M18 15C28 13 28 3 18 1", { stroke: "var(--muted)" }, "FFN has a square, residual connections are straight", true);
   entry("", { r: "3.2", fill: "var(--page)", stroke: "var(--ink)" }, "residual stream after a layer");
   if (scene.routes[0].trace.shapes.includes("sequential")) entry("", { r: "2.4", fill: "var(--ink)" }, "residual stream after attention");
   if (!scene.compared) entry("", { r: "6", fill: "var(--root)" }, "root of the route");

@@ -44,7 +44,8 @@ class Columns {
     for (const [name, type] of Object.entries(names)) this[name] = new type(this.size);
     this.names = Object.keys(names);
   }
-  add(...values) {
+  // Make room for one more row; its place.
+  next() {
     if (this.length === this.size) {
       this.size *= 2;
       for (const name of this.names) {
@@ -53,13 +54,36 @@ class Columns {
         this[name] = larger;
       }
     }
-    for (let i = 0; i < values.length; i++) this[this.names[i]][this.length] = values[i];
     return this.length++;
   }
 }
 
 const EDGE = { layer: Uint16Array, kind: Uint8Array, source: Uint32Array, target: Uint32Array, value: Float64Array, raw: Float64Array, first: Uint32Array, count: Uint32Array };
+class Edges extends Columns {
+  constructor() { super(EDGE); }
+  add(layer, kind, source, target, value, raw, first, count) {
+    const i = this.next();
+    this.layer[i] = layer;
+    this.kind[i] = kind;
+    this.source[i] = source;
+    this.target[i] = target;
+    this.value[i] = value;
+    this.raw[i] = raw;
+    this.first[i] = first;
+    this.count[i] = count;
+  }
+}
+
 const PART = { head: Uint16Array, value: Float64Array, raw: Float64Array };
+class Parts extends Columns {
+  constructor() { super(PART); }
+  add(head, value, raw) {
+    const i = this.next();
+    this.head[i] = head;
+    this.value[i] = value;
+    this.raw[i] = raw;
+  }
+}
 
 // Parts that come from the same position into the node after attention (parallel block: after the block).
 function sameTokenParts(trace, layer) {
@@ -71,7 +95,7 @@ function sameTokenParts(trace, layer) {
 
 // The route of `roots`: `edges` with heads summed, `parts` with the heads of each, `open`: decisions that the certified intervals leave open.
 function extract(trace, roots, threshold, renormalize) {
-  const { n, layers } = trace, edges = new Columns(EDGE), parts = new Columns(PART);
+  const { n, layers } = trace, edges = new Edges(), parts = new Parts();
   const limit = Math.fround(threshold); // numpy compares float32 arrays in float32
   const route = { trace, roots, threshold, renormalize, edges, parts, open: 0, untraced: -1 };
   let active = new Uint8Array(n);
@@ -121,6 +145,7 @@ function attentionRow(route, layer, t, row, same, limit, below, alone) {
       }
     }
     const constant = Math.abs(trace.attention_bias[row]);
+    undecided(constant, constant);
     if (constant > limit) total += constant;
     let others = 0;
     for (const [, values] of same) if (Math.abs(values[row]) > threshold) others += Math.abs(values[row]);

@@ -36,25 +36,57 @@ function filtered(route, edge, filter) {
   return sum;
 }
 
-// Lines of one or two routes, by (layer, kind, source column, target column).
-function linesOf(routes, placeOf, count) {
-  const found = new Map();
+// By what edges are chosen to be drawn: importance; with a filter, that of the heads which pass it.
+function weightsOf(route, filter) {
+  const { edges } = route, weights = edges.value.slice(0, edges.length).map(Math.abs);
+  if (filter.active) for (let e = 0; e < edges.length; e++) weights[e] = Math.abs(filtered(route, e, filter)) || 0;
+  return weights;
+}
+
+// The weight that at most `most` edges exceed; -1 if there are no more than that.
+function cutOf(weights, most) {
+  const total = weights.reduce((sum, one) => sum + one.length, 0);
+  if (total <= most) return -1;
+  const all = new Float64Array(total);
+  weights.forEach((one, side) => all.set(one, side ? weights[0].length : 0));
+  return all.sort()[total - most - 1];
+}
+
+// Lines of one or two routes, by (layer, kind, source column, target column): the strongest, and how many there are in the first, the second
+// and both.
+function linesOf(routes, placeOf, count, filter) {
+  const found = new Map(), weights = routes.map((route) => weightsOf(route, filter)), cut = cutOf(weights, MAX_LINES);
+  const keyOf = ({ edges }, place, e) => ((edges.layer[e] * 5 + edges.kind[e]) * count + place[edges.source[e]]) * count + place[edges.target[e]];
   routes.forEach((route, side) => {
     const { edges } = route, place = placeOf[side];
     for (let e = 0; e < edges.length; e++) {
-      const s = place[edges.source[e]], t = place[edges.target[e]];
-      const key = ((edges.layer[e] * 5 + edges.kind[e]) * count + s) * count + t;
-      let line = found.get(key);
-      if (!line) {
-        const [from, to] = endsOf(route.trace, edges.layer[e], edges.kind[e], 0, 0);
-        line = { key, layer: edges.layer[e], kind: edges.kind[e], s, t, from: from / route.trace.n, to: to / route.trace.n, edge: [-1, -1], value: [0, 0], match: [NaN, NaN] };
-        found.set(key, line);
-      }
-      line.edge[side] = e;
-      line.value[side] = edges.value[e];
+      if (!(weights[side][e] > cut)) continue;
+      const key = keyOf(route, place, e), layer = edges.layer[e], kind = edges.kind[e];
+      if (found.has(key)) continue;
+      const [from, to] = endsOf(route.trace, layer, kind, 0, 0);
+      found.set(key, { key, layer, kind, s: place[edges.source[e]], t: place[edges.target[e]], from: from / route.trace.n, to: to / route.trace.n, edge: [-1, -1], value: [0, 0], match: [NaN, NaN] });
     }
+    if (routes.length > 1) return;
+    for (let e = 0; e < edges.length; e++) if (weights[0][e] > cut) fill(found.get(keyOf(route, place, e)), 0, e, edges.value[e]);
   });
-  return [...found.values()];
+  const sizes = [routes[0].edges.length, routes.length > 1 ? routes[1].edges.length : 0, 0];
+  if (routes.length > 1) {
+    const first = new Set();
+    routes.forEach((route, side) => {
+      for (let e = 0; e < route.edges.length; e++) {
+        const key = keyOf(route, placeOf[side], e), line = found.get(key);
+        if (line) fill(line, side, e, route.edges.value[e]);
+        if (!side) first.add(key);
+        else if (first.has(key)) sizes[2]++;
+      }
+    });
+  }
+  return { lines: [...found.values()], sizes };
+}
+
+function fill(line, side, e, value) {
+  line.edge[side] = e;
+  line.value[side] = value;
 }
 
 // A scene of one route or of two that are compared. `columns`: of all tokens; `prune`: leave out those that no route touches.
@@ -64,27 +96,32 @@ function buildScene(routes, columns, { prune, filter }) {
     columns.forEach((column, i) => { const p = side ? column.b : column.a; if (p >= 0) place[p] = i; });
     return place;
   });
-  const count = columns.length, lines = linesOf(routes, placeOf, count);
+  const count = columns.length, { lines, sizes } = linesOf(routes, placeOf, count, filter);
   const touched = new Uint8Array(count), nodes = new Map();
   const node = (height, column, side) => {
     const key = height * count + column;
     let found = nodes.get(key);
-    if (!found) nodes.set(key, found = { key, height, column, sides: 0, root: 0, into: [], out: [] });
+    if (!found) nodes.set(key, found = { key, height, column, sides: 0, root: 0, into: [], out: [], weak: 0 });
     found.sides |= 1 << side;
     touched[column] = 1;
     return found;
   };
+  routes.forEach(({ edges, trace }, side) => {
+    const place = placeOf[side];
+    for (let e = 0; e < edges.length; e++) {
+      const [from, to] = endsOf(trace, edges.layer[e], edges.kind[e], 0, 0);
+      node(from / trace.n, place[edges.source[e]], side);
+      node(to / trace.n, place[edges.target[e]], side).weak++;
+    }
+  });
   for (const line of lines) {
     line.strength = Math.max(Math.abs(line.value[0]), Math.abs(line.value[1]));
     if (filter.active) routes.forEach((route, side) => { if (line.edge[side] >= 0) line.match[side] = filtered(route, line.edge[side], filter); });
     line.shown = !filter.active || line.match.some((v) => !Number.isNaN(v));
-    for (const side of [0, 1]) {
-      if (line.edge[side] < 0) continue;
-      node(line.from, line.s, side);
-      node(line.to, line.t, side);
-    }
     nodes.get(line.from * count + line.s).out.push(line);
-    nodes.get(line.to * count + line.t).into.push(line);
+    const end = nodes.get(line.to * count + line.t);
+    end.into.push(line);
+    end.weak -= line.edge.filter((e) => e >= 0).length; // what is left are edges that are not among the lines
   }
   routes.forEach((route, side) => route.roots.forEach((root) => { node(2 * route.trace.layers, placeOf[side][root], side).root |= 1 << side; }));
   for (const one of nodes.values()) one.into.sort((p, q) => q.strength - p.strength);
@@ -99,7 +136,7 @@ function buildScene(routes, columns, { prune, filter }) {
   }
   return {
     routes, columns, shown, x, width: Math.max(at - 1, 0), layers: routes[0].trace.layers, count, placeOf, touched, nodes, filter,
-    lines: lines.slice(0, MAX_LINES), allLines: lines.length, byKey: new Map(lines.slice(0, MAX_LINES).map((line) => [line.key, line])),
+    lines, sizes, allLines: sizes[0] + sizes[1] - sizes[2], byKey: new Map(lines.map((line) => [line.key, line])),
     signed: routes[0].trace.measure === "signed", compared: routes.length > 1,
   };
 }
@@ -110,6 +147,7 @@ class View {
   x(column) { return this.left + column * this.sx - this.x0; }
   y(height) { return this.height - this.bottom - heightOf(height) * this.sy + this.y0; }
   fit(scene, focus) {
+    this.top = scene.compared ? 54 : 34;
     const wide = this.width - this.left - 58, tall = this.height - this.bottom - this.top;
     this.sy = Math.max(Math.min(tall / scene.layers, 64), 11);
     this.sx = Math.max(Math.min(wide / Math.max(scene.width, 1), Math.max(2.6 * this.sy, 62)), 26);
