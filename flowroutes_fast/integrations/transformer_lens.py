@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,7 +210,7 @@ def _as_its_original(bridge: Any) -> bool:
     state = (getattr(bridge, "compatibility_mode", False), getattr(bridge, "_weights_processed", False))
     if (known := _compared.get(bridge)) is not None and known[0] == state:
         return known[1]
-    embedding = original.get_input_embeddings().weight
+    embedding: Any = original.get_input_embeddings().weight
     ids = (torch.arange(1, PROBE + 1, device=embedding.device) % embedding.shape[0])[None]
     with torch.no_grad(), _evaluation_mode(bridge):
         theirs = bridge(ids, return_type="logits").float()
@@ -334,11 +335,9 @@ def _layer(model: Any, index: int, found: Found, item: int, span: slice) -> Laye
         )
     if bool(pattern.triu(1).any()):
         raise ValueError(f"layer {index}: attention looks ahead; routes are those of causal models")
-    block = _Block(model, index, len(value))
+    block: Any = _Block(model, index, len(value))
     pre, post, mid = row("pre"), row("post"), None if block.parallel else row("mid")
     added = row("mlp") if "mlp" in found else torch.zeros_like(post)
-    if mid is not None and any(base.__name__ == "BloomBlockBridge" for base in type(block.module).__mro__):
-        added = added - mid  # BLOOM's own module adds the state
     scale = getattr(block.module.attn, "_result_contribution_scale", 1.0)
     layer = Layer(
         block, pattern.new_zeros(*pattern.shape[:2], 1), pattern.new_zeros(len(value), pattern.shape[2], 1), value, 1.0, pattern.log(), 0.0, 0,
@@ -453,11 +452,8 @@ def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any])
             kept: Found = {}
             hooks = []
             for layer in range(model.cfg.n_layers):
-                names = _names(model, layer, given["neurons"])
-                for role, name in names.items():
-                    hooks.append(
-                        (name, _keeper(kept, role, (lambda n=layer: on_layer(n, kept, 0, slice(None))) if role == "post" else None))
-                    )
+                for role, name in _names(model, layer, given["neurons"]).items():
+                    hooks.append((name, _keeper(kept, role, partial(on_layer, layer, kept, 0, slice(None)) if role == "post" else None)))
             ids = torch.tensor([prompts[n]], device=model.blocks[0].attn.W_O.device)
             with _lock, torch.no_grad(), _evaluation_mode(model), model.hooks(fwd_hooks=hooks):
                 return model(ids, return_type="logits", attention_mask=torch.ones_like(ids))[0, -1]
@@ -519,7 +515,8 @@ def _of_cache(cache: Any, tokenizer: Any, text: Any, given: dict[str, Any]) -> A
     given["advice"] = (
         "the cache does not belong to the model's present weights (processed after the cache was made? fold_value_biases, "
         "center_writing_weights and refactor_factored_attn_matrices change W_O and b_O), hooks changed activations while it was made, or "
-        "it was padded (give attention_mask); make a new cache with the model as it is"
+        "it was padded (give attention_mask), or this architecture adds something that its hook points do not show; make a new cache with the "
+        "model as it is, or trace the model"
     )
     with torch.no_grad():
         traces = _traces(
