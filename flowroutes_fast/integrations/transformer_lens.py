@@ -302,6 +302,8 @@ def _names(model: Any, layer: int, neurons: bool) -> dict[str, str]:
     optional = {"mid": "hook_resid_mid", "mlp": "hook_mlp_out"} | ({"neurons": "mlp.hook_post"} if neurons else {})
     if missing := [prefix + name for name in wanted.values() if prefix + name not in names]:
         raise ValueError(f"layer {layer} has no {_listed(missing)}: its attention cannot be read through hooks")
+    if getattr(model.cfg, "attn_only", False):
+        optional = {}
     wanted |= {role: name for role, name in optional.items() if prefix + name in names}
     for which, role in ((1, "norm"), (2, "ffn norm")):
         if (norm := _post_norm(block, model.cfg, which)) is not None:
@@ -326,13 +328,12 @@ def _layer(model: Any, index: int, found: Found, item: int, span: slice) -> Laye
     def row(role: str) -> Tensor:
         return found[role][item, span]
 
+    queries, keys = found["pattern"].shape[-2:]
+    if not queries == keys == found["pre"].shape[1] == found["value"].shape[1]:
+        raise ValueError(f"layer {index}: attention weights of {queries} queries to {keys} keys: cache all positions (no pos_slice)")
     pattern = found["pattern"][item, :, span, span].float()
     width = model.blocks[index].attn.W_O.shape[-2]
     value = row("value").reshape(pattern.shape[-1], -1, width).transpose(0, 1)
-    if pattern.shape[1] != pattern.shape[2]:
-        raise ValueError(
-            f"layer {index}: attention weights of {pattern.shape[1]} of {pattern.shape[2]} positions: cache all (no pos_slice)"
-        )
     if bool(pattern.triu(1).any()):
         raise ValueError(f"layer {index}: attention looks ahead; routes are those of causal models")
     block: Any = _Block(model, index, len(value))

@@ -274,10 +274,10 @@ def test_caches(tokenizer):
     found = fr.trace(cache, None, None)
     near(found, fr.trace(bridge, None, TEXT))
     near(fr.trace(cache, None, TEXT), found, 0)
-    assert found.tokens == [str(i) for i in range(13)]
+    assert found.tokens == [str(i) for i in range(len(bridge.to_tokens(TEXT)[0]))]
     rows = {1: found.heads[1, :, 0].argsort()[:2].numpy()}
     assert list(found.settle(rows)) == [1]
-    with pytest.raises(ValueError, match=r"has \[12\] tokens but the cache was made from \[13\]"):
+    with pytest.raises(ValueError, match=r"the text has \[12\] tokens but the cache was made from \[1\d\]"):
         fr.trace(cache, None, IDS)
     with pytest.raises(ValueError, match="attention mask has shape"):
         fr.trace(cache, None, None, attention_mask=[[1, 1]])
@@ -296,7 +296,7 @@ def test_caches_without_what_is_needed(tokenizer):
     with pytest.raises(ValueError, match=r"no blocks.0.attn.hook_z.*lets attn.hook_z pass"):
         ours.stack_head_results(cache)
     _, cache = bridge.run_with_cache(torch.tensor([IDS]), pos_slice=-1)
-    with pytest.raises(ValueError, match=r"cache all \(no pos_slice\)|expected|shape"):
+    with pytest.raises(ValueError, match=r"layer 0: attention weights of 1 queries to 12 keys: cache all positions"):
         fr.trace(cache, None, None)
     cache.model = None
     with pytest.raises(ValueError, match="lost its model"):
