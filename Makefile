@@ -31,15 +31,16 @@ test-slow: setup
 	$(BIN)/pytest tests/test_loading.py -k torchao
 
 test-docs: setup
-	$(BIN)/pytest tests/test_docs.py tests/test_examples.py tests/test_cli.py
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
+	$(BIN)/pytest tests/test_docs.py tests/test_examples.py tests/test_cli.py tests/test_site.py
 
 docs: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]" --no-build-isolation
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open out/site/index.html"
 
 notebooks: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]" --no-build-isolation
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
 	$(BIN)/python docs/execute_notebooks.py
 
 bench: setup
