@@ -327,7 +327,7 @@ def _left_out(done: object) -> list[str]:
 
 
 @app.command(
-    epilog=examples("flowroutes bench --quick --tokens 256 --out /tmp/bench", "flowroutes bench --what end-to-end --tokens 256,512"),
+    epilog=examples("flowroutes bench --quick --tokens 256 --out bench", "flowroutes bench --what end-to-end --tokens 256,512"),
 )
 def bench(
     tokens: Annotated[str, typer.Option(help="Lengths, comma separated.")] = "256,512,1024",
