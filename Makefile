@@ -60,7 +60,7 @@ test-slow: setup
 	$(BIN)/pytest tests/test_loading.py -k torchao
 
 test-docs: setup
-	$(BIN)/pytest tests/test_docs.py tests/test_examples.py tests/test_cli.py
+	$(BIN)/pytest tests/test_docs.py tests/test_examples.py tests/test_cli.py tests/test_site.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

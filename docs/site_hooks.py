@@ -17,6 +17,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*<
 OUTSIDE = re.compile(r"(!?\[[^\]]*\])\(((?:\.\./)+)(benchmarks/results/[^)\s]+)\)")
 SHIM = re.compile(r"https://unpkg\.com/iframe-worker/shim")
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):<code>~?([^<]*)</code>")
+PLAIN_ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):`~?([^`]*)`")
 
 
 def on_config(config: Any) -> Any:
@@ -55,7 +56,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas as MathML; Sphinx roles of docstrings as code."""
-    content = ROLE.sub(lambda m: f"<code>{m[1]}</code>", content)
+    content = PLAIN_ROLE.sub(lambda m: m[1], ROLE.sub(lambda m: f"<code>{m[1]}</code>", content))
     return FORMULA.sub(lambda m: convert(html.unescape(m[2]), display="block" if m[1] == "div" else "inline"), content)
 
 

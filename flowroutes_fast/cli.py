@@ -170,7 +170,8 @@ def view(
         str | None,
         typer.Option(
             help="'demo', a local folder, a .gguf file or a hub id. Adds what each state predicts (logit lens), where heads attend and the "
-            "signed view; with --serve, the model that traces prompts. (default with --serve: demo)"
+            "signed view; with --serve, the model that traces prompts. (default with --serve: demo)",
+            autocompletion=terminal.models,
         ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Where the slider starts.")] = 0.04,
@@ -376,7 +377,7 @@ def _left_out(done: object) -> list[str]:
 
 
 @app.command(
-    epilog=examples("flowroutes bench --quick --tokens 256 --out /tmp/bench", "flowroutes bench --what end-to-end --tokens 256,512"),
+    epilog=examples("flowroutes bench --quick --tokens 256 --out bench", "flowroutes bench --what end-to-end --tokens 256,512"),
 )
 def bench(
     tokens: Annotated[str, typer.Option(help="Lengths, comma separated.")] = "256,512,1024",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flowroutes_fast import terminal
 from flowroutes_fast.cli import app, main
 
-COMMANDS = ("trace", "estimate", "corpus", "analyze", "bench", "models", "doctor")
+COMMANDS = ("trace", "view", "estimate", "corpus", "analyze", "bench", "models", "doctor")
 PLAIN = {"NO_COLOR": "1", "COLUMNS": "160"}
 
 
