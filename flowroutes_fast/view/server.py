@@ -98,8 +98,6 @@ class Tracer:
         )
 
     def _ids(self, text: str) -> list[int]:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("the prompt holds half a surrogate pair, which is no character")
         ids = token_ids(self.model, self.tokenizer, text)
         if len(ids) > self.limits.tokens:
             raise Refused(413, f"the prompt has {len(ids)} tokens and this server traces at most {self.limits.tokens} (--max-tokens)")
