@@ -353,6 +353,19 @@ def test_hooked_transformer_with_changed_weights():
     fr.trace(model, None, IDS)
 
 
+@pytest.fixture(scope="module")
+def runs(tokenizer):
+    """Caches without head results, each model built once."""
+    bridges = {}
+
+    def run(name, batch):
+        if name not in bridges:
+            bridges[name] = bridge_of(tiny(name), tokenizer)
+        return bridges[name].run_with_cache(torch.tensor([IDS, IDS[::-1]] if batch else [IDS]), remove_batch_dim=not batch)[1]
+
+    return run
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -367,12 +380,10 @@ def test_hooked_transformer_with_changed_weights():
         {"layer": 1, "apply_ln": True},
     ],
 )
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "granite"])
 @pytest.mark.parametrize("batch", [True, False])
-def test_stack_head_results(name, options, batch, tokenizer):
-    bridge = bridge_of(tiny(name), tokenizer)
-    ids = torch.tensor([IDS, IDS[::-1]] if batch else [IDS])
-    _, cache = bridge.run_with_cache(ids, remove_batch_dim=not batch)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "granite"])
+def test_stack_head_results(name, options, batch, runs):
+    cache = runs(name, batch)
     found = ours.stack_head_results(cache, **options)
     assert not any(key.endswith("hook_result") and cache.cache_dict[key].dim() == (4 if batch else 3) for key in list(cache.cache_dict))
     expected = cache.stack_head_results(**options)
