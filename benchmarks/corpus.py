@@ -2,8 +2,8 @@
 
     python benchmarks/corpus.py --fortunes /usr/share/games/fortunes --texts 300 --out FOLDER
 
-Domains: fortunes in English, German, Spanish, Italian and Russian (Debian's packages fortunes, fortunes-de, …; folders "off" are left out),
-functions of Python's own library, additions and subtractions. Writes the run into FOLDER/run, the report into FOLDER/report, and the
+Domains: fortunes in English; German, Spanish, Italian and Russian, half fortunes (Debian's packages fortunes, fortunes-de, …; folders "off" are
+left out) and half paragraphs of manual pages (manpages-de, …); French manual pages; functions of Python's own library, additions and subtractions. Writes the run into FOLDER/run, the report into FOLDER/report, and the
 speed into benchmarks/results/corpus-<device>-<n>-cores.json.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gzip
 import json
 import random
+import re
 import statistics
 import sysconfig
 import time
@@ -36,6 +38,7 @@ GERMAN = (
     "woerterbuch",
 )
 LONGEST = 420  # characters
+UNTRANSLATED = {"the", "of", "and", "to", "is", "are", "be", "with", "which", "this", "for", "that"}  # where a manual page is still English
 
 
 def fortunes(root: Path, language: str, count: int, rng: random.Random) -> list[str]:
@@ -51,6 +54,22 @@ def fortunes(root: Path, language: str, count: int, rng: random.Random) -> list[
             text = raw.decode({"russian": "koi8-r"}.get(language, "latin-1"))
         found += [t.strip() for t in text.split("\n%") if 80 <= len(t.strip()) <= LONGEST]
     return rng.sample(found, min(count, len(found)))
+
+
+def manpages(root: Path, code: str, count: int, rng: random.Random) -> list[str]:
+    """Paragraphs of manual pages as running text: lines of roff without its requests and escapes."""
+    found: set[str] = set()
+    for file in sorted((root / code).glob("man*/*.gz")):
+        raw = gzip.decompress(file.read_bytes()).decode(errors="ignore")
+        for block in re.split(r"(?m)^[.'].*$", raw):
+            text = re.sub(r"\\f(\[[^]]*\]|\(..|.)|\\&|\\s[-+]?\d", "", " ".join(block.split()))
+            text = re.sub(r"\\\((?:aq|cq|oq)|\\\[(?:aq|cq|oq)\]", "'", text).replace("\\-", "-").replace("\\ ", " ").replace("\\(em", "—")
+            words = text.lower().split()
+            if sum(word in UNTRANSLATED for word in words) > 0.06 * len(words):
+                continue
+            if 80 <= len(text) <= LONGEST and "\\" not in text and sum(c.isalpha() or c.isspace() for c in text) > 0.85 * len(text):
+                found.add(text)
+    return rng.sample(sorted(found), min(count, len(found)))
 
 
 def functions(count: int, rng: random.Random) -> list[str]:
@@ -75,9 +94,12 @@ def arithmetic(sign: str, count: int, rng: random.Random) -> list[str]:
     return ["\n".join(one() for _ in range(8)) for _ in range(count)]
 
 
-def texts(root: Path, count: int, seed: int = 0) -> dict[str, list[str]]:
+def texts(root: Path, manuals: Path, count: int, seed: int = 0) -> dict[str, list[str]]:
     rng = random.Random(seed)
-    found = {name: fortunes(root, name, count, rng) for name in ("english", "german", "spanish", "italian", "russian")}
+    found = {"english": fortunes(root, "english", count, rng)}
+    for name, code in (("german", "de"), ("spanish", "es"), ("italian", "it"), ("russian", "ru"), ("french", "fr")):
+        told = [] if name == "french" else fortunes(root, name, count // 2, rng)
+        found[name] = told + manpages(manuals, code, count - len(told), rng)
     return found | {"code": functions(count, rng), "addition": arithmetic("+", count, rng), "subtraction": arithmetic("-", count, rng)}
 
 
@@ -125,6 +147,7 @@ def speed(model, tokenizer, sources: dict[str, list[str]], repeats: int = 3) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fortunes", type=Path, default=Path("/usr/share/games/fortunes"))
+    parser.add_argument("--manuals", type=Path, default=Path("/usr/share/man"))
     parser.add_argument("--texts", type=int, default=300, help="per domain")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--speed-only", action="store_true")
@@ -133,7 +156,7 @@ def main() -> None:
     from flowroutes_fast.analysis import analyze
     from flowroutes_fast.bench.run import conditions
 
-    sources = texts(arguments.fortunes, arguments.texts)
+    sources = texts(arguments.fortunes, arguments.manuals, arguments.texts)
     print({name: len(found) for name, found in sources.items()}, flush=True)
     model, tokenizer = fr.load("demo")
     report = {"conditions": conditions("cpu", "cpu"), "speed": speed(model, tokenizer, sources)}
