@@ -54,7 +54,7 @@ def test_trace_as_json(run, tmp_path):
     found = json.loads(result.stdout)
     assert found["prediction"][0]["token"] == " Paris"
     assert len(found["route"]["edges"]["layer"]) == len(fr.load_route(tmp_path / "route.json").edges) > 0
-    assert [Path(p).name for p in found["files"]] == ["route.html", "route.json"]
+    assert [Path(p).name for p in found["files"]] == ["route.html", "route.json", "trace.safetensors"]
 
 
 @pytest.mark.demo_model

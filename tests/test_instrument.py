@@ -509,6 +509,30 @@ def test_without_javascript_a_picture_and_a_sentence(show, ioi):
         browser.call("DOM.getBoxModel", nodeId=query("#graph")[0])
 
 
+def test_intervals_of_head_sums(show):
+    """An edge whose weak heads are known only as a sum: from the known ones to all of them, over the row's normaliser."""
+    trace = long_trace(tokens=30, layers=2, keys=9)
+    for layer, (index, value) in enumerate(trace.sparse):
+        rest = torch.stack([index[0], index[1], torch.full_like(index[0], -1)])
+        trace.sparse[layer] = torch.cat([index, rest], 1), torch.cat([value, torch.full_like(value, 0.02)])
+    trace.normaliser_high = trace.normaliser_high * 1.02
+    browser = show(page.trace_html(trace, renormalize=False, threshold=0.011))
+    found = browser.run("""(() => {
+        const s = flowroutes.scene, { edges, parts } = s.routes[0], wanted = (l) => l.kind === 0 && edges.count[l.edge[0]] > 1
+            && [...parts.head.slice(edges.first[l.edge[0]], edges.first[l.edge[0]] + edges.count[l.edge[0]])].includes(65535);
+        return s.lines.filter(wanted).slice(0, 5).map((line) => { flowroutes.choose({type: 'edge', line}); return [line.layer, line.s, line.t, document.getElementById('panel').textContent]; });
+    })()""")
+    assert len(found) >= 3
+    for layer, source, target, text in found:
+        query, key, head, value = trace.sub_edges(layer, np.array([target]))
+        of_pair = key == source
+        assert (query == target).all()
+        below, above = trace.factors(layer, np.array([target]))
+        low = value[of_pair & (head >= 0)].astype(float).sum() * below[0]
+        high = value[of_pair].astype(float).sum() * above[0]
+        assert f"between {low:.5f} and {high:.5f}" in text
+
+
 def test_damaged_data_is_said(show, ioi):
     traces, _ = ioi
     html = page.trace_html(traces["a", "proximity"])

@@ -233,8 +233,8 @@ function tip(found, x, y) {
       const heads = [];
       if (line.kind === ATTENTION) for (let p = route.edges.first[e]; p < route.edges.first[e] + route.edges.count[e]; p++) heads.push([route.parts.head[p], route.parts.value[p]]);
       heads.sort((p, q) => Math.abs(q[1]) - Math.abs(p[1]));
-      const [low, high] = boundsOf(route.trace, line.layer, line.kind, route.edges.target[e], route.edges.raw[e]);
-      add(box, "div", `${scene.compared ? "AB"[side] + ": " : ""}${number(route.edges.value[e])}${high - low > 5e-5 ? `  (state: ${low.toFixed(4)} to ${high.toFixed(4)})` : ""}`);
+      const [low, high] = edgeBounds(route, e);
+      add(box, "div", `${scene.compared ? "AB"[side] + ": " : ""}${number(route.edges.value[e])}${high - low > 5e-5 ? `  (importance ${low.toFixed(4)} to ${high.toFixed(4)})` : ""}`);
       if (heads.length) add(box, "div", heads.slice(0, 5).map(([h, v]) => `${headName(line.layer, h)} ${number(v)}`).join("  ") + (heads.length > 5 ? ` +${heads.length - 5}` : ""), "muted");
     });
   }

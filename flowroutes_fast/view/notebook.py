@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flowroutes_fast.routes import Route
 
 MAX_CELL = 3_000_000  # bytes of a cell's page: notebooks keep their output
-MAX_EDGES = 20_000  # of a route that is drawn
+MAX_EDGES = 5_000  # of a route that is drawn
 TEXT_WIDTH = 110
 _SUB_EDGES = (200_000, 50_000)
 _MAX_NUMBERS = 400_000  # (layer, token, head): above it a page cannot be small
@@ -24,6 +24,8 @@ _MAX_NUMBERS = 400_000  # (layer, token, head): above it a page cannot be small
 def route_cell(route: Route) -> str:
     """The page of a route, and its text picture."""
     page = route_html(route) if len(route.token_edges) <= MAX_EDGES else None
+    if page is not None and len(page.encode()) > MAX_CELL:
+        page = None
     return _cell(
         page,
         repr(route),

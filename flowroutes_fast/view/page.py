@@ -133,15 +133,20 @@ def align(trace: Trace, other: Trace) -> list[list[int]]:
 
 def _static(trace: Trace, start: dict[str, Any], renormalize: bool) -> tuple[str, str]:
     """The picture and the sentence that stand in for the page where JavaScript is off."""
-    threshold = start["threshold"]
-    while True:
+    alone = replace(trace, settle=None)  # a picture is not worth another forward pass
+    first = start["threshold"]
+    thresholds = sorted({first * 1.5**i for i in range(12) if first * 1.5**i < 0.6} | {t for t in trace.thresholds if t > first} | {first})
+    why = ""
+    for threshold in thresholds:
         try:
-            route = trace.route(start["root"], threshold, renormalize)
+            route = alone.route(start["root"], threshold, renormalize)
         except ValueError as error:  # decisions are open, or rows are missing
-            return "", f"The route cannot be drawn here: {error}."
-        if len(route.token_edges) <= STATIC_EDGES or threshold > 0.5:
+            why = why or f"The route cannot be drawn here: {error}."
+            continue
+        if len(route.token_edges) <= STATIC_EDGES:
             break
-        threshold = min(threshold * 1.5, 0.6)
+    else:
+        return "", why or "The route is too large to be drawn here."
     narrow, numbers = touched_only(route)
     note = f"Route to position {route.position} at threshold {threshold:.3g}"
     return static_picture(narrow, numbers), note + (

@@ -201,7 +201,7 @@ def _columns(route: Route, rows: list[_Layer], room: int) -> _Columns:
             columns = _sized(route, positions, cap)
             if sum(columns.widths) <= room:
                 return columns
-    kept = sorted(touched, key=lambda position: -times[position])
+    kept = sorted(touched, key=lambda position: -times[position])[: max(room // 2, 1) + 1]  # a column takes two cells or more
     while len(kept) > 1 and sum(columns.widths) > room:
         kept.pop()
         columns = _sized(route, sorted(kept), 3)
