@@ -34,8 +34,9 @@ $(VENV)/.dev: $(NATIVE)
 demo: $(VENV)/.demo
 	$(BIN)/flowroutes trace "When Mary and John went to the store, John gave a drink to" --model demo --threshold 0.04 --out out/demo
 
+# one thread per process: the tests' work is small, and threads would wait for one another
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 	$(MAKE) test-integrations
 
 # libraries whose pins clash with each other or are too large for .venv: each in an environment on top of it
@@ -49,7 +50,7 @@ $(VENV)/with/%/.ready: tests/integrations/environments/%.txt $(VENV)/.dev
 	touch $@
 
 $(addprefix test-,$(ENVIRONMENTS)): test-%: $(VENV)/with/%/.ready
-	$(VENV)/with/$*/bin/python -m pytest $(TESTS_$*)
+	OMP_NUM_THREADS=1 $(VENV)/with/$*/bin/python -m pytest $(TESTS_$*)
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu
