@@ -31,6 +31,7 @@ from flowroutes_fast.trace import (
     DENSE_LIMIT,
     _check_options,
     _everywhere,
+    _name,
     _positions,
     _prediction,
     _prompts,
@@ -429,11 +430,17 @@ def _traces(
         if len(found) != cfg.n_layers:
             raise ValueError(f"{len(found)} layers were captured but the model has {cfg.n_layers}")
         traces.append(_record(
-            found, options, tokens=texts[n], token_ids=ids, model=str(getattr(cfg, "model_name", "")), mixers=[""] * cfg.n_layers,
+            found, options, tokens=texts[n], token_ids=ids, model=_called(model), mixers=[""] * cfg.n_layers,
             floor=0.0 if dense else given["floor"], prediction=_prediction(logits, tokenizer),
             timings={"total": time.perf_counter() - start, "importances": ours}, settle=settler(n),
         ))  # fmt: skip
     return traces
+
+
+def _called(model: Any) -> str:
+    """The model's name, for a bridge that of its transformers model."""
+    original = unwrap(getattr(model, "original_model", None))
+    return _name(original) if isinstance(original, PreTrainedModel) else str(getattr(model.cfg, "model_name", ""))
 
 
 def _sizes(cfg: Any) -> Any:

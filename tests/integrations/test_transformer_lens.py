@@ -82,14 +82,12 @@ def test_other_things_of_the_library_are_refused(monkeypatch):
         fr.trace(foreign, None, TEXT)
 
 
-if importlib.util.find_spec("transformer_lens") is None:
-    pytest.skip("needs transformer_lens", allow_module_level=True)
-
 logging.getLogger().setLevel(logging.ERROR)  # TransformerLens warns through the root logger
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
+    pytest.importorskip("transformer_lens")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -120,7 +118,7 @@ def hooked(name):
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
-        pytest.skip("TransformerLens has no HookedTransformer from 4.0 on")
+        pytest.skip("needs TransformerLens 3: from 4.0 on there is no HookedTransformer")
     sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 32, "d_head": 8, "n_heads": 4, "d_vocab": 61, "seed": 1}
     model = HookedTransformer(HookedTransformerConfig(**sizes, **HOOKED[name]))
     with torch.no_grad():
@@ -216,6 +214,7 @@ def test_through_hooks_and_from_a_cache(name, tokenizer):
     bridge.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: tensor)
     seen = fr.trace(bridge, None, IDS, precision="exact")
     near(seen, expected, 5e-6)
+    assert seen.model == found.model == expected.model
     assert [token for token, _ in seen.prediction] == [tokenizer.decode([int(token)]) for token, _ in expected.prediction]
 
 
