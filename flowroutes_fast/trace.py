@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,8 @@ def trace(
         )  # fmt: skip
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
     model = unwrap(model)
+    if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+        raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
     blocks = blocks_of(model)
     check_weights(model)
     prompts, several = _prompts(model, tokenizer, text, attention_mask)

@@ -131,6 +131,7 @@ def _gain(norm: nn.Module | None, like: Tensor) -> tuple[Tensor, bool]:
     weight = next((p for p in norm.parameters() if not p.is_meta), like)
     ones = torch.ones(1, width, dtype=weight.dtype, device=weight.device)
     signs = ones * (1 - 2 * (torch.arange(width, device=ones.device) % 2))
-    gain = (norm(signs) - norm(-signs))[0].float() / 2 * signs[0].float()
-    centred = bool(torch.allclose(norm(ones), norm(-ones), atol=1e-3 * float(gain.abs().max())))
-    return gain.detach().to(like.device), centred
+    with torch.no_grad():
+        gain = (norm(signs) - norm(-signs))[0].float() / 2 * signs[0].float()
+        centred = bool(torch.allclose(norm(ones), norm(-ones), atol=1e-3 * float(gain.abs().max())))
+    return gain.to(like.device), centred

@@ -189,6 +189,13 @@ def model_of(bridge):
     return copy
 
 
+def test_a_model_inside_a_bridge_is_refused_by_itself(tokenizer):
+    bridge = bridge_of(model := tiny("llama"), tokenizer)
+    with pytest.raises(ValueError, match="give its TransformerBridge instead"):
+        fr.trace(model, tokenizer, TEXT)
+    assert fr.trace(bridge, None, IDS).heads.isfinite().all()
+
+
 def test_own_tokenizer_prepends_as_the_model_does(tokenizer):
     bridge = bridge_of(tiny("llama"), tokenizer)
     found = fr.trace(bridge, None, TEXT)
