@@ -31,12 +31,12 @@ from flowroutes_fast.trace import (
     DENSE_LIMIT,
     _check_options,
     _everywhere,
-    _name,
     _positions,
     _prediction,
     _prompts,
     _record,
     _token_texts,
+    model_name,
 )
 from flowroutes_fast.trace import trace as trace_model
 
@@ -440,7 +440,7 @@ def _traces(
 def _called(model: Any) -> str:
     """The model's name, for a bridge that of its transformers model."""
     original = unwrap(getattr(model, "original_model", None))
-    return _name(original) if isinstance(original, PreTrainedModel) else str(getattr(model.cfg, "model_name", ""))
+    return model_name(original) if isinstance(original, PreTrainedModel) else str(getattr(model.cfg, "model_name", ""))
 
 
 def _sizes(cfg: Any) -> Any:
