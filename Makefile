@@ -50,7 +50,7 @@ $(VENV)/with/%/.ready: tests/integrations/environments/%.txt $(VENV)/.dev
 	touch $@
 
 $(addprefix test-,$(ENVIRONMENTS)): test-%: $(VENV)/with/%/.ready
-	OMP_NUM_THREADS=1 $(VENV)/with/$*/bin/python -m pytest $(TESTS_$*)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/with/$*/bin/python -m pytest $(TESTS_$*)
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu
