@@ -33,7 +33,8 @@ def attribution_result(trace: Trace, outputs: int | slice | Sequence[int] | None
     Args:
         trace: of prompt and output together.
         outputs: position of the first output token (all from there on are outputs), or their positions, or a slice. The position after
-            the last is the model's own prediction. None: that prediction alone.
+            the last is the model's own prediction, which a slice without an end includes; negative numbers count from the last token.
+            None: that prediction alone.
         include_outputs: also list the output tokens among the input tokens, so that every row sums to 1. Without it the columns are the
             tokens before the first output, and what earlier outputs supplied is left out.
 
@@ -146,8 +147,9 @@ def _outputs(trace: Trace, outputs: int | slice | Sequence[int] | None) -> list[
     if outputs is None:
         return [end]
     if isinstance(outputs, slice):
-        chosen = list(range(end + 1))[outputs]
-    elif isinstance(outputs, int):
+        start, stop = (max(0, bound + end) if bound is not None and bound < 0 else bound for bound in (outputs.start, outputs.stop))
+        chosen = sorted(range(end + 1)[slice(start, stop, outputs.step)])
+    elif isinstance(outputs, int | np.integer):
         if not -end <= outputs < end:
             raise IndexError(f"position {outputs} is out of range: the text has {end} tokens")
         chosen = list(range(outputs % end, end))

@@ -50,7 +50,9 @@ def test_outputs():
     trace = fr.trace(tiny(), None, IDS)
     assert adapter._outputs(trace, None) == [8]
     assert adapter._outputs(trace, 6) == adapter._outputs(trace, -2) == adapter._outputs(trace, slice(6, 8)) == [6, 7]
-    assert adapter._outputs(trace, slice(7, None)) == [7, 8]
+    assert adapter._outputs(trace, slice(7, None)) == adapter._outputs(trace, slice(-1, None)) == [7, 8]
+    assert adapter._outputs(trace, slice(-2, -1)) == [6]
+    assert adapter._outputs(trace, slice(7, 5, -1)) == adapter._outputs(trace, np.int64(6)) == [6, 7]
     assert adapter._outputs(trace, [8, -1, 3]) == [3, 7, 8]
     for outputs in (8, -9, [9]):
         with pytest.raises(IndexError, match="the text has 8 tokens"):
