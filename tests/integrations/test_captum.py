@@ -148,6 +148,8 @@ class TestWithCaptum:
         written = adapter.attribute(model, tokenizer, PROMPT, gen_args={"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False})
         assert len(written.output_tokens) == 3
         assert written.token_attr.shape == (3, 9)
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+        assert adapter.attribute(model, tokenizer, PROMPT, gen_args=options).output_tokens == written.output_tokens
 
     def test_bad_input(self):
         model, tokenizer = tiny(), words()
@@ -157,6 +159,10 @@ class TestWithCaptum:
             adapter.attribute(model, tokenizer, PROMPT, "")
         with pytest.raises(TypeError, match="leave out one of target and gen_args"):
             adapter.attribute(model, tokenizer, PROMPT, "a", gen_args={})
+        with pytest.raises(TypeError, match="prompt must be one text, got list"):
+            adapter.attribute(model, tokenizer, [PROMPT, PROMPT], "a")
+        with pytest.raises(ValueError, match=r"must be one row, got shape \(1, 2\)"):
+            adapter.attribute(model, tokenizer, PROMPT, torch.tensor([[5, 6]]))
         with pytest.raises(ValueError, match="outside the model's vocabulary"):
             adapter.attribute(model, tokenizer, PROMPT, [1000])
 
