@@ -97,17 +97,21 @@ def _say_once(message: str) -> None:
 
 
 def as_tensor(given: Any, name: str = "the array") -> Tensor:
-    """A tensor that shares memory with ``given``: a tensor itself, or anything with ``__dlpack__`` (a read-only array is copied)."""
+    """A tensor that shares memory with ``given``: a tensor itself, or anything with ``__dlpack__`` (a read-only or reversed array is copied)."""
     if isinstance(given, Tensor):
         return given
     if not hasattr(given, "__dlpack__"):
         raise TypeError(f"{name} must be a torch.Tensor or an array that supports DLPack (NumPy, JAX, CuPy), got {type(given).__name__}")
+    strides = getattr(given, "strides", None)
+    if isinstance(strides, tuple) and any(step < 0 for step in strides):  # PyTorch ends the process on these
+        given = given.copy()
     try:
         return torch.from_dlpack(given)
     except (BufferError, RuntimeError, TypeError, ValueError):  # read-only, or of a dtype that DLPack has no name for
         import numpy as np
 
-        return torch.from_numpy(np.array(given))
+        array = np.array(given)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int = 0) -> Tensor:
@@ -127,7 +131,7 @@ def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int
         ``[...]`` in the units of ‖whole‖₁, float32 (float64 for float64).
 
     Raises:
-        ValueError: differing shapes or devices. TypeError: no floating point numbers.
+        ValueError: differing shapes or devices, no d_model. TypeError: no floating point numbers.
     """
     part, whole = as_tensor(part, "part"), as_tensor(whole, "whole")
     _check_states(part=part, whole=whole)
@@ -174,6 +178,8 @@ def _check_states(**named: Tensor) -> None:
     for name, tensor in named.items():
         if tensor.dtype not in _FLOAT:
             raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+        if not tensor.dim() or not tensor.shape[-1]:
+            raise ValueError(f"{name} must be [..., d_model], got shape {tuple(tensor.shape)}")
 
 
 def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -359,7 +365,8 @@ def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0)
     """Proximity of ``part [n or 1, d_model]`` to ``whole [n, d_model]`` -> ``[n]``."""
     chosen = choose_backend(backend, whole)
     if chosen == "reference":
-        return reference.proximity(part, whole)
+        dtype = torch.float64 if whole.dtype == torch.float64 else torch.float32
+        return reference.proximity(part.to(dtype), whole.to(dtype))
     if chosen == "triton":
         from flowroutes_fast.kernels.parts import part_proximity as triton_parts
 

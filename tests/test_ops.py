@@ -276,6 +276,32 @@ def test_an_array_shares_its_memory():
     assert ops.as_tensor(array).data_ptr() == array.ctypes.data
 
 
+def test_reversed_and_byte_swapped_arrays():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    for view in (array[::-1], array[:, ::-1], array.astype(">f4")):
+        assert np.array_equal(ops.as_tensor(view).numpy(), view)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_part_proximity_of_half_precision_is_float32(backend, dtype):
+    torch.manual_seed(0)
+    whole = torch.randn(5, 300).to(dtype)
+    part = (whole.float() + torch.randn(5, 300) / 3).to(dtype)
+    found = ops.part_proximity(part, whole, backend=backend)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, ops.part_proximity(part.double(), whole.double()).float(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (3, 0)])
+def test_states_without_d_model(shape):
+    state = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"part must be \[..., d_model\], got shape"):
+        ops.part_proximity(state, state)
+    with pytest.raises(ValueError, match=r"state must be \[..., d_model\], got shape"):
+        ops.component_proximity(torch.ones(2, 4), state)
+
+
 @pytest.mark.parametrize("name", ["attention_importances", "part_proximity", "component_proximity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inside_torch_compile(name, dtype):

@@ -1,6 +1,6 @@
 """The graph of a whole text as llm-transparency-tool builds it, and with its functions patched: seconds and memory.
 
-    python benchmarks/integrations/llm_transparency_tool.py --tokens 64,100,200
+    python benchmarks/integrations/llm_transparency_tool.py --tokens 64,100,160
 
 The model has SmolLM2-135M's shape and random weights. The tool is on no package index, so its side is the double of the tests (its interface
 and arithmetic in our words), which forms the same ``[query, key, head, d_model]`` tensors and adds edges one by one. Every side and length
@@ -76,7 +76,7 @@ def side(name: str, tokens: int, repeats: int, weights: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="64,100,200", help="lengths of the text (default: %(default)s)")
+    parser.add_argument("--tokens", default="64,100,160", help="lengths of the text (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="repeats; the median counts (default: %(default)s)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)

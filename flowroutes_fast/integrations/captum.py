@@ -33,7 +33,8 @@ def attribution_result(trace: Trace, outputs: int | slice | Sequence[int] | None
     Args:
         trace: of prompt and output together.
         outputs: position of the first output token (all from there on are outputs), or their positions, or a slice. The position after
-            the last is the model's own prediction. None: that prediction alone.
+            the last is the model's own prediction, which a slice without an end includes; negative numbers count from the last token.
+            None: that prediction alone.
         include_outputs: also list the output tokens among the input tokens, so that every row sums to 1. Without it the columns are the
             tokens before the first output, and what earlier outputs supplied is left out.
 
@@ -82,20 +83,25 @@ def attribute(
         options: of :func:`flowroutes_fast.trace`; ``precision="exact"`` unless given (or ``measure="signed"``), so that no mass is left unresolved.
 
     Raises:
-        ValueError: a prompt or target without tokens, and what :func:`flowroutes_fast.trace` raises. TypeError: ``gen_args`` beside a target.
+        ValueError: a prompt or target without tokens, and what :func:`flowroutes_fast.trace` raises. TypeError: ``gen_args`` beside a
+            target, a prompt that is not one text.
     """
     from flowroutes_fast.trace import token_ids, trace
 
     _captum()
     if target is not None and gen_args is not None:
         raise TypeError("gen_args are for a target that the model writes; leave out one of target and gen_args")
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be one text, got {type(prompt).__name__}; of several, attribute one at a time")
+    if isinstance(target, torch.Tensor) and target.dim() != 1:
+        raise ValueError(f"the target's ids must be one row, got shape {tuple(target.shape)}")
     ids = token_ids(model, tokenizer, prompt)
     if target is None:
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         given = torch.tensor([ids], device=device)
         with torch.no_grad():
             whole = model.generate(given, attention_mask=torch.ones_like(given), **(GREEDY if gen_args is None else gen_args))  # type: ignore[operator]
-        following = [int(i) for i in whole[0, len(ids) :]]
+        following = [int(i) for i in getattr(whole, "sequences", whole)[0, len(ids) :]]
     elif isinstance(target, str):
         following = [int(i) for i in tokenizer(target, add_special_tokens=False)["input_ids"]]
     else:
@@ -146,8 +152,9 @@ def _outputs(trace: Trace, outputs: int | slice | Sequence[int] | None) -> list[
     if outputs is None:
         return [end]
     if isinstance(outputs, slice):
-        chosen = list(range(end + 1))[outputs]
-    elif isinstance(outputs, int):
+        start, stop = (max(0, bound + end) if bound is not None and bound < 0 else bound for bound in (outputs.start, outputs.stop))
+        chosen = sorted(range(end + 1)[slice(start, stop, outputs.step)])
+    elif isinstance(outputs, int | np.integer):
         if not -end <= outputs < end:
             raise IndexError(f"position {outputs} is out of range: the text has {end} tokens")
         chosen = list(range(outputs % end, end))

@@ -137,6 +137,8 @@ def require_eap(part: str) -> Any:
         try:
             importlib.import_module("eap.attribute")  # a checkout on the path
         except ImportError as error:
+            if (error.name or "eap").partition(".")[0] != "eap":
+                raise ImportError(f"EAP-IG (module eap) needs {error.name}, which cannot be imported: {error}") from error
             raise ImportError(f"EAP-IG (module eap) is not installed: {advice}") from error
     return importlib.import_module(f"eap.{part}")
 
@@ -157,9 +159,11 @@ def unpatch() -> None:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """:func:`patch` while this lasts."""
+    """:func:`patch` while this lasts; if it was patched before, it stays so afterwards."""
+    before = bool(_original)
     patch()
     try:
         yield
     finally:
-        unpatch()
+        if not before:
+            unpatch()

@@ -144,13 +144,15 @@ def stack_head_results(
         pos_slice: positions, as TransformerLens slices them. apply_ln: with the layer norm of ``layer`` applied.
 
     Raises:
-        ValueError: a cache without ``hook_z`` of a layer. ImportError: a version of TransformerLens that is not supported.
+        ValueError: a layer that is not there, a cache without its ``hook_z``. ImportError: a version of TransformerLens that is not supported.
     """
     _library()
     from transformer_lens.utilities import Slice
 
     cut = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
     model, layer = cache.model, cache.model.cfg.n_layers if layer is None or layer == -1 else layer
+    if not 0 <= layer <= model.cfg.n_layers:
+        raise ValueError(f"layer must be -1 or from 0 to {model.cfg.n_layers}, got {layer}")
     if missing := [name for i in range(layer) if (name := f"blocks.{i}.attn.hook_z") not in cache.cache_dict]:
         raise ValueError(f"the cache has no {_listed(missing)}: give run_with_cache a names_filter that lets attn.hook_z pass, or none")
     labels: list[str] = []
@@ -187,7 +189,7 @@ def stack_head_results(
 
 
 def _library() -> None:
-    require("transformer_lens", "transformer_lens", at_least=AT_LEAST, below=BELOW)
+    require("transformer_lens", "transformer-lens", at_least=AT_LEAST, below=BELOW)
 
 
 class _OwnTokenizer:

@@ -50,7 +50,9 @@ def test_outputs():
     trace = fr.trace(tiny(), None, IDS)
     assert adapter._outputs(trace, None) == [8]
     assert adapter._outputs(trace, 6) == adapter._outputs(trace, -2) == adapter._outputs(trace, slice(6, 8)) == [6, 7]
-    assert adapter._outputs(trace, slice(7, None)) == [7, 8]
+    assert adapter._outputs(trace, slice(7, None)) == adapter._outputs(trace, slice(-1, None)) == [7, 8]
+    assert adapter._outputs(trace, slice(-2, -1)) == [6]
+    assert adapter._outputs(trace, slice(7, 5, -1)) == adapter._outputs(trace, np.int64(6)) == [6, 7]
     assert adapter._outputs(trace, [8, -1, 3]) == [3, 7, 8]
     for outputs in (8, -9, [9]):
         with pytest.raises(IndexError, match="the text has 8 tokens"):
@@ -146,6 +148,8 @@ class TestWithCaptum:
         written = adapter.attribute(model, tokenizer, PROMPT, gen_args={"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False})
         assert len(written.output_tokens) == 3
         assert written.token_attr.shape == (3, 9)
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+        assert adapter.attribute(model, tokenizer, PROMPT, gen_args=options).output_tokens == written.output_tokens
 
     def test_bad_input(self):
         model, tokenizer = tiny(), words()
@@ -155,6 +159,10 @@ class TestWithCaptum:
             adapter.attribute(model, tokenizer, PROMPT, "")
         with pytest.raises(TypeError, match="leave out one of target and gen_args"):
             adapter.attribute(model, tokenizer, PROMPT, "a", gen_args={})
+        with pytest.raises(TypeError, match="prompt must be one text, got list"):
+            adapter.attribute(model, tokenizer, [PROMPT, PROMPT], "a")
+        with pytest.raises(ValueError, match=r"must be one row, got shape \(1, 2\)"):
+            adapter.attribute(model, tokenizer, PROMPT, torch.tensor([[5, 6]]))
         with pytest.raises(ValueError, match="outside the model's vocabulary"):
             adapter.attribute(model, tokenizer, PROMPT, [1000])
 

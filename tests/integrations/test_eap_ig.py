@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,42 @@ def test_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "eap.attribute", None)
     with pytest.raises(ImportError, match=r"EAP-IG .* is not installed: pip install git"):
         eap_ig.patch()
+
+
+@pytest.fixture
+def checkout(monkeypatch):
+    """A module ``eap.attribute`` on the path, of no installed package."""
+    attribute, theirs = types.ModuleType("eap.attribute"), object()
+    attribute.get_scores_information_flow_routes = theirs
+    monkeypatch.setitem(sys.modules, "eap", types.ModuleType("eap"))
+    monkeypatch.setitem(sys.modules, "eap.attribute", attribute)
+    return attribute, theirs
+
+
+def test_patch_and_unpatch(checkout):
+    attribute, theirs = checkout
+    with eap_ig.patched():
+        assert attribute.get_scores_information_flow_routes is eap_ig.scores
+    assert attribute.get_scores_information_flow_routes is theirs
+    eap_ig.patch()
+    eap_ig.patch()
+    with eap_ig.patched():
+        pass
+    assert attribute.get_scores_information_flow_routes is eap_ig.scores  # as before the block
+    eap_ig.unpatch()
+    eap_ig.unpatch()
+    assert attribute.get_scores_information_flow_routes is theirs
+
+
+def test_a_checkout_without_what_it_needs(monkeypatch, tmp_path):
+    (tmp_path / "eap").mkdir()
+    (tmp_path / "eap" / "attribute.py").write_text("import a_library_that_is_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("eap", "eap.attribute"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match=r"EAP-IG .* needs a_library_that_is_missing"):
+        eap_ig.patch()
+    sys.modules.pop("eap", None)
 
 
 def graph_of(cfg):

@@ -66,7 +66,7 @@ def test_missing_or_unsupported(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(integrations, "version", missing)
-    with pytest.raises(ImportError, match=r"transformer-lens is not installed: pip install 'flowroutes-fast\[transformer_lens\]'"):
+    with pytest.raises(ImportError, match=r"transformer-lens is not installed: pip install 'flowroutes-fast\[transformer-lens\]'"):
         fr.trace(foreign, None, TEXT)
     for found in ("2.16.1", "5.0.0"):
         monkeypatch.setattr(integrations, "version", lambda name, found=found: found)
@@ -299,6 +299,8 @@ def test_caches_without_what_is_needed(tokenizer):
         ValueError, match=r"the cache has no blocks.0.attn.hook_v, blocks.1.attn.hook_v: add them to names_filter.*hooks_for"
     ):
         fr.trace(cache, None, None)
+    with pytest.raises(ValueError, match=r"layer must be -1 or from 0 to 2, got 3"):
+        ours.stack_head_results(cache, layer=3)
     with pytest.raises(ValueError, match=r"no blocks.0.attn.hook_z.*lets attn.hook_z pass"):
         ours.stack_head_results(cache)
     _, cache = bridge.run_with_cache(torch.tensor([IDS]), pos_slice=-1)
