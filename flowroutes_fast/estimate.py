@@ -394,7 +394,7 @@ def _opened(model: Any) -> tuple[Any, str, torch.dtype | None]:
         except OSError as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileNotFoundError(
-                f"model '{label}' cannot be opened: {first}. Give 'demo', a local folder, a .gguf file or a hub id"
+                f"model '{label}' cannot be opened: {first.rstrip('.')}. Give 'demo', a local folder, a .gguf file or a hub id"
             ) from error
         if source == label and not Path(label).is_dir():
             wanted = getattr(config, "dtype", None)

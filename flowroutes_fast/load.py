@@ -95,7 +95,7 @@ def _open(source: str, label: str, dtype: Any) -> tuple[Any, Any]:
     except OSError as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(
-            f"model '{label}' cannot be opened: {first}. Give 'demo', a local folder, a .gguf file or a hub id"
+            f"model '{label}' cannot be opened: {first.rstrip('.')}. Give 'demo', a local folder, a .gguf file or a hub id"
         ) from error
     except (ValueError, KeyError, ImportError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
