@@ -398,4 +398,6 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
             stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in _NEURON)) for layer in layers]
         return Trace(**header, **{name: tensors[name] for name in _ARRAYS}, **stored)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        if Path(path).suffix in (".json", ".html"):
+            raise ValueError(f"'{path}' is no trace: give the trace.safetensors that was written with it") from error
         raise ValueError(f"'{path}' is a damaged trace file, or none: {error}") from error

@@ -303,11 +303,13 @@ def test_view_with_a_model(files, monkeypatch):
 def test_bad_files_and_options_get_one_sentence(files):
     good = files / "a-proximity.safetensors"
     (files / "cut.safetensors").write_bytes(good.read_bytes()[:5000])
+    (files / "route.json").write_text("{}")
     (files / "text.safetensors").write_text("{}")
     header = good.read_bytes().replace(b'"version":"3"', b'"version":"9"')
     (files / "newer.safetensors").write_bytes(header)
     for words, sentence in (
         (["view", files / "cut.safetensors"], "damaged trace file"),
+        (["view", files / "route.json"], "is no trace: give the trace.safetensors"),
         (["view", files / "text.safetensors"], "damaged trace file, or none"),
         (["view", files / "newer.safetensors"], "of version 9; this release reads version 3"),
         (["view", files / "none.safetensors"], "no trace file at"),

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from flowroutes_fast.view import packing
 from flowroutes_fast.view.html import static_picture
-from flowroutes_fast.view.text import states_of
+from flowroutes_fast.view.text import show_token, states_of
 
 if TYPE_CHECKING:
     from flowroutes_fast.record import Trace
@@ -149,9 +149,12 @@ def _static(trace: Trace, start: dict[str, Any], renormalize: bool) -> tuple[str
         return "", why or "The route is too large to be drawn here."
     narrow, numbers = touched_only(route)
     note = f"Route to position {route.position} at threshold {threshold:.3g}"
-    return static_picture(narrow, numbers), note + (
-        f", {len(numbers)} of {len(route.tokens)} tokens." if len(numbers) < len(route.tokens) else "."
-    )
+    if len(numbers) < len(route.tokens):
+        note += f", {len(numbers)} of {len(route.tokens)} tokens"
+    if trace.prediction and route.position == len(trace.tokens) - 1:
+        text, probability = trace.prediction[0]
+        note += f"; next token {show_token(text)} ({probability:.1%})"
+    return static_picture(narrow, numbers), note + "."
 
 
 def touched_only(route: Route, at_least: int = 60) -> tuple[Route, list[int]]:
