@@ -137,7 +137,7 @@ def test_figures_of_the_comparison_are_those_measured():
         return f"{seconds * 1e3:.1f} ms"
 
     expected = [
-        (f"{tool['tool']['graph_seconds']:.0f} s, {tool['tool']['graph_peak_mb']:.0f} MB", f"{tool['patched']['graph_seconds']:.1f} s, {tool['patched']['graph_peak_mb']:.0f} MB"),
+        (f"{tool['tool']['graph_seconds']:.0f} s, {tool['tool']['graph_peak_mb']:.0f} MiB", f"{tool['patched']['graph_seconds']:.1f} s, {tool['patched']['graph_peak_mb']:.0f} MiB"),
         (f"{layer['materialised']['seconds']:.1f} s", ms(layer["certified"]["seconds"])),
         (f"{layer['chunked']['seconds']:.2f} s", ms(layer["certified"]["seconds"])),
         (f"{layer['compiled']['seconds'] * 1e3:.0f} ms", ms(layer["certified"]["seconds"])),

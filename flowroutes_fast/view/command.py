@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import webbrowser
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,9 @@ def serve(
         say(f"{address}  ({model}; Ctrl+C stops the server)")
         if open_page:
             webbrowser.open(address)
-        try:
+        with suppress(KeyboardInterrupt):  # the server ends by itself, then raises it where the signal is not ignored
             server.make_server(app).run(sockets=[listening])
-        except KeyboardInterrupt:
-            say("stopped")
+        say("stopped")
 
 
 def _check(threshold: float) -> None:
