@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,15 +239,28 @@ Row = dict[str, Any]
 
 
 def trace_items(model: nn.Module, items: list[Item], s: Settings, report: Callable[[int], object] = lambda tokens: None) -> list[Row]:
-    """The rows of a window, in the order of its texts; ``report`` hears of every batch's tokens."""
+    """The rows of a window, in the order of its texts; ``report`` hears of every batch's tokens.
+
+    A batch's rows are made while the model runs on the next one.
+    """
     rows: dict[tuple[int, int], Row] = {}
-    for batch in batches(items, s.batch_tokens):
-        found = trace(
-            model, None, [item.ids for item in batch], precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False
-        )
+
+    def evaluate(batch: list[Item], found: list[Any]) -> None:
         for item, one in zip(batch, found, strict=True):
             rows[item.number, item.piece] = _evaluate(item, one, s)
-        report(sum(len(item.ids) for item in batch))
+
+    with ThreadPoolExecutor(1) as behind:
+        before: Future[None] | None = None
+        for batch in batches(items, s.batch_tokens):
+            found = trace(
+                model, None, [item.ids for item in batch], precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False
+            )
+            if before is not None:
+                before.result()  # one batch waits at a time
+            before = behind.submit(evaluate, batch, found)
+            report(sum(len(item.ids) for item in batch))
+        if before is not None:
+            before.result()
     return [rows[key] for key in sorted(rows)]
 
 
