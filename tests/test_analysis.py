@@ -211,8 +211,7 @@ def test_concepts_are_those_of_the_whole_matrix(name):
     model = make(name)
     found = analysis.concepts(model, None, rank=2, top=5)
     block = blocks_of(model)[1]
-    weight = effective_weight(block.values, 1)
-    read = weight if name == "gpt2" else weight.T
+    read = effective_weight(block.values, 1).T
     w_v = block.family.value_of(block.attention, read[None])[0]
     count = model.config.num_attention_heads
     w_o = block.w_o(count)

@@ -85,12 +85,10 @@ def _decomposed(block: Block, rank: int) -> Any:
     """Per head: its number, all singular values, and the first right singular vectors ``[rank, d_model]``."""
     if block.values is None or block.output is None:
         raise ValueError(f"layer {block.index} of this {block.family.name} model has no plain value projection (latent attention)")
-    weight = effective_weight(block.values, block.index)
-    read = weight if type(block.values).__name__ == "Conv1D" else weight.T  # [d_model, out]
+    read = effective_weight(block.values, block.index).T  # [d_model, out]
     attention: Any = block.attention
     w_v = block.family.value_of(attention, read[None])[0]  # [kv_head, d_model, d_head]
-    columns = effective_weight(block.output, block.index)
-    count = (columns.shape[0] if type(block.output).__name__ == "Conv1D" else columns.shape[1]) // w_v.shape[-1]
+    count = effective_weight(block.output, block.index).shape[1] // w_v.shape[-1]
     w_o = block.w_o(count)
     if block.post_norm is not None:
         w_o = w_o * _gain(block.post_norm, w_o)[0]

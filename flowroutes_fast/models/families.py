@@ -298,45 +298,39 @@ class Block:
 
     def w_o(self, heads: int) -> Tensor:
         """W_O as ``[head, d_head, d_model]`` float32, whichever way round the module stores it."""
-        weight = _weight(self.output, self.index)
-        return weight.view(heads, -1, weight.shape[1]) if _rows(self.output) else weight.view(weight.shape[0], heads, -1).permute(1, 2, 0)
+        return _weight(self.output, self.index).unflatten(1, (heads, -1)).permute(1, 2, 0)
 
     def w_down(self) -> Tensor:
         """The down projection as ``[neuron, d_model]`` float32."""
-        weight = _weight(self.down, self.index)
-        return weight if _rows(self.down) else weight.T
+        return _weight(self.down, self.index).T
 
     @property
     def down_bias(self) -> Tensor | None:
         """Bias of the down projection ``[d_model]`` float32 or None."""
-        return _bias(self.down)
+        return _bias(self.down, self.index)
 
     @property
     def output_bias(self) -> Tensor | None:
         """b_O ``[d_model]`` float32 or None."""
-        return _bias(self.output)
+        return _bias(self.output, self.index)
 
     def value_bias(self) -> Tensor | None:
         """b_V ``[kv_head, d_head]`` float32 or None."""
-        bias = _bias(self.values)
+        bias = _bias(self.values, self.index)
         return None if bias is None else self.family.value_of(self.attention, bias[None, None])[0, :, 0]  # type: ignore[arg-type]
 
 
-def _rows(module: Any) -> bool:
-    return type(module).__name__ == "Conv1D"  # weight [in, out]
-
-
 def _weight(module: Any, layer: int) -> Tensor:
-    """A linear module's weight in float32, also from under a LoRA adapter or a quantised format."""
+    """What a linear module multiplies by, ``[out, in]`` float32, also from under adapters or a quantised format."""
     from flowroutes_fast.models.weights import effective_weight
 
     return effective_weight(module, layer)
 
 
-def _bias(module: Any) -> Tensor | None:
+def _bias(module: Any, layer: int) -> Tensor | None:
     from flowroutes_fast.models.weights import effective_bias
 
-    return effective_bias(module)
+    return effective_bias(module, layer)
 
 
 def _find(root: Any, path: str) -> Any:
