@@ -6,6 +6,7 @@ removed). FFNs, residual connections, norms and biases behind the heads stay.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture import Layer, _as_written, _evaluation_mode, _lock, capture, forward_options, unwrap
+from flowroutes_fast.ambient import in_neutral
+from flowroutes_fast.capture import Layer, attention_configs, attention_functions, capture, forward_options, undisturbed, unwrap
 from flowroutes_fast.models.families import Block, blocks_of
+from flowroutes_fast.models.heads import check_predicts_tokens
+from flowroutes_fast.prompts import token_ids
 from flowroutes_fast.reference import attention_pattern
-from flowroutes_fast.trace import check_weights, token_ids
+from flowroutes_fast.trace import check_weights
 
 NAME = "flowroutes_ablation"
 ATTENTION = ("live", "frozen")
@@ -38,7 +42,14 @@ class _Job:
     seen: Tensor | None = field(default=None, repr=False)  # [batch, head, query, key]: the weights of the last call
 
 
-_jobs: dict[int, _Job] = {}  # id(attention module) -> its job
+class _Here(threading.local):
+    """Jobs of the runs of this thread, by id(attention module)."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[int, _Job] = {}
+
+
+_here = _Here()
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -64,7 +75,7 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str,
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any):  # type: ignore[no-untyped-def]
     """The attention function of an ablated run."""
-    job = _jobs[id(module)]
+    job = _here.jobs[id(module)]
     job.calls += 1
     weights = _weights(query, key, attention_mask, options) if job.pattern is None else job.pattern[None].expand(len(query), -1, -1, -1)
     job.seen = weights
@@ -96,6 +107,7 @@ def attention_blocks(model: nn.Module) -> list[Block]:
                 f"the attention of {block.family.name} does not go through transformers' attention interface, so its sub-edges cannot be ablated"
             )
     check_weights(model)
+    check_predicts_tokens(model)
     return blocks
 
 
@@ -107,20 +119,14 @@ def _ablating(model: Any, blocks: list[Block], jobs: Sequence[_Job]) -> Iterator
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])  # an additive mask, always: windows and chunks are in it
-    configs: dict[int, Any] = {id(c): c for c in [model.config, *(getattr(b.attention, "config", None) for b in blocks)] if c is not None}
-    with _lock, _evaluation_mode(model), _as_written(model):
-        before = {key: config._attn_implementation for key, config in configs.items()}
+    names = dict.fromkeys(attention_configs(model, blocks), NAME)
+    before = _here.jobs
+    with undisturbed(model), attention_functions(names):
+        _here.jobs = before | {id(block.attention): job for block, job in zip(blocks, jobs, strict=True)}
         try:
-            for block, job in zip(blocks, jobs, strict=True):
-                _jobs[id(block.attention)] = job
-            for config in configs.values():
-                config._attn_implementation = NAME
             yield
         finally:
-            for key, config in configs.items():
-                config._attn_implementation = before[key]
-            for block in blocks:
-                _jobs.pop(id(block.attention), None)
+            _here.jobs = before
 
 
 def _logits(model: Any, blocks: list[Block], ids: Tensor) -> Tensor:
@@ -148,6 +154,7 @@ class Clean:
         return sum(p.shape[0] for p in self.patterns) * len(self.ids) * (len(self.ids) + 1) // 2
 
 
+@in_neutral
 def clean(model: Any, ids: Sequence[int]) -> Clean:
     """Run the whole model, once as it is and once with all sub-edges kept by our attention.
 
@@ -159,7 +166,7 @@ def clean(model: Any, ids: Sequence[int]) -> Clean:
     batch = torch.tensor([ids], device=_device(model))
     jobs = [_Job() for _ in blocks]
     with torch.no_grad():
-        with _lock, _evaluation_mode(model):
+        with undisturbed(model):
             logits = _logits(model, blocks, batch)[0]
         with _ablating(model, blocks, jobs):
             ours = _logits(model, blocks, batch)[0]
@@ -176,6 +183,7 @@ def clean(model: Any, ids: Sequence[int]) -> Clean:
     return Clean(list(ids), logits, [job.seen[0] for job in jobs])  # type: ignore[index]
 
 
+@in_neutral
 def kept_logits(
     model: Any,
     ids: Sequence[int],
@@ -237,6 +245,7 @@ def kept_logits(
     return logits if several else logits[0]
 
 
+@in_neutral
 def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: str = "attention") -> list[Tensor]:
     """The mean value of every head over a corpus: per layer ``[head, d_head]``, float32.
 
@@ -286,6 +295,7 @@ def _device(model: Any) -> torch.device:
 Objective = Callable[[Tensor], Tensor]
 
 
+@in_neutral
 def mask_gradient(
     model: Any, ids: Sequence[int], keep: Sequence[Tensor], objective: Objective, *, means: Sequence[Tensor] | None = None, **options: Any
 ) -> list[Tensor]:

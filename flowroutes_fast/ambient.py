@@ -36,6 +36,9 @@ def neutral() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         if torch.get_default_dtype() != torch.float32:
             stack.enter_context(_Float32())
+        if torch.is_inference_mode_enabled():  # its tensors do not say when they are written to, and no gradient takes them
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         yield
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture import Layer, forward_options, prepared, watched
+from flowroutes_fast.capture import Layer, checker, forward_options, last_logits, prepared, watched
 from flowroutes_fast.certify import Counts
 from flowroutes_fast.feed import Feed
 from flowroutes_fast.files import LOCK, claim, write_atomically, write_text
@@ -240,7 +241,6 @@ def run(
     neurons: bool = False,
     feed: Feed | None = None,
     device: torch.device | None = None,
-    on_start: Callable[[Layer], None] | None = None,
     step: Callable[[], Any] | None = None,
     store: Store | None = None,
     budget: float = float("inf"),
@@ -250,7 +250,6 @@ def run(
     Args:
         groups: which prompts pass a layer together.
         feed: where weights come from, if they are not in memory.
-        on_start: gets the start of every layer of the first prompt, before anything else.
         step: called after each layer.
         store: where finished layers are kept and found.
         budget: bytes of states that may wait in memory.
@@ -261,6 +260,8 @@ def run(
     together = [group_of(prompts, members, device) for members in groups]
     states = States(store.folder if store else None, budget)
     done = store.finished if store else 0
+    check = checker(model, blocks)
+    check.seen.update(range(done))
 
     def keep(results: list[LayerImportances | None]) -> None:
         for prompt, result in enumerate(results):
@@ -290,12 +291,13 @@ def run(
                         results[members[item]] = importances(members[item], layer)
 
                     spans = [slice(0, length) for length in group.lengths]
-                    with watched(block, spans, neurons, on_item, on_start if g == 0 else None):
+                    with watched(block, spans, neurons, on_item, check, g):
                         output = group.calls[n](block.module, states.get(n, g, device))
                     states.put(n + 1, g, _state_of(output))
                     if n == 0 and isinstance(output, tuple):
                         extras = len(output) - 1
                     del output
+            check.judge()  # before anything of this layer is kept
             if n == 0:  # now it is known what blocks return
                 with _ends(model, feed):
                     for group in together:
@@ -306,6 +308,7 @@ def run(
             keep(results)
         if feed:
             feed.release()
+        check.finish()
         last = _logits(model, blocks, together, states, extras, feed, device)
     return [(layers, last.get(prompt)) for prompt, layers in enumerate(found)]
 
@@ -316,9 +319,13 @@ class _Caught(Exception):
 
 @contextmanager
 def _instead(block: Block, forward: Callable[..., Any]) -> Iterator[None]:
-    """A block that does something else."""
-    before = block.module.__dict__.get("forward")
-    block.module.forward = forward  # type: ignore[method-assign, assignment]
+    """A block that does something else, on this thread."""
+    before, own, owner = block.module.__dict__.get("forward"), block.module.forward, threading.get_ident()
+
+    def here(*args: Any, **kwargs: Any) -> Any:
+        return (forward if threading.get_ident() == owner else own)(*args, **kwargs)
+
+    block.module.forward = here  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -397,11 +404,7 @@ def _logits(
             final = states.get(len(blocks), g, device)
             with _instead(blocks[-1], lambda *args, final=final, **kwargs: _as_output(final, extras)):
                 output = _forward(model, blocks, group)
-            logits = getattr(output, "logits", None)
-            if logits is None:
-                continue
-            lasts = sorted({length - 1 for length in group.lengths})
-            for item, prompt in enumerate(group.members):
-                last = group.lengths[item] - 1
-                found[prompt] = logits[item, lasts.index(last) if logits.shape[1] == len(lasts) else last]
+            lasts = [length - 1 for length in group.lengths]
+            for item, logits in last_logits(output, sorted(set(lasts)), lasts).items():
+                found[group.members[item]] = logits
     return found

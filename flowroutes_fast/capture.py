@@ -6,23 +6,41 @@ Each layer is handed on when its block has finished, and then released.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowroutes_fast.ambient import neutral
+from flowroutes_fast.conservation import Conservation
+from flowroutes_fast.models.causes import causes
 from flowroutes_fast.models.families import Block, blocks_of
+from flowroutes_fast.models.precision import coarsest_dtype
 
-START_TOKENS = 8
 PREFIX = "flowroutes_capture_"
 _lock = threading.RLock()
-_active: dict[int, dict[str, Any]] = {}  # id(attention module) -> what its current call leaves
+os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]  # held by a thread that the child does not have
+
+
+class _Here(threading.local):
+    """What holds on the tracing thread alone: other threads' passes through the same model go on untouched."""
+
+    def __init__(self) -> None:
+        self.implementation: dict[int, str] = {}  # id(config) -> name of its attention function
+        self.kept: dict[int, dict[str, Any]] = {}  # id(attention module) -> what its current call leaves
+        self.masks: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}  # masks of this pass, read once for all layers
+
+
+_here = _Here()
 
 
 @dataclass
@@ -56,6 +74,13 @@ class Layer:
     neurons: Tensor | None = None  # what the FFN's down projection multiplies [token, neuron], if asked for
     neuron_rows: Tensor | None = None  # [token]: frozen divisor of a norm after the FFN, inverted, and multipliers
     neuron_gain: Tensor | None = None  # [d_model]: gain of a norm after the FFN
+    mixed: Tensor | None = None  # [token, head * d_head]: what the attention function returned, before gates, norms and W_O
+    attention_function: str = ""  # its name; "" where the attention module gave its weights itself
+    weight: Callable[[], Tensor] | None = None  # W_O, read once for all sequences of a batch
+
+    def output_weight(self) -> Tensor:
+        """W_O ``[head, d_head, d_model]``, float32."""
+        return self.block.w_o(self.query.shape[0]) if self.weight is None else self.weight()  # type: ignore[union-attr]
 
     @property
     def index(self) -> int:
@@ -72,38 +97,58 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         original = ALL_ATTENTION_FUNCTIONS.get(implementation, eager) if implementation != "eager" else eager
         if original is None:
             raise RuntimeError(f"{type(module).__name__} has no {implementation!r} attention function")
-        kept = _active.get(id(module))
+        found = original(module, query, key, value, attention_mask, **kwargs)
+        kept = _here.kept.get(id(module))
         if kept is not None:
             kept["calls"] = kept.get("calls", 0) + 1
-            kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs)
-        return original(module, query, key, value, attention_mask, **kwargs)
+            kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs, mixed=found[0], function=implementation)
+        return found
 
     return attention
 
 
 @contextmanager
+def attention_functions(names: dict[int, str]) -> Iterator[None]:
+    """On this thread alone the configs ``{id(config): name}`` say these attention functions; the configs themselves are not changed."""
+    from transformers import PreTrainedConfig
+
+    own = PreTrainedConfig.__dict__["_attn_implementation"]
+    here = property(lambda config: _here.implementation.get(id(config)) or own.fget(config), own.fset)
+    before = _here.implementation
+    _here.implementation = {**before, **names}
+    PreTrainedConfig._attn_implementation = here  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        PreTrainedConfig._attn_implementation = own  # type: ignore[method-assign]
+        _here.implementation = before
+
+
+def attention_configs(model: Any, blocks: list[Block]) -> dict[int, Any]:
+    """The configs that a model's attention modules ask for their attention function, ``{id(config): config}``."""
+    return {id(c): c for c in [model.config, *(getattr(b.attention, "config", None) for b in blocks)] if c is not None}
+
+
+@contextmanager
 def _attention_interface(model: Any, blocks: list[Block]) -> Iterator[None]:
-    """Route the model's attention calls through wrappers; every config comes back as it was."""
+    """Route the model's attention calls on this thread through wrappers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    configs: dict[int, Any] = {id(c): c for c in [model.config, *(getattr(b.attention, "config", None) for b in blocks)] if c is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for key, config in configs.items():
-            if blocks[0].family.hooked:  # attention weights are asked of the model itself
-                config._attn_implementation = "eager"
-                continue
-            implementation = before[key] or "eager"
-            name = PREFIX + implementation
+    names = {}
+    for key, config in attention_configs(model, blocks).items():
+        implementation = config._attn_implementation or "eager"
+        if blocks[0].family.hooked:  # attention weights are asked of the model itself
+            names[key] = "eager"
+        elif implementation.startswith(PREFIX):  # a capture within a capture
+            names[key] = implementation
+        else:
+            names[key] = name = PREFIX + implementation
             AttentionInterface.register(name, _wrap(implementation))
             if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
                 AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-            config._attn_implementation = name
+    with attention_functions(names):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 @contextmanager
@@ -118,17 +163,23 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def _as_written(model: nn.Module) -> Iterator[None]:
-    """Modules compiled in place run uncompiled, so that their hooks are called."""
-    compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    try:
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, call in compiled:
-            module._compiled_call_impl = call
+def _as_written() -> Any:
+    """Whatever torch.compile has made of the model or its parts runs as it was written, so that hooks are called and attention is asked for.
+
+    Process-wide while it lasts: compiled functions of other threads run uncompiled meanwhile, with the same results.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def only_here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing on other threads than this one."""
+    owner = threading.get_ident()
+
+    @functools.wraps(hook)
+    def called(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == owner else None
+
+    return called
 
 
 def unwrap(model: Any) -> Any:
@@ -156,19 +207,52 @@ def _tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _additive(mask: Any, item: int, span: slice) -> Tensor | None:
-    """The model's mask ``[batch, 1 or head, query, key]`` as an additive one of one sequence; None where it is plainly causal."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4:  # flash attention's padding, flex attention's blocks: causal, perhaps windowed
+def _additive(kept: dict[str, Any], block: Block, item: int, span: slice) -> Tensor | None:
+    """The pass's attention mask as an additive one ``[query, key]`` or ``[head, query, key]`` of one sequence; None where it is plainly causal.
+
+    Read once for all layers that were given the same mask. ``ValueError`` where a position sees later ones.
+    """
+    mask, tokens = kept["mask"], kept["query"].shape[-2]
+    blockwise = type(mask).__name__ == "BlockMask"
+    if not blockwise and not (isinstance(mask, Tensor) and mask.dim() == 4):  # none, or flash attention's padding: perhaps windowed
+        causal = kept["options"].get("is_causal")
+        causal = getattr(block.attention, "is_causal", True) if causal is None else causal
+        if tokens > 1 and (not causal or (mask is None and kept["function"] in ("eager", "flex_attention"))):
+            raise TwoSided(block)
         return None
-    mask = mask[min(item, mask.shape[0] - 1), :, span, span]
+    key = (id(mask), item, span.start, span.stop)
+    if key not in _here.masks:
+        _here.masks[key] = (mask, _read_mask(mask, block, item, span, tokens, blockwise))  # the mask stays alive: its id is its own
+    return _here.masks[key][1]
+
+
+def _read_mask(mask: Any, block: Block, item: int, span: slice, tokens: int, blockwise: bool) -> Tensor | None:
+    if blockwise:
+        from torch.nn.attention.flex_attention import create_mask
+
+        at, heads = torch.tensor(item, device=mask.kv_num_blocks.device), mask.shape[1]
+        seen = create_mask(lambda b, h, q, k: mask.mask_mod(at, h, q, k), 1, heads, tokens, tokens, device=at.device)
+        mask = seen[0, :, span, span]
+    else:
+        mask = mask[min(item, mask.shape[0] - 1), :, span, span]
     if mask.dtype == torch.bool:
-        if mask.shape[0] == 1 and torch.equal(mask[0], torch.ones_like(mask[0]).tril()):
-            return None
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
+    seen = mask > torch.finfo(mask.dtype).min / 2
+    if bool(seen.triu(1).any()):
+        raise TwoSided(block)
     if mask.shape[0] > 1:
         return mask
-    seen = mask[0] > torch.finfo(mask.dtype).min / 2
-    return None if torch.equal(seen, torch.ones_like(seen).tril()) and bool((mask[0][seen] == 0).all()) else mask[0]
+    return None if torch.equal(seen[0], torch.ones_like(seen[0]).tril()) and bool((mask[0][seen[0]] == 0).all()) else mask[0]
+
+
+class TwoSided(ValueError):
+    """Attention that sees what comes later."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(
+            f"layer {block.index}: the attention of this {block.family.name} model is two-sided (positions see later ones); information flow "
+            "routes are defined for decoders, where positions see only what came before"
+        )
 
 
 def _norm_scales(norm: nn.Module, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,14 +274,17 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
         return kept[name][item, span]
 
     passed = family.state_scale(block.module)
-    query = key = value = mask = sinks = None
-    softcap, window, scaling = 0.0, 0, 1.0
+    query = key = value = mask = sinks = mixed = None
+    softcap, window, scaling, function = 0.0, 0, 1.0, ""
     if block.attention is not None and family.hooked:
         value = kept["value"][item, :, span]
         pattern = kept["pattern"][item, :, span, span].float()
         query = torch.zeros(pattern.shape[0], pattern.shape[1], 1, device=pattern.device)
         key = torch.zeros(value.shape[0], pattern.shape[1], 1, device=pattern.device)
         mask = pattern.log()
+        if bool((pattern.triu(1) != 0).any()):
+            raise TwoSided(block)
+        mixed = row("mixed")
     elif block.attention is not None:
         if kept.get("calls") != 1:
             raise ValueError(
@@ -208,7 +295,8 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
         query, key, value = (kept[name][item, :, span] for name in ("query", "key", "value"))
         scaling = options.get("scaling")
         scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        mask = _additive(kept["mask"], item, span)
+        mask = _additive(kept, block, item, span)
+        mixed, function = row("mixed").flatten(1), kept["function"]
         softcap = float(options.get("softcap") or 0.0)
         window = int(options.get("sliding_window") or 0) if mask is None else 0
         sinks = options.get("s_aux")
@@ -244,7 +332,8 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
         mixer_out=None if mixer is None else _times(mixer, family.mixer_scale(block.module)),
         row_scale=row_scale, out_scale=out_scale, in_scale=in_scale, gate=gate,
         scale=family.attention_scale(block.module) if block.attention is not None else 1.0,
-        neurons=neurons, neuron_rows=neuron_rows, neuron_gain=neuron_gain,
+        neurons=neurons, neuron_rows=neuron_rows, neuron_gain=neuron_gain, mixed=mixed, attention_function=function,
+        weight=kept.get("weight"),
     )  # fmt: skip
 
 
@@ -274,6 +363,7 @@ def rows_of(layer: Layer, rows: Tensor) -> Layer:
             "gate",
             "neurons",
             "neuron_rows",
+            "mixed",
         )
     }
     query = None if layer.query is None else layer.query[:, rows]
@@ -293,13 +383,19 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
             found = found.unflatten(0, kept["state"].shape[:2])
         kept[name] = found
 
+    def before(module: nn.Module, hook: Callable[..., Any]) -> None:
+        handles.append(module.register_forward_pre_hook(only_here(hook), with_kwargs=True))
+
+    def after(module: nn.Module, hook: Callable[..., Any]) -> None:
+        handles.append(module.register_forward_hook(only_here(hook)))
+
     def enters(module: nn.Module | None, name: str) -> None:
         if module is not None:
-            handles.append(module.register_forward_pre_hook(lambda m, args, kwargs: put(name, _first(args, kwargs)), with_kwargs=True))
+            before(module, lambda m, args, kwargs: put(name, _first(args, kwargs)))
 
     def leaves(module: nn.Module | None, name: str, copy: bool = False) -> None:
         if module is not None:  # a copy where the model may add to it in place
-            handles.append(module.register_forward_hook(lambda m, args, out: put(name, _tensor(out).clone() if copy else _tensor(out))))
+            after(module, lambda m, args, out: put(name, _tensor(out).clone() if copy else _tensor(out)))
 
     def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
         kept.clear()
@@ -310,19 +406,16 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
             raise ValueError(f"layer {block.index}: the attention of {family.name} did not give its attention weights")
         kept["pattern"] = output[1]
 
-    handles.append(block.module.register_forward_pre_hook(entered, with_kwargs=True))
+    before(block.module, entered)
     if block.attention is not None:
         if family.residual == "argument":
-            handles.append(block.attention.register_forward_pre_hook(lambda m, args: kept.update(argument=args[1])))
+            before(block.attention, lambda m, args, kwargs: kept.update(argument=args[1]))
         if family.hooked:
-            handles.append(block.attention.register_forward_hook(attended))
+            after(block.attention, attended)
+            enters(block.output, "mixed")
             if block.values is None:
                 raise ValueError(f"this {family.name} model is not built as expected: layer {block.index} has no {family.values!r}")
-            handles.append(
-                block.values.register_forward_hook(
-                    lambda m, args, output: kept.update(value=family.value_of(block.attention, output))  # type: ignore[arg-type]
-                )
-            )
+            after(block.values, lambda m, args, output: kept.update(value=family.value_of(block.attention, output)))  # type: ignore[arg-type]
     if family.residual == "attention":
         enters(block.attention if block.attention is not None else block.mixer, "attention in")
     leaves(block.mixer, "mixer")
@@ -341,10 +434,11 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
     enters(block.post, "post")
 
     def left(module: nn.Module, args: tuple, output: Any) -> None:
-        kept.setdefault("post", _tensor(output))
+        kept["left"] = _tensor(output)
+        kept.setdefault("post", kept["left"])
         done()
 
-    handles.append(block.module.register_forward_hook(left))
+    after(block.module, left)
 
 
 def capture(
@@ -355,12 +449,13 @@ def capture(
     *,
     attention_mask: Tensor | None = None,
     on_item: Callable[[int, Layer], None] | None = None,
-    on_start: Callable[[Layer], None] | None = None,
     logits_to_keep: int | Tensor = 1,
+    check: Conservation | None = None,
+    inputs: dict[str, Tensor] | None = None,
 ) -> Any:
     """Run the model once on ``input_ids [batch, token]``; call ``on_layer(layer)`` or ``on_item(item, layer)`` as each block finishes.
 
-    ``on_start(layer)`` gets the first ``START_TOKENS`` tokens of the first sequence, before anything else.
+    ``inputs``: what else the model is given (images). Every layer is checked first (``check``): ``ValueError`` if its parts do not add up to the states.
     ``logits_to_keep``: how many last positions, or which, the model computes logits of, where it can choose.
     ``attention_mask [batch, token]``: 1 for tokens, 0 for padding (left or right); layers come without the padding. Returns the
     model's output. The model is left as it was, also after an exception: attention implementation, hooks, training mode.
@@ -375,10 +470,50 @@ def capture(
         if on_item is not None:
             on_item(item, layer)
 
+    check = checker(model, blocks) if check is None else check
+    options = forward_options(model, attention_mask, logits_to_keep, blocks[0].family.last_logits)
+    for name, tensor in (inputs or {}).items():
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point()) if tensor.is_floating_point() else tensor.dtype
+        options[name] = tensor.to(input_ids.device, dtype)
     with prepared(model, blocks), ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(watched(block, spans, neurons, give, on_start))
-        return model(input_ids=input_ids, **forward_options(model, attention_mask, logits_to_keep, blocks[0].family.last_logits))
+            stack.enter_context(watched(block, spans, neurons, give, check))
+        output = model(input_ids=input_ids, **options)
+    check.finish()
+    return output
+
+
+def checker(model: nn.Module, blocks: list[Block]) -> Conservation:
+    """The check of one forward pass through all blocks; thorough where something may act on single positions, and for a model's first."""
+    thorough = model not in _seen or any(_meddled(block.module) for block in blocks)
+    _seen.add(model)
+    return Conservation(len(blocks), coarsest_dtype, lambda block: causes(model, block), thorough)
+
+
+_seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _meddled(block: nn.Module) -> bool:
+    """Do hooks or replaced forwards act within a block?"""
+    hooks = nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return True
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or ("forward" in m.__dict__ and not hasattr(m, "_hf_hook")) for m in block.modules()
+    )
+
+
+def last_logits(output: Any, kept: list[int], lasts: list[int]) -> dict[int, Tensor]:
+    """Per sequence the logits after its last position ``lasts``, from a model's output; a classifier's are those of its classes.
+
+    ``kept``: the positions, sorted, that the model was asked for; it may have computed all.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        return {}
+    if logits.dim() == 2:  # pooled: one row per sequence
+        return dict(enumerate(logits))
+    return {i: logits[i, kept.index(last) if logits.shape[1] == len(kept) else last] for i, last in enumerate(lasts)}
 
 
 def forward_options(model: nn.Module, attention_mask: Tensor | None, logits_to_keep: int | Tensor, last_logits: bool) -> dict[str, Any]:
@@ -391,14 +526,26 @@ def forward_options(model: nn.Module, attention_mask: Tensor | None, logits_to_k
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     if "logits_to_keep" in accepted and last_logits:
         options["logits_to_keep"] = logits_to_keep
+    if getattr(model.config, "return_dict", True) is False:
+        options["return_dict"] = True
     return options
 
 
 @contextmanager
-def prepared(model: nn.Module, blocks: list[Block]) -> Iterator[None]:
-    """A model that can be watched: no gradients, evaluation mode, attention through our wrapper. One thread at a time."""
-    with _lock, torch.no_grad(), _evaluation_mode(model), _as_written(model), _attention_interface(model, blocks):
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, run as it was written, whatever the process has switched on. One thread at a time."""
+    with _lock, neutral(), _evaluation_mode(model), _as_written():
         yield
+
+
+@contextmanager
+def prepared(model: nn.Module, blocks: list[Block]) -> Iterator[None]:
+    """A model that can be watched: :func:`undisturbed`, without gradients, attention through our wrapper."""
+    with undisturbed(model), torch.no_grad(), _attention_interface(model, blocks):
+        try:
+            yield
+        finally:
+            _here.masks.clear()
 
 
 @contextmanager
@@ -407,20 +554,27 @@ def watched(
     spans: list[slice],
     neurons: bool,
     on_item: Callable[[int, Layer], None],
-    on_start: Callable[[Layer], None] | None = None,
+    check: Conservation,
+    group: int = 0,
 ) -> Iterator[None]:
-    """While this lasts, every call of the block (within :func:`prepared`) hands on its layer, sequence by sequence; see :func:`capture`."""
+    """While this lasts, every call of the block (within :func:`prepared`) hands on its layer, sequence by sequence; see :func:`capture`.
+
+    ``group``: which of several batches that pass the layers side by side.
+    """
     kept: dict[str, Any] = {}
 
     def done() -> None:
-        if on_start is not None:
-            on_start(_finish(block, kept, 0, slice(spans[0].start, min(spans[0].stop, spans[0].start + START_TOKENS))))
+        check.enters(group, block, kept["state"])
+        kept["weight"] = functools.cache(lambda: block.w_o(len(kept["query"][0]) if "query" in kept else len(kept["pattern"][0])))
         for item, span in enumerate(spans):
-            on_item(item, _finish(block, kept, item, span))
+            layer = _finish(block, kept, item, span)
+            check(layer)
+            on_item(item, layer)
+        check.leaves(group, kept["left"])
         kept.clear()
 
     if block.attention is not None:
-        _active[id(block.attention)] = kept
+        _here.kept[id(block.attention)] = kept
     handles: list[Any] = []
     try:
         _watch(block, kept, neurons, done, handles)
@@ -428,7 +582,7 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
-        _active.pop(id(block.attention), None)
+        _here.kept.pop(id(block.attention), None)
 
 
 def span_of(mask: Tensor) -> slice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from flowroutes_fast import native, reference
 from flowroutes_fast.bounds import Attention
 from flowroutes_fast.capture import Layer
 from flowroutes_fast.certify import Counts, certified
+from flowroutes_fast.conservation import check_finite
 from flowroutes_fast.neurons import NeuronImportances, neuron_importances
 
 FEW_KEYS = 256
@@ -83,7 +83,7 @@ def parts_of(layer: Layer, bias: str = "part") -> Parts:
     mixer = None if layer.mixer_out is None else layer.mixer_out.float()
     if layer.query is None or layer.value is None:
         return Parts(None, None, whole, layer.residual.float(), None, mixer)
-    w_o = block.w_o(layer.query.shape[0]).to(whole.device)
+    w_o = layer.output_weight().to(whole.device)
     if layer.in_scale is not None:
         w_o = w_o * layer.in_scale.view(w_o.shape[0], -1, 1)
     value = layer.value
@@ -192,13 +192,6 @@ def _neurons(layer: Layer, through: Tensor, parallel_rest: Tensor | None, width:
         before, found.high = found.low + (found.high - found.low) / 2, found.high + width
         found.importance = found.importance * (before / (found.low + (found.high - found.low) / 2))[found.index[0].long()]
     return NeuronImportances(*(t.cpu() for t in (found.index, found.importance, found.low, found.high)))
-
-
-def check_finite(layer: Layer) -> None:
-    for name in ("residual", "resid_mid", "ffn_out", "resid_post", "mixer_out", "value"):
-        tensor = getattr(layer, name)
-        if tensor is not None and not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
-            raise ValueError(f"layer {layer.index}: {name} holds NaN or infinite numbers; nothing can be said about this forward pass")
 
 
 def _proximities(layer: Layer, parts: Parts, options: Options) -> tuple[Tensor, ...]:

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from flowroutes_fast import reference
-from flowroutes_fast.capture import Layer, capture, forward_options, prepared, rows_of, unwrap
+from flowroutes_fast.ambient import in_neutral
+from flowroutes_fast.capture import Layer, capture, forward_options, only_here, prepared, rows_of, unwrap
 from flowroutes_fast.models.families import Block, blocks_of
+from flowroutes_fast.models.heads import check_predicts_tokens
+from flowroutes_fast.prompts import token_ids
 from flowroutes_fast.streaming import stream_of
-from flowroutes_fast.trace import check_weights, token_ids
+from flowroutes_fast.tokens import single_token
+from flowroutes_fast.trace import check_weights
 
 WHAT = ("heads", "edges")
 METRICS = ("logit_difference", "probability")
@@ -52,6 +56,7 @@ class Recorded:
     logits: Tensor
 
 
+@in_neutral
 def patching(
     model: nn.Module,
     tokenizer: Any,
@@ -105,6 +110,7 @@ def patching(
     if stream_of(model) is not None:
         raise ValueError("a streamed model reads its weights from disk for every forward pass, and patching takes hundreds: load it whole")
     check_weights(model)
+    check_predicts_tokens(model)
     ids, other = (token_ids(model, tokenizer, text) for text in (clean, corrupted))
     if len(ids) != len(other):
         raise ValueError(
@@ -224,7 +230,7 @@ def _hooked(entries: list[tuple[Block, Callable[[Tensor], Tensor | None]]]) -> I
     try:
         for block, function in entries:
             module = block.inner_norm if block.inner_norm is not None else block.output
-            handles.append(module.register_forward_pre_hook(hook(function), with_kwargs=True))  # type: ignore[union-attr]
+            handles.append(module.register_forward_pre_hook(only_here(hook(function)), with_kwargs=True))  # type: ignore[union-attr]
         yield
     finally:
         for handle in handles:
@@ -286,11 +292,7 @@ def _tokens(model: nn.Module, tokenizer: Any, given: Answer, name: str) -> list[
         if isinstance(item, str):
             if tokenizer is None:
                 raise TypeError(f"{name} is a text and needs a tokenizer; pass a token id to do without")
-            ids = tokenizer(item, add_special_tokens=False)["input_ids"] if item else []
-            if len(ids) != 1:
-                pieces = [tokenizer.decode([i]) for i in ids]
-                raise ValueError(f"{name} {item!r} is {len(ids)} tokens {pieces}, not one; does it lack its leading space?")
-            item = ids[0]
+            item = single_token(tokenizer, item, name)
         found += token_ids(model, tokenizer, [int(item)])
     return found
 

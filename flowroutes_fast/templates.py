@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowroutes_fast.tokens import single_token
+
 NAMES = (
     "Mary", "John", "Tom", "Sarah", "Kate", "James", "Anna", "David", "Emma", "Michael", "Laura", "Robert", "Alice", "Paul", "Lisa", "Peter",
     "Susan", "Mark", "Rachel", "Daniel", "Jane", "Adam", "Julia", "Simon", "Helen", "Kevin", "Lucy", "Brian", "Emily", "Jack", "Amy", "Steven",
@@ -149,7 +151,15 @@ def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
 def _one_token(words: tuple[str, ...], tokenizer: Any) -> list[str]:
     if tokenizer is None:
         return list(words)
-    return [word for word in words if len(_ids(tokenizer, f" {word}", add_special_tokens=False)) == 1]
+    return [word for word in words if _is_one(tokenizer, f" {word}")]
+
+
+def _is_one(tokenizer: Any, text: str) -> bool:
+    try:
+        single_token(tokenizer, text)
+    except ValueError:
+        return False
+    return True
 
 
 def _follows(tokenizer: Any, prompt: str, continuations: list[str]) -> bool:

@@ -6,9 +6,8 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flowroutes_fast import by_layer
+from flowroutes_fast.ambient import in_neutral
 from flowroutes_fast.by_layer import Store, identity_of
-from flowroutes_fast.capture import Layer, capture, rows_of, span_of, unwrap
+from flowroutes_fast.capture import Layer, capture, last_logits, rows_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
 from flowroutes_fast.estimate import check_memory, working_memory
 from flowroutes_fast.integrations import adapter_of
-from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, check_finite, conservation_error, importances
-from flowroutes_fast.models.families import blocks_of, context_length, text_config, vocabulary_size
+from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, importances
+from flowroutes_fast.models.families import blocks_of, rotary_regime, text_config
+from flowroutes_fast.models.heads import predicts
+from flowroutes_fast.models.weights import check_adapters
 from flowroutes_fast.ops import choose_backend
+from flowroutes_fast.prompts import read_prompts
 from flowroutes_fast.record import Settle, Trace
 from flowroutes_fast.streaming import Stream, stream_of
+from flowroutes_fast.tokens import token_texts
 from flowroutes_fast.workers import run_all
 
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
@@ -37,9 +41,9 @@ PRECISIONS = ("certified", "exact")
 PREDICTIONS = 10
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 Exact = dict[int, np.ndarray]
-_opened: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+@in_neutral
 def trace(
     model: nn.Module,
     tokenizer: Any,
@@ -107,7 +111,9 @@ def trace(
         raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
     blocks = blocks_of(model)
     check_weights(model)
-    prompts, several = _prompts(model, tokenizer, text, attention_mask)
+    check_adapters(model)
+    given = read_prompts(model, tokenizer, text, attention_mask)
+    prompts = given.ids
     rows = [_positions(positions, len(ids)) for ids in prompts]
     backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
     heads = int(getattr(text_config(model), "num_attention_heads", 1))
@@ -120,13 +126,15 @@ def trace(
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
     options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
     needed = options if positions is None else replace(options, precision="certified", neurons=False)  # few rows: no table of all
-    recurrent = any(block.mixer is not None for block in blocks)  # such mixers see padding
-    groups = _groups(model, [len(ids) for ids in prompts], needed, recurrent)
+    alone = any(block.mixer is not None for block in blocks) or predicts(model) != "tokens"  # mixers and pooled heads see padding
+    groups = _groups(model, [len(ids) for ids in prompts], needed, alone)
     check_memory(model, max(map(len, prompts)), needed, batch=max(map(len, groups)))
     results: list[list[LayerImportances]] = [[] for _ in prompts]
     outputs: list[Tensor | None] = [None] * len(prompts)
     total, ours = 0.0, 0.0
     store, stream = None, stream_of(model)
+    if given.inputs and (resume is not None or stream is not None):
+        raise ValueError(f"{', '.join(map(repr, given.inputs))} cannot be used with a streamed model or with resume=: load the model whole")
     if resume is not None:
         settings = {"rows": [r.tolist() for r in rows], "groups": groups, "options": options, "dtype": _dtype_of(model)}
         store = Store(resume, identity_of(model, prompts, stream.feed if stream else None, **settings))
@@ -138,7 +146,7 @@ def trace(
             with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:
                 found, seconds = _run(
                     model, [prompts[i] for i in members], [rows[i] for i in members], options, step=bar.update, store=store,
-                    groups=[[members.index(i) for i in group] for group in together] if streamed else None,
+                    groups=[[members.index(i) for i in group] for group in together] if streamed else None, inputs=given.inputs,
                 )  # fmt: skip
             total, ours = total + time.perf_counter() - start, ours + seconds
             for i, (layers, logits) in zip(members, found, strict=True):
@@ -153,23 +161,23 @@ def trace(
     mixers = [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks]
     traces = [
         _record(
-            found, options, tokens=_token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
-            prediction=_prediction(logits, tokenizer), timings={"total": total, "importances": ours},
-            settle=_settler(weak, ids, row, replace(options, neurons=False)) if precision == "certified" else None,
+            found, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
+            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours},
+            settle=_settler(weak, ids, row, replace(options, neurons=False), given.inputs) if precision == "certified" else None,
         )
         for found, ids, row, logits in zip(results, prompts, rows, outputs, strict=True)
     ]  # fmt: skip
-    return traces if several else traces[0]
+    return traces if given.several else traces[0]
 
 
 def _run(
     model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None, step: Any = None,
-    store: Store | None = None, groups: list[list[int]] | None = None,
+    store: Store | None = None, groups: list[list[int]] | None = None, inputs: dict[str, Tensor] | None = None,
 ) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:  # fmt: skip
     """One forward pass over prompts, padded on the right: per prompt its layers and last logits; and the seconds that were ours.
 
     ``exact``: {layer: which query positions to evaluate whole}; other layers are left out. ``groups``: prompts that are padded together,
-    all groups going through the layers side by side; always so for streamed models.
+    all groups going through the layers side by side; always so for streamed models. ``inputs``: what else the model is given.
     """
     stream, seconds = stream_of(model), 0.0
     if stream is not None and groups is None:
@@ -188,18 +196,13 @@ def _run(
         seconds += time.perf_counter() - start
         return found
 
-    check = None if model in _opened else _Check(model, len(blocks_of(model)))
-    if check is not None and store is not None:
-        check.found = store.finished
     device = stream.feed.device if stream is not None else model.get_input_embeddings().weight.device  # type: ignore[operator]
     device = _device(model) if device.type == "meta" else device
     if groups is not None:
         found = by_layer.run(
-            model, prompts, groups, of, neurons=options.neurons, feed=stream.feed if stream else None, device=device, on_start=check,
+            model, prompts, groups, of, neurons=options.neurons, feed=stream.feed if stream else None, device=device,
             step=step, store=store, budget=_room_for_states(stream),
         )  # fmt: skip
-        if check is not None:
-            check.passed()
         return found, seconds
     group = by_layer.group_of(prompts, list(range(len(prompts))), device)
     lasts = sorted({len(ids) - 1 for ids in prompts})
@@ -223,16 +226,11 @@ def _run(
             step()
 
     output = capture(
-        model, group.ids, neurons=options.neurons, attention_mask=group.mask, on_item=on_item, on_start=check,
-        logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device),
+        model, group.ids, neurons=options.neurons, attention_mask=group.mask, on_item=on_item,
+        logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device), inputs=inputs,
     )  # fmt: skip
-    if check is not None:
-        check.passed()
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        return [(found, None) for found in results], seconds
-    place = {last: n if logits.shape[1] == len(lasts) else last for n, last in enumerate(lasts)}
-    return [(found, logits[i, place[len(ids) - 1]]) for i, (found, ids) in enumerate(zip(results, prompts, strict=True))], seconds
+    logits = last_logits(output, lasts, [len(ids) - 1 for ids in prompts])
+    return [(found, logits.get(i)) for i, found in enumerate(results)], seconds
 
 
 def _workers(model: nn.Module, options: Options, lengths: list[int]) -> tuple[int, Options]:
@@ -246,11 +244,17 @@ def _workers(model: nn.Module, options: Options, lengths: list[int]) -> tuple[in
     return workers, replace(options, threads=threads // workers)
 
 
-def _groups(model: nn.Module, lengths: list[int], options: Options, recurrent: bool) -> list[list[int]]:
-    """Which prompts run together: all of them, or (streamed, where memory is short) as many as fit, of similar lengths."""
-    if recurrent:
+def _groups(model: nn.Module, lengths: list[int], options: Options, alone: bool) -> list[list[int]]:
+    """Which prompts run together: those that the model treats alike at their lengths, and (streamed, where memory is short) as many as fit."""
+    if alone:
         return [[i] for i in range(len(lengths))]
-    everyone = list(range(len(lengths)))
+    alike: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        alike.setdefault(rotary_regime(text_config(model), length), []).append(i)
+    return [group for members in alike.values() for group in _fitting(model, members, lengths, options)]
+
+
+def _fitting(model: nn.Module, everyone: list[int], lengths: list[int], options: Options) -> list[list[int]]:
     stream = stream_of(model)
     if stream is None or stream.budget is None:
         return [everyone]
@@ -351,39 +355,6 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def _prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any) -> tuple[list[list[int]], bool]:
-    """What was given to trace as lists of ids, and whether it was a batch."""
-    if isinstance(text, Mapping):
-        attention_mask = text.get("attention_mask") if attention_mask is None else attention_mask
-        text = text["input_ids"]
-    if isinstance(text, (Tensor, np.ndarray)) and text.ndim == 2 and not torch.as_tensor(text).is_floating_point():
-        text = text.tolist()
-    several = isinstance(text, (list, tuple)) and len(text) > 0 and not isinstance(text[0], Real)
-    if not several:
-        if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
-            raise ValueError("an attention mask belongs to a batch of ids [batch, token]; one prompt has no padding")
-        return [token_ids(model, tokenizer, text)], False
-    if attention_mask is None:
-        return [_named(i, lambda one=one: token_ids(model, tokenizer, one)) for i, one in enumerate(text)], True
-    mask = torch.as_tensor(attention_mask)
-    lengths = {len(ids) for ids in text}
-    if len(lengths) > 1 or tuple(mask.shape) != (len(text), *lengths):
-        raise ValueError(f"the attention mask has shape {list(mask.shape)}, the ids have {[len(text), *lengths]}")
-    spans = [_named(i, lambda row=row: span_of(row)) for i, row in enumerate(mask)]
-    return [
-        _named(i, lambda p=(ids, s): token_ids(model, tokenizer, list(p[0][p[1]])))
-        for i, (ids, s) in enumerate(zip(text, spans, strict=True))
-    ], True  # type: ignore[misc]
-
-
-def _named(item: int, call: Any) -> Any:
-    """What goes wrong in one prompt of a batch says which."""
-    try:
-        return call()
-    except ValueError as error:
-        raise ValueError(f"prompt {item}: {error}") from error
-
-
 def _positions(positions: Sequence[int] | None, tokens: int) -> Tensor:
     if positions is None:
         return torch.arange(tokens)
@@ -413,17 +384,18 @@ def _same_heads(dense: list[Tensor]) -> list[Tensor]:
     return [torch.nn.functional.pad(d, (0, 0, 0, 0, 0, most - d.shape[0])) for d in dense]
 
 
-def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options) -> Settle:
+def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options, inputs: dict[str, Tensor]) -> Settle:
     """A function that runs the model again and evaluates the given rows whole: ``{layer: [query]}`` in, ``{layer: ...}`` out.
 
     It returns None once the model is gone.
     """
 
+    @in_neutral
     def settle(rows: dict[int, np.ndarray]) -> dict[int, LayerImportances] | None:
         alive = model()
         if alive is None:
             return None
-        ((found, _),), _ = _run(alive, [ids], [positions], options, rows)
+        ((found, _),), _ = _run(alive, [ids], [positions], options, rows, inputs=inputs)
         return dict(zip(sorted(rows), found, strict=True))
 
     return settle
@@ -450,63 +422,21 @@ def _check_options(
             raise ValueError(f"thresholds must lie in [0, 1), got {threshold}")
 
 
-def token_ids(model: nn.Module, tokenizer: Any, text: str | list[int] | Tensor) -> list[int]:
-    """The prompt as ids, checked against the model's vocabulary and context length."""
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise TypeError("a text needs a tokenizer; pass token ids to trace without one")
-        if not text.strip():
-            raise ValueError("the text is empty: there is nothing to trace")
-        ids = [int(i) for i in tokenizer(text)["input_ids"]]
-    else:
-        given = torch.as_tensor(text)
-        if given.dim() != 1:
-            raise ValueError(f"token ids must have shape [token], got {tuple(given.shape)}")
-        if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
-            raise TypeError(f"token ids must be integers, got {given.dtype}")
-        ids = [int(i) for i in given.tolist()]
-    if not ids:
-        raise ValueError("the text gives no tokens: there is nothing to trace")
-    size = vocabulary_size(model)
-    for position, token in enumerate(ids):
-        if not 0 <= token < size:
-            raise ValueError(f"token id {token} at position {position} is outside the model's vocabulary of {size}; is this its tokenizer?")
-    limit = context_length(text_config(model))
-    if limit is not None and len(ids) > limit:
-        raise ValueError(f"the text has {len(ids)} tokens but the model's context holds {limit}: shorten it")
-    return ids
+def _prediction(logits: Tensor | None, tokenizer: Any, model: Any) -> list[tuple[str, float]]:
+    """Most probable next tokens, or classes of a classifier; nothing for a model that predicts neither."""
+    if logits is None or predicts(model) == "numbers":
+        return []
+    independent = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    if predicts(model) == "tokens":
+        return most_probable(logits, tokenizer)
+    scores = logits.float().sigmoid() if independent else logits.float().softmax(-1)
+    top = scores.topk(min(PREDICTIONS, logits.shape[-1]))
+    return [(str(model.config.id2label.get(i, i)), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
-class _Check:
-    """Once per model, while it is first traced: do the captured parts add up to the states, and is every layer captured?"""
-
-    def __init__(self, model: nn.Module, layers: int) -> None:
-        self.model, self.layers, self.found = model, layers, 0
-
-    def __call__(self, layer: Layer) -> None:
-        """``ValueError`` at the first layer whose parts do not add up."""
-        self.found += 1
-        check_finite(layer)
-        error, dtype = conservation_error(layer), layer.resid_post.dtype
-        tolerance = _TOLERANCE.get(dtype, 1e-5)
-        if not error <= tolerance:
-            raise ValueError(
-                f"layer {layer.index}: the captured parts miss the residual state by {error:.1e} relative (allowed for {dtype}: {tolerance:.0e}); "
-                "this checkpoint does something that its family's adapter does not know, so its routes would be wrong"
-            )
-
-    def passed(self) -> None:
-        if self.found != self.layers:
-            raise ValueError(f"{self.found} layers were captured but the model has {self.layers}")
-        _opened.add(self.model)
-
-
-def _token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]
-
-
-def _prediction(logits: Tensor | None, tokenizer: Any) -> list[tuple[str, float]]:
+def most_probable(logits: Tensor | None, tokenizer: Any) -> list[tuple[str, float]]:
+    """The most probable next tokens, from logits ``[vocabulary]``."""
     if logits is None:
         return []
     top = logits.float().softmax(-1).topk(min(PREDICTIONS, logits.shape[-1]))
-    return list(zip(_token_texts(tokenizer, top.indices.tolist()), top.values.tolist(), strict=True))
+    return list(zip(token_texts(tokenizer, top.indices.tolist()), top.values.tolist(), strict=True))

@@ -17,7 +17,13 @@ def _as_before():
 
 
 def state():
-    return torch.get_default_dtype(), torch.get_default_device(), torch.is_autocast_enabled("cpu"), torch.empty(1).device, torch.ones(1).dtype
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_autocast_enabled("cpu"),
+        torch.empty(1).device,
+        torch.ones(1).dtype,
+    )
 
 
 def test_inside_all_is_as_in_a_fresh_process_and_outside_as_before():

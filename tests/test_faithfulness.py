@@ -130,7 +130,7 @@ def test_the_model_comes_back_as_it_was(llama, run, monkeypatch):
     finally:
         llama.eval()
     assert llama.config._attn_implementation == before
-    assert not ablation._jobs
+    assert not ablation._here.jobs
     monkeypatch.undo()
     torch.testing.assert_close(plain(llama), run.logits, atol=1e-5, rtol=1e-5)
 

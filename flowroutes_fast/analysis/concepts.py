@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from flowroutes_fast.capture import unwrap
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.weights import effective_weight
+from flowroutes_fast.tokens import token_texts
 
 TOGETHER = 16  # heads whose vectors meet the unembedding at a time: it is read once for all of them
 
@@ -108,7 +109,7 @@ def _tokens(layer: int, head: int, sigma: Tensor, logits: Tensor, tokenizer: Any
     for place in range(min(rank, len(sigma))):
         for sign in (1, -1):
             best = (sign * logits[place]).topk(min(top, logits.shape[-1])).indices.tolist()
-            tokens = [str(i) if tokenizer is None else tokenizer.decode([i]) for i in best]
+            tokens = token_texts(tokenizer, best)
             row = {"layer": layer, "head": head, "rank": place, "sign": sign, "sigma": float(sigma[place]), "share": float(share[place])}
             found.append(row | {"tokens": tokens})
     return found

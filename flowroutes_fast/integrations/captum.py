@@ -86,7 +86,8 @@ def attribute(
         ValueError: a prompt or target without tokens, and what :func:`flowroutes_fast.trace` raises. TypeError: ``gen_args`` beside a
             target, a prompt that is not one text.
     """
-    from flowroutes_fast.trace import token_ids, trace
+    from flowroutes_fast.prompts import token_ids
+    from flowroutes_fast.trace import trace
 
     _captum()
     if target is not None and gen_args is not None:

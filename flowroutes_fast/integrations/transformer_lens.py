@@ -8,6 +8,7 @@ through hook points, one layer at a time; there every layer's parts are added up
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,21 +23,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from flowroutes_fast.capture import Layer, _evaluation_mode, _lock, rows_of, span_of, unwrap
+from flowroutes_fast.capture import Layer, _evaluation_mode, _lock, rows_of, span_of, undisturbed, unwrap
 from flowroutes_fast.integrations import require
 from flowroutes_fast.layer import LayerImportances, Options, check_finite, conservation_error, importances
 from flowroutes_fast.ops import choose_backend
+from flowroutes_fast.prompts import read_prompts, refuse_inputs
+from flowroutes_fast.tokens import token_texts
 from flowroutes_fast.trace import (
     _TOLERANCE,
     DENSE_LIMIT,
     _check_options,
     _everywhere,
     _positions,
-    _prediction,
-    _prompts,
     _record,
-    _token_texts,
     model_name,
+    most_probable,
 )
 from flowroutes_fast.trace import trace as trace_model
 
@@ -391,7 +392,7 @@ def _traces(
     if dense and positions is not None:
         raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
     wanted = tuple(sorted({float(t) for t in given["thresholds"] if t >= given["floor"]})) if given["measure"] == "proximity" else ()
-    backend = choose_backend(given["backend"], torch.empty(0, device=model.blocks[0].attn.W_O.device))
+    backend = choose_backend(given["backend"], torch.empty(0, dtype=torch.float32, device=model.blocks[0].attn.W_O.device))
     options = Options(
         given["precision"], given["measure"], backend, dense, given["floor"], wanted, given["tolerance"], given["bias"], given["threads"],
         given["neurons"],
@@ -433,7 +434,7 @@ def _traces(
             raise ValueError(f"{len(found)} layers were captured but the model has {cfg.n_layers}")
         traces.append(_record(
             found, options, tokens=texts[n], token_ids=ids, model=_called(model), mixers=[""] * cfg.n_layers,
-            floor=0.0 if dense else given["floor"], prediction=_prediction(logits, tokenizer),
+            floor=0.0 if dense else given["floor"], prediction=most_probable(logits, tokenizer),
             timings={"total": time.perf_counter() - start, "importances": ours}, settle=settler(n),
         ))  # fmt: skip
     return traces
@@ -448,13 +449,15 @@ def _called(model: Any) -> str:
 def _sizes(cfg: Any) -> Any:
     """What the checks of a prompt ask of a model: how many tokens there are, and how many fit."""
     config = SimpleNamespace(max_position_embeddings=cfg.n_ctx)
-    return SimpleNamespace(config=config, get_input_embeddings=lambda: SimpleNamespace(weight=torch.empty(cfg.d_vocab, 0)))
+    weight = torch.empty(cfg.d_vocab, 0, dtype=torch.float32, device="cpu")
+    return SimpleNamespace(config=config, get_input_embeddings=lambda: SimpleNamespace(weight=weight), forward=lambda input_ids: None)
 
 
 def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any]) -> Any:
     """Traces of a model that runs prompt by prompt, read through its hook points."""
-    prompts, several = _prompts(_sizes(model.cfg), tokenizer, text, given["attention_mask"])
-    texts = [_token_texts(tokenizer, ids) for ids in prompts]
+    read = refuse_inputs(read_prompts(_sizes(model.cfg), tokenizer, text, given["attention_mask"]))
+    prompts, several = read.ids, read.several
+    texts = [token_texts(tokenizer, ids) for ids in prompts]
     weak = weakref.ref(model)
 
     def runner(model: Any) -> Run:
@@ -465,7 +468,7 @@ def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any])
                 for role, name in _names(model, layer, given["neurons"]).items():
                     hooks.append((name, _keeper(kept, role, partial(on_layer, layer, kept, 0, slice(None)) if role == "post" else None)))
             ids = torch.tensor([prompts[n]], device=model.blocks[0].attn.W_O.device)
-            with _lock, torch.no_grad(), _evaluation_mode(model), model.hooks(fwd_hooks=hooks):
+            with undisturbed(model), torch.no_grad(), model.hooks(fwd_hooks=hooks):
                 return model(ids, return_type="logits", attention_mask=torch.ones_like(ids))[0, -1]
 
         return run
@@ -481,7 +484,11 @@ def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any])
 
 
 def _keeper(kept: Found, role: str, done: Callable[[], None] | None) -> Callable[..., None]:
+    owner = threading.get_ident()
+
     def keep(activation: Tensor, hook: Any) -> None:
+        if threading.get_ident() != owner:  # another thread runs the same model
+            return
         kept[role] = activation
         if done is not None:
             done()
@@ -546,13 +553,14 @@ def _cached_tokens(
         tokenizer = _OwnTokenizer(model)
     whole = [len(ids) for ids in text] if isinstance(text, (list, tuple)) and text and isinstance(text[0], (list, tuple)) else []
     several = len(whole) > 0 or (isinstance(text, Tensor) and text.dim() == 2)
-    prompts, several = _prompts(_sizes(model.cfg), tokenizer, text, mask if several and not bool(mask.all()) else None)
+    read = refuse_inputs(read_prompts(_sizes(model.cfg), tokenizer, text, mask if several and not bool(mask.all()) else None))
+    prompts, several = read.ids, read.several
     if [len(ids) for ids in prompts] != lengths:
         raise ValueError(
             f"the text has {[len(ids) for ids in prompts]} tokens but the cache was made from {lengths}: give what it was made from, "
             "with its BOS token (ids are the safest)"
         )
-    return prompts, [_token_texts(tokenizer, ids) for ids in prompts], several
+    return prompts, [token_texts(tokenizer, ids) for ids in prompts], several
 
 
 def _listed(names: list[str]) -> str:

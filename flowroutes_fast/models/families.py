@@ -448,5 +448,21 @@ def context_length(config: Any) -> int | None:
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
+def rotary_regime(config: Any, length: int) -> int:
+    """Prompts of one regime are rotated alike when they run together: some rotary embeddings change with the longest prompt of a batch."""
+    own = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    several = [one for one in own.values() if isinstance(one, dict)]
+    regime = 0
+    for rope in several or [own]:
+        kind = str(rope.get("rope_type", rope.get("type", "")))
+        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        limit = int(limit or getattr(config, "max_position_embeddings", None) or 0)
+        if kind == "longrope":
+            regime = max(regime, int(length > limit))
+        elif "dynamic" in kind and length > limit:
+            regime = max(regime, length)
+    return regime
+
+
 def vocabulary_size(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])

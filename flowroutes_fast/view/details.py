@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from flowroutes_fast.capture import Layer, capture, unwrap
 from flowroutes_fast.integrations import adapter_of
 from flowroutes_fast.models.families import blocks_of, text_config
+from flowroutes_fast.prompts import token_ids
 from flowroutes_fast.reference import attention_pattern
 from flowroutes_fast.streaming import stream_of
-from flowroutes_fast.trace import check_weights, token_ids
+from flowroutes_fast.trace import check_weights
 from flowroutes_fast.view.text import show_token
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flowroutes_fast.trace import DEFAULT_THRESHOLDS, model_name, token_ids, trace
+from flowroutes_fast.prompts import token_ids
+from flowroutes_fast.trace import DEFAULT_THRESHOLDS, model_name, trace
 from flowroutes_fast.view import page
 from flowroutes_fast.view.details import details
 

@@ -1,0 +1,227 @@
+"""Do a layer's captured parts add up to what the model computed? Asked on every pass, of every layer.
+
+The parts of a node must add up to its state, x_i + Σ_h z_ih W_O[h] + rest_i = y_i, with z_ih what the attention function returned; z_ih must
+be Σ_j α_hij v_hj with the α that importances are made of; and the state that enters a layer must be the one that left the layer before.
+A plain model does alike at all positions: a few positions and channels are looked at, the first and the last position among them. Where
+something may act on single ones (hooks, replaced forwards, foreign attention functions, a model seen for the first time), all are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flowroutes_fast.capture import Layer
+    from flowroutes_fast.models.families import Block
+
+ROWS, CHANNELS = 12, 64  # looked at in a plain model
+PATTERN_BYTES = 64 * 2**20  # of attention weights at a time, where all rows are computed again
+KNOWN = ("", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+SMALLEST = 1e-3  # sizes of channels are told apart down to this share of the largest
+TOLERANCE = {  # int8 and float8 stand for layers that round their inputs to so many bits
+    torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.int8: 3e-2, torch.float8_e4m3fn: 5e-2
+}  # fmt: skip
+Explain = Callable[["Block"], "list[str]"]
+Coarsest = Callable[["Block", torch.dtype], torch.dtype]
+
+
+@dataclass
+class _Sample:
+    """Parts and states of one layer at some positions and channels, to be compared later; ``weights``: see :func:`weights_error`."""
+
+    block: Block
+    dtype: torch.dtype
+    sums: list[tuple[str, Tensor]]  # per node: the state with a minus sign, and its parts [part, row, channel]
+    weights: Tensor | None
+
+
+class Conservation:
+    """The check of one forward pass; call it with every layer of every sequence, then :meth:`finish`."""
+
+    def __init__(self, layers: int, coarsest: Coarsest, explain: Explain, thorough: bool) -> None:
+        self.layers, self.coarsest, self.explain, self.thorough = layers, coarsest, explain, thorough
+        self.seen: set[int] = set()
+        self.left: dict[Any, tuple[Tensor, int]] = {}  # batch -> the state that left its last layer, and how often it had been written to
+        self.open: list[_Sample] = []
+        self.chosen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: Layer) -> None:
+        """Take what has to be compared from a layer; everything together is compared in :meth:`judge`."""
+        self.seen.add(layer.index)
+        rows, channels = self._places(layer.resid_post)
+        weights = None
+        if layer.mixed is not None:
+            weights = weights_error(
+                layer, None if layer.attention_function not in KNOWN else rows if not self.thorough else self._few(layer)
+            )
+        self.open.append(_Sample(layer.block, layer.resid_post.dtype, _sums(layer, rows, channels), weights))
+        if self.thorough and layer.resid_post.device.type == "cpu":
+            self.judge(layer)
+
+    def _places(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and channels to look at."""
+        tokens, width = state.shape
+        if (key := (tokens, width, state.device)) not in self.chosen:
+            rows = _spread(tokens, tokens if self.thorough else ROWS, state.device)
+            self.chosen[key] = rows, _drawn(width, width if self.thorough else CHANNELS, state.device)
+        return self.chosen[key]
+
+    def _few(self, layer: Layer) -> Tensor:
+        return _spread(len(layer.resid_post), 4 * ROWS, layer.resid_post.device)
+
+    def enters(self, sequence: Any, block: Block, state: Tensor) -> None:
+        """The whole state that enters a block; ``ValueError`` unless it is the one that left the block before."""
+        before = self.left.pop(sequence, None)
+        if before is None or (state is before[0] and state._version == before[1]):
+            return
+        if state.shape == before[0].shape and (state is not before[0]) and torch.equal(state, before[0].to(state.device, state.dtype)):
+            return
+        raise ValueError(_message(block, "entered", 1.0, 0.0, state.dtype, self.explain(block)))
+
+    def leaves(self, sequence: Any, state: Tensor) -> None:
+        self.left[sequence] = (state, state._version)
+
+    def finish(self) -> None:
+        """The whole pass has run: was every layer seen, and did all add up?"""
+        self.left.clear()
+        if len(self.seen) != self.layers:
+            raise ValueError(f"{len(self.seen)} layers were captured but the model has {self.layers}")
+        self.judge()
+
+    def judge(self, layer: Layer | None = None) -> None:
+        """``ValueError`` naming the first layer taken so far whose parts do not add up."""
+        taken, self.open = self.open, []
+        alike: dict[Any, list[Tensor]] = {}
+        for sample in taken:
+            for _, parts in sample.sums:
+                alike.setdefault((parts.shape, parts.dtype, parts.device), []).append(parts)
+        misses = {key: iter(_miss(torch.stack(parts)).tolist()) for key, parts in alike.items()}
+        for sample in taken:
+            errors = [] if sample.weights is None else [("weights", float(sample.weights))]
+            errors += [(where, next(misses[parts.shape, parts.dtype, parts.device])) for where, parts in sample.sums]
+            for where, error in errors:
+                if error <= TOLERANCE[sample.dtype]:
+                    continue
+                if layer is not None:
+                    check_finite(layer)
+                dtype = self.coarsest(sample.block, sample.dtype)  # looked for where it matters: it may be a coarser one that computes
+                if not error <= TOLERANCE[dtype]:
+                    raise ValueError(_message(sample.block, where, error, TOLERANCE[dtype], dtype, self.explain(sample.block)))
+
+
+def _sums(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, Tensor]]:
+    """Per node its state, with a minus sign, and its parts, as (where, ``[1 + part, row, channel]``)."""
+
+    def at(part: Tensor) -> Tensor:
+        return part.index_select(0, rows).index_select(1, channels).float()
+
+    after, ffn = at(layer.resid_post if layer.resid_mid is None else layer.resid_mid), at(layer.ffn_out)
+    parts = [after.neg(), at(layer.residual)]
+    if layer.mixer_out is not None:
+        parts.append(at(layer.mixer_out))
+    if layer.mixed is not None:
+        parts.append(_attention(layer, rows, channels))
+    if layer.through is None:
+        return [("attention", torch.stack([*parts, ffn]))]
+    through = after if layer.through is layer.resid_mid else at(layer.through)
+    return [("attention", torch.stack(parts)), ("ffn", torch.stack([at(layer.resid_post).neg_(), through, ffn]))]
+
+
+def _miss(parts: Tensor) -> Tensor:
+    """Largest ‖Σ part_i − state_i‖ / (‖state_i‖ + Σ ‖part_i‖) over positions, of ``[layer, 1 + part, row, channel]`` -> ``[layer]``.
+
+    Channels count in units of their size in the state, so that outliers hide nothing.
+    """
+    size = parts[:, 0].square().mean(1).sqrt()  # [layer, channel]
+    size = torch.maximum(size, size.amax(1, keepdim=True) * SMALLEST).clamp_min(1e-30)[:, None]
+    missing = torch.linalg.vector_norm(parts.sum(1) / size, dim=-1)
+    sizes = torch.linalg.vector_norm(parts / size[:, None], dim=-1).sum(1)
+    return (missing / sizes.clamp_min(1e-30)).amax(1)
+
+
+def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
+    """What attention adds to the state ``[row, channel]``, from what the attention function returned."""
+    block = layer.block
+    mixed = layer.mixed[rows].float()  # type: ignore[index]
+    if layer.gate is not None:
+        mixed = mixed * layer.gate[rows].flatten(1)
+    if layer.in_scale is not None:
+        mixed = mixed * layer.in_scale
+    added = mixed @ layer.output_weight().permute(2, 0, 1).reshape(layer.resid_post.shape[1], -1)[channels].to(mixed.device).T
+    scale = 1.0 if layer.row_scale is None else layer.row_scale[rows, None]
+    bias = 0 if block.output_bias is None else block.output_bias.to(mixed.device)[channels]
+    added = (added + bias) * scale if block.post_norm is not None else added * scale + bias
+    return added * layer.scale if layer.out_scale is None else added * (layer.out_scale[channels] * layer.scale)
+
+
+def weights_error(layer: Layer, rows: Tensor | None) -> Tensor:
+    """Largest |Σ_j α_hij v_hj − z_ih| over some rows and the heads of one key-value head, relative to the largest value; rows None: over all."""
+    if rows is not None:
+        kv = layer.index % len(layer.key)  # type: ignore[arg-type]
+        return _weights_error(layer, rows, slice(kv, kv + 1))
+    tokens = layer.key.shape[1]  # type: ignore[union-attr]
+    each = max(1, PATTERN_BYTES // (4 * len(layer.query) * tokens))  # type: ignore[arg-type]
+    every = torch.arange(tokens, device=layer.key.device, dtype=torch.int64)  # type: ignore[union-attr]
+    return torch.stack([_weights_error(layer, part, slice(None)) for part in every.split(each)]).amax()
+
+
+def _weights_error(layer: Layer, rows: Tensor, of: slice) -> Tensor:
+    every, key, value = layer.query, layer.key[of].float(), layer.value[of].float()  # type: ignore[index]
+    group = len(every) // len(layer.key)  # type: ignore[arg-type]
+    heads = slice(0, len(every)) if of.start is None else slice(of.start * group, of.stop * group)  # type: ignore[arg-type]
+    query = every[heads, rows].float()  # type: ignore[index]
+    n, tokens = len(rows), key.shape[1]
+    scores = (query.reshape(len(key), -1, query.shape[-1]) @ key.mT).view(-1, n, tokens).mul_(layer.scaling)
+    if layer.softcap:
+        scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    if layer.mask is not None:
+        scores = scores + (layer.mask[rows] if layer.mask.dim() == 2 else layer.mask[heads, rows]).float()
+    else:
+        age = rows[:, None] - torch.arange(tokens, device=rows.device, dtype=torch.int64)
+        scores.masked_fill_((age < 0) | (age >= layer.window) if layer.window else age < 0, float("-inf"))
+    if layer.sinks is not None:
+        scores = torch.cat([scores, layer.sinks[heads].float()[:, None, None].expand(-1, n, 1)], -1)
+    alpha = scores.softmax(-1)[..., :tokens]
+    mixed = (alpha.reshape(len(value), -1, tokens) @ value).view(len(query), n, -1)
+    given = layer.mixed[rows].float().view(n, len(every), -1)[:, heads].transpose(0, 1)  # type: ignore[index, arg-type]
+    return (mixed - given).abs().amax() / value.abs().amax().clamp_min(1e-30)
+
+
+def check_finite(layer: Layer) -> None:
+    """``ValueError`` naming the layer if an activation is NaN or infinite."""
+    for name in ("residual", "resid_mid", "ffn_out", "resid_post", "mixer_out", "value"):
+        tensor = getattr(layer, name)
+        if tensor is not None and not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
+            raise ValueError(f"layer {layer.index}: {name} holds NaN or infinite numbers; nothing can be said about this forward pass")
+
+
+def _spread(count: int, most: int, device: torch.device) -> Tensor:
+    """At most so many of ``count`` places, the first and the last among them."""
+    if count <= most:
+        return torch.arange(count, device=device, dtype=torch.int64)
+    return torch.linspace(0, count - 1, most, device=device, dtype=torch.float64).round().long()
+
+
+def _drawn(count: int, most: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randperm(count, generator=generator, device="cpu")[:most].sort().values.to(device)
+
+
+def _message(block: Any, where: str, error: float, allowed: float, dtype: torch.dtype, causes: list[str]) -> str:
+    if not math.isfinite(error):
+        return f"layer {block.index}: its states hold NaN or infinite numbers; nothing can be said about this forward pass"
+    says = {
+        "weights": "the attention weights that are recomputed are not those that the model used",
+        "attention": "the captured parts miss the state after attention",
+        "ffn": "the captured parts miss the residual state after the FFN",
+        "entered": "the state that enters it is not the one that left the layer before",
+    }[where]
+    by = f" by {error:.1e} relative (allowed for {str(dtype).removeprefix('torch.')}: {allowed:.0e})" if allowed else ""
+    why = "; ".join(causes) if causes else f"this model does something that the adapter of the {block.family.name} family does not know"
+    return f"layer {block.index}: {says}{by}, so its routes would be wrong: {why}"
