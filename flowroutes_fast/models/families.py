@@ -334,9 +334,10 @@ def _bias(module: Any, layer: int) -> Tensor | None:
 
 
 def _find(root: Any, path: str) -> Any:
-    """The module at an attribute path, or None."""
+    """The module at an attribute path, or None; inside torch.compile's wrapper where one of its modules was compiled alone."""
     for name in path.split(".") if path else ():
         root = getattr(root, name, None)
+        root = getattr(root, "_orig_mod", root)
         if root is None:
             return None
     return root if path else None
@@ -411,7 +412,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
     layers = _layers(model, family)
     if not len(layers):
         raise ValueError(f"this {family.name} model has no layers")
-    return [_block(i, layer, family, config) for i, layer in enumerate(layers)]
+    return [_block(i, getattr(layer, "_orig_mod", layer), family, config) for i, layer in enumerate(layers)]
 
 
 def _block(index: int, layer: nn.Module, family: Family, config: Any) -> Block:
