@@ -1,0 +1,299 @@
+"""What is given to a trace is used or refused by name; what the model really attends to is what the figures are made of."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_process_state import IDS, LONG, same, tiny
+
+import flowroutes_fast as fr
+from flowroutes_fast.tokens import single_token, token_texts
+
+
+def llama4(implementation):
+    options = dict(attention_chunk_size=16, head_dim=16, intermediate_size_mlp=64, num_local_experts=2, num_experts_per_tok=1, no_rope_layers=[1, 1, 0])  # fmt: skip
+    model = tiny("llama4_text", **options)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "eager"])
+@pytest.mark.parametrize("kind", ["chunks", "windows", "causal"])
+def test_attention_implementations_agree(implementation, kind):
+    def make(name):
+        if kind == "chunks":
+            return llama4(name)
+        model = tiny("mistral", sliding_window=7 if kind == "windows" else None)
+        model.set_attn_implementation(name)
+        return model
+
+    prompts = [LONG[:40], LONG[3:24]]
+    for a, b in zip(fr.trace(make("sdpa"), None, prompts), fr.trace(make(implementation), None, prompts), strict=True):
+        same(a, b, 1e-5)
+
+
+def test_chunks_are_those_of_the_model():
+    """Keys of an earlier chunk have no influence: no sub-edge crosses a chunk where attention is chunked."""
+    trace = fr.trace(llama4("flex_attention"), None, LONG[:40], precision="exact", dense=True)
+    crossing = torch.arange(40)[:, None] // 16 != torch.arange(40) // 16
+    assert trace.attention(0)[crossing].max() == 0
+    assert trace.attention(2)[crossing & torch.ones(40, 40).tril().bool()].max() > 0  # full attention
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("tokens", [2, 16])
+def test_two_sided_attention_is_refused(implementation, tokens):
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(
+        "gemma3_text", hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=101,
+        head_dim=12, use_bidirectional_attention=True, attn_implementation=implementation,
+    )  # fmt: skip
+    model = AutoModel.from_config(config).eval()
+    fr.trace(model, None, [5])  # one token sees itself, either way
+    for _ in range(2):
+        with pytest.raises(ValueError, match="two-sided"):
+            fr.trace(model, None, (IDS * 2)[:tokens])
+
+
+def test_two_sided_modules_are_refused():
+    model = tiny()
+    fr.trace(model, None, IDS)
+    for block in model.model.layers:
+        block.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="two-sided"):
+        fr.trace(model, None, IDS)
+
+
+def rope(kind):
+    if kind == "longrope":
+        return {
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "short_factor": [1.0] * 6,
+            "long_factor": [4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        }  # fmt: skip
+    return {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_batch_equals_single_runs(kind, resume, tmp_path):
+    lengths = (8, 32, 11, 40, 16, 17)
+    prompts = [LONG[n : n + n_tokens] for n, n_tokens in enumerate(lengths)]
+    model = tiny(rope_parameters=rope(kind))
+    singles = [fr.trace(model, None, ids) for ids in prompts]
+    together = fr.trace(model, None, prompts, resume=tmp_path / "run" if resume else None)
+    for single, one in zip(singles, together, strict=True):
+        assert (single.heads - one.heads).abs().max() < 1e-5
+
+
+def test_longrope_differs_beyond_its_limit():
+    """The prompts above really are rotated in two ways."""
+    model = tiny(rope_parameters=rope("longrope"))
+    short, long = fr.trace(model, None, LONG[:16], positions=[15]), fr.trace(model, None, LONG[:17], positions=[15])
+    assert (short.heads[:, 15] - long.heads[:, 15]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"pixel_values": torch.zeros(1, 3, 16, 16)}, "'pixel_values' is not used"),
+        ({"inputs_embeds": torch.zeros(1, 8, 48)}, "'inputs_embeds' is not used"),
+        ({"labels": torch.tensor([IDS])}, "'labels' is not used"),
+        ({"past_key_values": object()}, "'past_key_values' is not used"),
+        ({"position_ids": torch.arange(1, 9)[None]}, "'position_ids' is not used"),
+        ({"token_type_ids": torch.ones(1, 8, dtype=torch.long)}, "'token_type_ids' is not used"),
+        ({"something": 3}, "'something' is not used"),
+    ],
+)
+def test_what_is_not_used_is_refused(extra, says):
+    with pytest.raises(ValueError, match=says):
+        fr.trace(tiny(), None, {"input_ids": torch.tensor([IDS]), "attention_mask": torch.ones(1, 8), **extra})
+
+
+def test_what_says_nothing_is_no_matter():
+    model, expected = tiny(), fr.trace(tiny(), None, IDS)
+    given = {"input_ids": torch.tensor([IDS]), "position_ids": torch.arange(8)[None], "token_type_ids": torch.zeros(1, 8), "pixel_values": None}
+    same(expected, fr.trace(model, None, given)[0])
+    same(expected, fr.trace(model, None, {"input_ids": np.array(IDS)}))
+
+
+def test_token_types_are_used_where_the_model_takes_them():
+    model = tiny("gpt2", n_embd=48, n_layer=2, n_head=4)
+    plain = fr.trace(model, None, IDS)
+    typed = fr.trace(model, None, {"input_ids": torch.tensor([IDS]), "token_type_ids": torch.tensor([[1] * 4 + [2] * 4])})[0]
+    assert (plain.heads - typed.heads).abs().max() > 1e-4
+    with torch.no_grad():
+        logits = model(torch.tensor([IDS]), token_type_ids=torch.tensor([[1] * 4 + [2] * 4])).logits[0, -1]
+    assert typed.prediction[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        fr.trace(model, None, {"input_ids": torch.tensor([IDS, IDS]), "token_type_ids": torch.ones(2, 8, dtype=torch.long)})
+
+
+def llava():
+    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    text = LlamaConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=101, pad_token_id=0
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=100, image_token_id=100, vision_feature_layer=-1)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def test_images():
+    """An image takes the place of its tokens: the figures are those of the text model on what the vision tower gave."""
+    model = llava()
+    ids, pixels = [5, 100, 100, 100, 100, 7, 8, 9], torch.randn(1, 3, 16, 16)
+    given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, 8, dtype=torch.long), "pixel_values": pixels}
+    (trace,) = fr.trace(model, None, given)
+    with torch.no_grad():
+        logits = model(input_ids=given["input_ids"], pixel_values=pixels).logits[0, -1]
+    assert trace.prediction[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
+    assert trace.tokens[1:5] == ["100"] * 4
+    (other,) = fr.trace(model, None, given | {"pixel_values": pixels + 1})
+    assert (trace.heads - other.heads).abs().max() > 1e-5
+    route = trace.route(threshold=0.0123)  # settled by a second pass, with the same image
+    assert len(route.edges)
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        fr.trace(model, None, {"input_ids": torch.tensor([ids, ids]), "pixel_values": pixels})
+    with pytest.raises(ValueError, match="resume="):
+        fr.trace(model, None, given, resume="nowhere")
+
+
+@pytest.mark.parametrize("wanted", ["sequence", "tokens", "several", "regression", "questions", "base"])
+def test_heads_that_predict_no_tokens(wanted):
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    kinds = {"tokens": AutoModelForTokenClassification, "questions": AutoModelForQuestionAnswering, "base": AutoModel}
+    labels = {"num_labels": 1} if wanted == "regression" else {"id2label": {0: "good", 1: "bad", 2: "ugly"}, "label2id": {"good": 0, "bad": 1, "ugly": 2}}
+    if wanted == "several":
+        labels["problem_type"] = "multi_label_classification"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=101,
+        max_position_embeddings=512, pad_token_id=0, **labels,
+    )  # fmt: skip
+    model = kinds.get(wanted, AutoModelForSequenceClassification).from_config(config).eval()
+    prompts = [IDS, LONG[:20]]
+    for ids, trace in zip(prompts, fr.trace(model, None, prompts), strict=True):
+        same(fr.trace(model, None, ids), trace, 1e-6)
+        if wanted in ("regression", "questions", "base"):
+            assert trace.prediction == []
+        else:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits
+            logits = logits[0] if wanted != "tokens" else logits[0, -1]
+            scores = logits.sigmoid() if wanted == "several" else logits.softmax(-1)
+            assert trace.prediction[0][0] == ["good", "bad", "ugly"][int(scores.argmax())]
+            assert dict(trace.prediction) == pytest.approx({["good", "bad", "ugly"][i]: float(p) for i, p in enumerate(scores)}, abs=1e-5)
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM"):
+        trace.route(threshold=0.02).verify(model)
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM"):
+        fr.patching(model, None, IDS, IDS[::-1], answer=5, wrong=6)
+
+
+class Tokenizer:
+    def __call__(self, text, **options):
+        return {"input_ids": [3 + ord(c) % 90 for c in text]}
+
+    def decode(self, ids):
+        return "".join(map(str, ids))
+
+
+class Processor:
+    def __init__(self):
+        self.tokenizer, self.image_processor = Tokenizer(), object()
+
+    def __call__(self, images=None, text=None):
+        raise AssertionError("not to be called")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, 5, 1.5, b"bytes", {"a", "b"}, pd.Series(["a", "b"]), pd.Series([1, 2]), object(), iter(["a"]), {"role": "user", "content": "Hi"},
+        [{"role": "user", "content": "Hi"}], [[{"role": "user", "content": "Hi"}]], {"text": "Hi"}, [None], ["Hi", None], [1, "a"], [True, False],
+        [1.0, 2.0], np.array(["a"]), np.array([1.5]), torch.tensor([0.5]), torch.tensor([True]), [["a", "b"]], range,
+    ],
+)  # fmt: skip
+def test_other_kinds_of_text_are_refused(text):
+    with pytest.raises(TypeError):
+        fr.trace(tiny(), Tokenizer(), text)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", 5, Processor(), object()])
+def test_what_is_no_tokenizer_is_refused(tokenizer):
+    with pytest.raises(TypeError, match="tokenizer"):
+        fr.trace(tiny(), tokenizer, "Hi")
+
+
+def test_raw_tokenizers_are_refused():
+    from tokenizers import Tokenizer as Raw
+    from tokenizers.models import WordLevel
+
+    with pytest.raises(TypeError, match="must be one of transformers"):
+        fr.trace(tiny(), Raw(WordLevel({"a": 0}, unk_token="a")), "a")
+
+
+@pytest.mark.parametrize("text", ["\n", " ", "\t\n", "\u3000"])
+def test_white_space_is_a_prompt(text):
+    assert fr.trace(tiny(), Tokenizer(), text).tokens
+    assert fr.trace(tiny(), lambda text: {"input_ids": IDS}, text).tokens == list(map(str, IDS))
+
+
+def test_tokenizers_that_return_batches_or_tensors():
+    expected = fr.trace(tiny(), None, IDS)
+    for answer in (torch.tensor([IDS]), torch.tensor(IDS), [IDS], np.array([IDS])):
+        same(expected, fr.trace(tiny(), lambda text, answer=answer: {"input_ids": answer}, "x"))
+    with pytest.raises(TypeError, match="must return a mapping"):
+        fr.trace(tiny(), lambda text: IDS, "x")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """As SentencePiece's tokenizers are built: spaces are ▁, and every text begins with one."""
+    from tokenizers import Tokenizer as Raw
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "▁", "▁Mary", "Mary", "▁John", "▁gave", "▁to", "s", "▁▁", "John", "▁a", "▁Ann"]
+    raw = Raw(models.Unigram([(w, -1.0 - len(words[i]) * 0.0 - i * 0.01) for i, w in enumerate(words)], unk_id=0))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    raw.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>")
+
+
+def test_leading_spaces_of_sentencepiece(sentencepiece):
+    assert token_texts(sentencepiece, [3, 4, 9, 2, 8]) == [" Mary", "Mary", "  ", " ", "s"]
+    trace = fr.trace(tiny(), sentencepiece, "Mary gave")
+    assert trace.tokens == [" Mary", " gave"]
+
+
+@pytest.mark.parametrize(("text", "token"), [(" Mary", 3), ("Mary", 4), (" John", 5), ("John", 10), ("s", 8)])
+def test_answers_of_sentencepiece(sentencepiece, text, token):
+    assert single_token(sentencepiece, text) == token
+    by_text = fr.patching(tiny(), sentencepiece, IDS, IDS[::-1], answer=text, wrong=" gave", layers=[0])
+    by_id = fr.patching(tiny(), sentencepiece, IDS, IDS[::-1], answer=token, wrong=6, layers=[0])
+    assert by_text["change"].tolist() == by_id["change"].tolist()
+
+
+@pytest.mark.parametrize("text", ["Ann", " Mary John", "", "gave"])
+def test_answers_that_are_no_token(sentencepiece, text):
+    with pytest.raises(ValueError, match="does it lack its leading space"):
+        single_token(sentencepiece, text)
+
+
+def test_answers_of_byte_level_tokenizers(demo):
+    _, tokenizer = demo
+    for text in (" Mary", "Mary", " the", "\n", "é", " "):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1:
+            assert single_token(tokenizer, text) == ids[0]
+            assert token_texts(tokenizer, ids) == [text]
