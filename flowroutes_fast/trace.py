@@ -488,11 +488,18 @@ class _Check:
         self.found += 1
         check_finite(layer)
         error, dtype = conservation_error(layer), layer.resid_post.dtype
-        tolerance = _TOLERANCE.get(dtype, 1e-5)
+        from flowroutes_fast.models.causes import causes
+        from flowroutes_fast.models.precision import coarsest_dtype
+        from flowroutes_fast.models.rounding import TOLERANCE
+
+        dtype = coarsest_dtype(layer.block, dtype)
+        tolerance = TOLERANCE[dtype]
         if not error <= tolerance:
+            found = "; ".join(causes(self.model, layer.block, layer.mask))
             raise ValueError(
                 f"layer {layer.index}: the captured parts miss the residual state by {error:.1e} relative (allowed for {dtype}: {tolerance:.0e}); "
-                "this checkpoint does something that its family's adapter does not know, so its routes would be wrong"
+                + (f"its routes would be wrong. Found in this layer: {found}" if found else
+                "this checkpoint does something that its family's adapter does not know, so its routes would be wrong")
             )
 
     def passed(self) -> None:
