@@ -188,7 +188,8 @@ def test_torchao_weights(bits):
 def test_bitsandbytes_weights():
     import bitsandbytes as bnb
 
-    model = tiny("llama").to(torch.bfloat16)
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "intermediate_size": 128}  # bitsandbytes packs in blocks
+    model = make("llama", **sizes).to(torch.bfloat16)
     weights = {name: module.weight for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))}
     for name in list(weights):
         parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]

@@ -54,11 +54,9 @@ def _few_bits(t: Tensor) -> bool:
     return t.dtype != torch.bool and (not whole or type(t) not in (nn.Parameter, Tensor))
 
 
-def type_of_error(error: float, few_bits: bool) -> torch.dtype:
-    """The type whose rounding makes a relative error of additivity; beyond bfloat16 only where few bits are stored."""
-    for dtype, largest in ((torch.float32, 3e-5), (torch.float16, 1.5e-3), (torch.bfloat16, 6e-3)):
+def type_of_error(error: float) -> torch.dtype:
+    """The type that a layer of few bits rounds its inputs to, from the relative error of its additivity."""
+    for dtype, largest in ((torch.float32, 3e-5), (torch.float16, 1.5e-3), (torch.bfloat16, 6e-3), (torch.int8, 2.5e-2)):
         if error <= largest:
             return dtype
-    if not few_bits:
-        return torch.bfloat16 if error <= AGREEMENT[torch.bfloat16] else torch.float32  # not linear: rounding does not excuse it
-    return torch.int8 if error <= 2.5e-2 else torch.float8_e4m3fn if error <= LOW_BIT_AGREEMENT else torch.float32
+    return torch.float8_e4m3fn if error <= LOW_BIT_AGREEMENT else torch.float32  # not linear: rounding does not excuse it

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,8 @@ def _depends_on_wrapper(module: Any) -> str | None:
     kind = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
     if is_adapter(module) and kind in _BY_WRAPPER and not getattr(module, "disable_adapters", False):
         return _BY_WRAPPER[kind]
-    variants, off = getattr(module, "lora_variant", None), getattr(module, "disable_adapters", False) or getattr(module, "merged", False)
+    variants: Any = getattr(module, "lora_variant", None)
+    off = getattr(module, "disable_adapters", False) or getattr(module, "merged", False)
     active = () if not variants or off else module.active_adapters
     if any("ALora" in getattr(variants.get(name), "__name__", type(variants.get(name)).__name__) for name in active):
         return "activated LoRA: it acts only on tokens after its invocation sequence"
@@ -71,13 +72,16 @@ def _depends_on_wrapper(module: Any) -> str | None:
 
 
 def rounding_of(module: Any, layer: int) -> torch.dtype:
-    """The type whose rounding the answers of a linear module show, int8 and float8_e4m3fn for inputs rounded to 8 bits."""
+    """The coarsest type a linear module says or shows to compute in; int8 and float8_e4m3fn: it rounds its inputs to 8 bits."""
     stand_in = quiet(module)
     with _undisturbed():
         if _is_linear(stand_in):
             return coarsest_of(computing_types(stand_in), _device(stand_in))
         answers = _Answers(stand_in, layer)
-        return type_of_error(answers.additivity_error(), stores_few_bits(stand_in))
+        said = computing_types(stand_in) | answers.types()
+        if stores_few_bits(stand_in):
+            said.add(type_of_error(answers.additivity_error()))
+        return coarsest_of(said, answers.device)
 
 
 def quiet(module: nn.Module) -> Any:
@@ -193,6 +197,9 @@ class _Answers:
 
     def __init__(self, module: Any, layer: int) -> None:
         self.module, self.layer = module, layer
+        for part in module.modules():
+            if not hasattr(part, "_hf_hook") and any(p is not None and p.is_meta for p in part._parameters.values()):
+                raise ValueError(f"layer {layer}: {named(module)} has no weights: its {type(part).__name__} is on the meta device")
         self.device = _device(module)
         self.width, self.dtype = self._accepted()
         self.bias = self._bias()
@@ -242,6 +249,11 @@ class _Answers:
         x = self._random(3)
         return _distance(x @ weight.T + self.bias, self(x)) <= self._allowed(rounded=True)
 
+    def types(self) -> set[torch.dtype]:
+        """The half-precision types that all its answers are numbers of."""
+        found = self(self._random(3))
+        return {t for t in (torch.float16, torch.bfloat16) if torch.equal(found.to(t).float(), found)}
+
     def additivity_error(self) -> float:
         """‖f(x + y) − f(x) − f(y) + f(0)‖ / ‖f(x + y) − f(0)‖."""
         x = self._random(4)
@@ -252,6 +264,16 @@ class _Answers:
     def weight(self) -> Tensor:
         """``[out, in]``: what the module makes of the identity; ``ValueError`` for one that is not linear."""
         self._check_scaling()
+        for asked in (_Answers(_without_bias(self.module), self.layer), self):
+            found = asked._identity()
+            if not bool(torch.isfinite(found).all()):
+                raise ValueError(f"layer {self.layer}: {named(self.module)} answers with NaN or infinite numbers")
+            if self.agree(found):
+                return found
+        x = self._random(3)
+        self._refuse(f"what it gives is {_distance(x @ found.T + self.bias, self(x)):.1%} off what one matrix would give")
+
+    def _identity(self) -> Tensor:
         scale = self._scale()
         found = torch.empty(len(self.bias), self.width, dtype=torch.float32, device=self.device)
         rows = max(1, NUMBERS_AT_ONCE // max(self.width, len(self.bias)))
@@ -260,11 +282,6 @@ class _Answers:
             x = torch.zeros(stop - start, self.width, dtype=torch.float32, device=self.device)
             x[torch.arange(stop - start, device=self.device), torch.arange(start, stop, device=self.device)] = scale
             found[:, start:stop] = ((self(x) - self.bias) / scale).T
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError(f"layer {self.layer}: {named(self.module)} answers with NaN or infinite numbers")
-        if not self.agree(found):
-            x = self._random(3)
-            self._refuse(f"what it gives is {_distance(x @ found.T + self.bias, self(x)):.1%} off what one matrix would give")
         return found
 
     def _check_scaling(self) -> None:
@@ -275,7 +292,7 @@ class _Answers:
             if not error <= self._allowed(rounded):
                 self._refuse(f"{factor} times an input misses {factor} times its output by {error:.1%}")
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         way_out = "merge the adapter first (model.merge_and_unload()) or disable it" if is_adapter(self.module) else "replace it"
         raise ValueError(
             f"layer {self.layer}: {named(self.module)} is not linear ({what}), so its output cannot be split into parts: {way_out}"
@@ -286,6 +303,15 @@ class _Answers:
         size = float(self.bias.abs().max())
         rough = float((self(self._random(1)) - self.bias).abs().max()) * 2 / self.width**0.5
         return float(min(2**12, 2 ** max(0, int(size / max(rough, 1e-30)).bit_length()))) if size and rough else 1.0
+
+
+def _without_bias(module: Any) -> Any:
+    """A stand-in whose biases are zero, so that they round nothing away."""
+    found = quiet(module)
+    for part in found.modules():
+        if type(bias := part._parameters.get("bias")) is nn.Parameter and bias.is_floating_point():
+            part._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), False)
+    return found
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
