@@ -112,7 +112,12 @@ def test_what_is_not_used_is_refused(extra, says):
 
 def test_what_says_nothing_is_no_matter():
     model, expected = tiny(), fr.trace(tiny(), None, IDS)
-    given = {"input_ids": torch.tensor([IDS]), "position_ids": torch.arange(8)[None], "token_type_ids": torch.zeros(1, 8), "pixel_values": None}
+    given = {
+        "input_ids": torch.tensor([IDS]),
+        "position_ids": torch.arange(8)[None],
+        "token_type_ids": torch.zeros(1, 8),
+        "pixel_values": None,
+    }
     same(expected, fr.trace(model, None, given)[0])
     same(expected, fr.trace(model, None, {"input_ids": np.array(IDS)}))
 
@@ -135,7 +140,13 @@ def llava():
     torch.manual_seed(0)
     vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
     text = LlamaConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=101, pad_token_id=0
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        pad_token_id=0,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=100, image_token_id=100, vision_feature_layer=-1)
     return AutoModelForImageTextToText.from_config(config).eval()
@@ -172,7 +183,11 @@ def test_heads_that_predict_no_tokens(wanted):
     )
 
     kinds = {"tokens": AutoModelForTokenClassification, "questions": AutoModelForQuestionAnswering, "base": AutoModel}
-    labels = {"num_labels": 1} if wanted == "regression" else {"id2label": {0: "good", 1: "bad", 2: "ugly"}, "label2id": {"good": 0, "bad": 1, "ugly": 2}}
+    labels = (
+        {"num_labels": 1}
+        if wanted == "regression"
+        else {"id2label": {0: "good", 1: "bad", 2: "ugly"}, "label2id": {"good": 0, "bad": 1, "ugly": 2}}
+    )
     if wanted == "several":
         labels["problem_type"] = "multi_label_classification"
     torch.manual_seed(0)

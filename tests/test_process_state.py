@@ -252,7 +252,11 @@ def test_hooks_that_change_a_state_are_refused(where, rows, says, dtype, entry, 
             fr.trace(model, None, [LONG[:40], LONG[3:39]])
         else:
             fr.trace(
-                model, None, LONG[:40], resume=tmp_path / "run" if entry == "resume" else None, positions=[-1] if entry == "positions" else None
+                model,
+                None,
+                LONG[:40],
+                resume=tmp_path / "run" if entry == "resume" else None,
+                positions=[-1] if entry == "positions" else None,
             )
 
 

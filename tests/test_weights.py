@@ -285,7 +285,10 @@ def test_adapters_give_what_they_merge_to(method):
     if method == "saved":
         merged = [block.output.modules_to_save["default"], block.values.modules_to_save["default"]]
     else:
-        merged = [blocks_of(copy.deepcopy(model).merge_and_unload())[1].output, blocks_of(copy.deepcopy(model).merge_and_unload())[1].values]
+        merged = [
+            blocks_of(copy.deepcopy(model).merge_and_unload())[1].output,
+            blocks_of(copy.deepcopy(model).merge_and_unload())[1].values,
+        ]
     for mine, other in zip((block.output, block.values), merged, strict=True):
         check(mine, other.weight, other.bias, atol=2e-5)
 
