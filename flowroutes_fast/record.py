@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,21 +12,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from flowroutes_fast.files import write_atomically, write_text
+from flowroutes_fast import trace_file
+from flowroutes_fast.files import write_text
 from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
 
-FORMAT = "flowroutes_fast.trace"
-FORMAT_VERSION = 3
 Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
-_ARRAYS = (
-    "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual"
-)  # fmt: skip
-_NEURON = ("index", "importance", "low", "high")
-_PLAIN = (
-    "tokens", "token_ids", "model", "shapes", "mixers", "floor", "precision", "measure", "backend", "bias", "tolerance", "thresholds", "work",
-    "prediction", "timings",
-)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -310,19 +300,15 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the trace as one safetensors file (:func:`load_trace` reads it back)."""
-        from safetensors.torch import save_file
-
-        tensors = {name: getattr(self, name) for name in _ARRAYS}
+        tensors = {name: getattr(self, name) for name in trace_file.ARRAYS}
         for layer in range(self.n_layers):
             if self.dense is not None:
                 tensors[f"dense.{layer}"] = self.dense[layer]
             else:
                 tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"] = self.sparse[layer]  # type: ignore[index]
         for layer, found in enumerate(self.neuron_parts or []):
-            tensors |= {f"neuron_{name}.{layer}": getattr(found, name) for name in _NEURON}
-        header = {name: getattr(self, name) for name in _PLAIN}
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "trace": json.dumps(header, ensure_ascii=False)}
-        return write_atomically(path, lambda temporary: save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata))
+            tensors |= {f"neuron_{name}.{layer}": getattr(found, name) for name in trace_file.NEURON}
+        return trace_file.write(path, {name: getattr(self, name) for name in trace_file.PLAIN}, tensors)
 
     def to_html(
         self,
@@ -371,33 +357,19 @@ class Trace:
 
 
 def load_trace(path: str | os.PathLike[str]) -> Trace:
-    """Read a trace written by :meth:`Trace.save`. ``ValueError`` if the file is something else, cut short, or of another version."""
-    from safetensors import SafetensorError, safe_open
+    """Read a trace written by :meth:`Trace.save`.
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no trace file at '{path}'")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"'{path}' is not a trace file of flowroutes_fast")
-            if metadata.get("version") != str(FORMAT_VERSION):
-                raise ValueError(
-                    f"'{path}' is a trace file of version {metadata.get('version')}; this release reads version {FORMAT_VERSION}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safetensors handle is no dict)
-        header = json.loads(metadata["trace"])
-        header["prediction"] = [(text, p) for text, p in header["prediction"]]
-        header["thresholds"] = tuple(header["thresholds"])
-        layers = range(len(header["shapes"]))
-        if "dense.0" in tensors:
-            stored: dict = {"dense": [tensors[f"dense.{layer}"] for layer in layers]}
-        else:
-            stored = {"sparse": [(tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"]) for layer in layers]}
-        if "neuron_index.0" in tensors:
-            stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in _NEURON)) for layer in layers]
-        return Trace(**header, **{name: tensors[name] for name in _ARRAYS}, **stored)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        if Path(path).suffix in (".json", ".html"):
-            raise ValueError(f"'{path}' is no trace: give the trace.safetensors that was written with it") from error
-        raise ValueError(f"'{path}' is a damaged trace file, or none: {error}") from error
+    Raises:
+        DamagedFile: (a ``ValueError``) the file is something else, cut short, changed, of another version, or holds what no pass can give.
+        FileNotFoundError, IsADirectoryError, PermissionError: there is no file to read.
+    """
+    header, tensors = trace_file.read(path)
+    layers = range(len(header["shapes"]))
+    stored: dict[str, Any] = {name: tensors[name] for name in trace_file.ARRAYS}
+    if "dense.0" in tensors:
+        stored["dense"] = [tensors[f"dense.{layer}"] for layer in layers]
+    else:
+        stored["sparse"] = [(tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"]) for layer in layers]
+    if "neuron_index.0" in tensors:
+        stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in trace_file.NEURON)) for layer in layers]
+    return Trace(**header, **stored)

@@ -1,0 +1,50 @@
+"""Arguments of public methods: each check returns the value as a plain number, or raises one sentence that names the argument."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+
+def integer(name: str, value: Any) -> int:
+    """``TypeError`` for anything but an integer (numpy's and torch's are some, booleans are none)."""
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except (TypeError, RuntimeError):  # torch: "only integer tensors of a single element ..."
+            pass
+    raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def integers(name: str, value: Any) -> list[int]:
+    """One integer or several (list, tuple, range, array) as a list; ``TypeError`` for anything else."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return [integer(name, value)]
+    return [integer(name, one) for one in value]
+
+
+def number(name: str, value: Any) -> float:
+    """``TypeError`` for anything but a real number, ``ValueError`` for NaN and infinities."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return float(value)
+
+
+def share(name: str, value: Any) -> float:
+    """A number in [0, 1); ``ValueError`` outside."""
+    if isinstance(value, Real) and not 0 <= value < 1:  # NaN too
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return number(name, value)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
