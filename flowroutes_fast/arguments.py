@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,13 @@ def share(name: str, value: Any) -> float:
     if isinstance(value, Real) and not 0 <= value < 1:  # NaN too
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
     return number(name, value)
+
+
+def file_path(path: Any) -> Path:
+    """``TypeError`` for anything but a text, bytes or a path."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"path must be a text or a pathlib.Path, got {path!r}")
+    return Path(os.fsdecode(path))
 
 
 def flag(name: str, value: Any) -> bool:

@@ -167,6 +167,12 @@ def one_of(*known: str) -> Callable[[str, Any], str]:
     return checked
 
 
+def shapes(name: str, value: Any) -> list[str]:
+    """Of a model's layers."""
+    known = one_of("sequential", "parallel")
+    return [known(name, one) for one in a_list(name, value)]
+
+
 def probabilities(name: str, value: Any) -> list[tuple[str, float]]:
     """Pairs of a text and its probability."""
     pairs = [a_list(name, pair, 2) for pair in a_list(name, value)]

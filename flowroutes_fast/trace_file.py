@@ -19,6 +19,7 @@ from flowroutes_fast import documents as doc
 from flowroutes_fast.documents import INT64, ROUNDING, check
 from flowroutes_fast.errors import DamagedFile
 from flowroutes_fast.files import write_atomically
+from flowroutes_fast.routes import MAX_HEADS
 
 FORMAT = "flowroutes_fast.trace"
 FORMAT_VERSION = 3
@@ -26,7 +27,7 @@ ARRAYS = (
     "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual"
 )  # fmt: skip
 NEURON = ("index", "importance", "low", "high")
-MAX_TOKENS, MAX_HEADS, MAX_LAYERS = 2**22, 2**14, 2**14  # codes of (query, key, head) fit into 63 bits
+MAX_TOKENS, MAX_LAYERS = 2**22, 2**14  # codes of (query, key, head) fit into 63 bits
 _SHARES = ("heads", "heads_low", "heads_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual")
 _METADATA = {"format", "version", "trace", "sha256"}
 _count = lambda name, value: doc.an_integer(name, value, 0, INT64)  # noqa: E731
@@ -35,7 +36,7 @@ _FIELDS: dict[str, Any] = {
     "tokens": doc.texts,
     "token_ids": lambda name, value: doc.integers(name, value, 0, INT64),
     "model": doc.a_text,
-    "shapes": lambda name, value: [doc.one_of("sequential", "parallel")(name, one) for one in doc.a_list(name, value)],
+    "shapes": doc.shapes,
     "mixers": doc.texts,
     "floor": lambda name, value: doc.a_number(name, value, 0, np.nextafter(1, 0)),
     "precision": doc.one_of("certified", "exact"),
@@ -99,7 +100,7 @@ def checksum(header: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().numpy())
+        digest.update(memoryview(tensor.contiguous().flatten().numpy()))
     return digest.hexdigest()
 
 
