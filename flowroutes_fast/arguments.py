@@ -32,18 +32,25 @@ def integers(name: str, value: Any) -> list[int]:
 
 def number(name: str, value: Any) -> float:
     """``TypeError`` for anything but a real number, ``ValueError`` for NaN and infinities."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if not math.isfinite(found := _real(name, value)):
         raise ValueError(f"{name} must be a finite number, got {value}")
-    return float(value)
+    return found
 
 
 def share(name: str, value: Any) -> float:
     """A number in [0, 1); ``ValueError`` outside."""
-    if isinstance(value, Real) and not 0 <= value < 1:  # NaN too
+    if not 0 <= (found := _real(name, value)) < 1:  # NaN too
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    return number(name, value)
+    return found
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, got one that is too large") from None
 
 
 def file_path(path: Any) -> Path:

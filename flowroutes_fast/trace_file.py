@@ -100,7 +100,7 @@ def checksum(header: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().flatten().numpy()))
+        digest.update(tensor.contiguous().flatten().numpy().data)
     return digest.hexdigest()
 
 

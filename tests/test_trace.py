@@ -149,6 +149,23 @@ def test_saving_and_loading(tmp_path, dense):
             fr.load_trace(tmp_path / name)
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    trace = fr.trace(tiny("llama"), None, IDS)
+    trace.save(tmp_path / "a.trace")
+    before = (tmp_path / "a.trace").read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"cannot write '.*a\.trace'.*No space left"):
+        trace.save(tmp_path / "a.trace")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.trace"]
+    assert (tmp_path / "a.trace").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("text", "options", "error", "says"),
     [
@@ -276,6 +293,8 @@ def test_traces_go_to_other_processes_and_back(open_trace):
         (lambda t: t.route(threshold=float("nan")), ValueError, "threshold must lie in"),
         (lambda t: t.route(threshold=float("inf")), ValueError, "threshold must lie in"),
         (lambda t: t.route(threshold="0.1"), TypeError, "threshold must be a number, got '0.1'"),
+        (lambda t: t.route(threshold=10**400), ValueError, "threshold must be a finite number"),
+        (lambda t: t.route(threshold=True), TypeError, "threshold must be a number"),
         (lambda t: t.route(threshold=False), TypeError, "threshold must be a number"),
         (lambda t: t.route(threshold=[0.1]), TypeError, "threshold must be a number"),
         (lambda t: t.route(renormalize="no"), TypeError, "renormalize must be True or False, got 'no'"),
