@@ -199,7 +199,8 @@ def load_route(path: str | os.PathLike[str]) -> Route:
         known = type(version) is int and 1 <= version <= FORMAT_VERSION
         doc.check(known, f"it is of version {str(version)[:20]}; this release reads versions up to {FORMAT_VERSION}")
         written = document.pop("sha256", None)
-        route = _checked({name: value for name, value in document.items() if name not in ("format", "version")})
+        required = _REQUIRED if version == 1 else _REQUIRED | {"measure", "positions", "rule", "keep"}
+        route = _checked({name: value for name, value in document.items() if name not in ("format", "version")}, required)
         doc.check(
             written is None or written == doc.digest_of(document),
             "its content is not what was written (the checksum differs; a file that was changed on purpose is read without its sha256)",
@@ -224,9 +225,9 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
 _REQUIRED = {"tokens", "position", "threshold", "renormalize", "model", "shapes", "prediction", "edges"}
 
 
-def _checked(document: dict[str, Any]) -> Route:
+def _checked(document: dict[str, Any], required: set[str]) -> Route:
     """A route from what its file says; :class:`DamagedFile` for what no trace has."""
-    doc.check_names(document, _REQUIRED, {*_FIELDS, "edges"})
+    doc.check_names(document, required, {*_FIELDS, "edges"})
     found = {name: _FIELDS[name](name, value) for name, value in document.items() if name != "edges"}
     tokens, layers = len(found["tokens"]), len(found["shapes"])
     positions = found.get("positions") or (found["position"],)

@@ -50,7 +50,7 @@ _FIELDS: dict[str, Any] = {
     "timings": lambda name, value: doc.table_of(name, value, _seconds),
 }
 PLAIN = tuple(_FIELDS)
-_REQUIRED = {"tokens", "token_ids", "model", "shapes", "floor", "prediction", "thresholds"}
+_LATER: set[str] = set()  # fields that older files of this version lack; what a figure means must not hang on a default
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -107,14 +107,14 @@ def checksum(header: str, tensors: dict[str, Tensor]) -> str:
 def check_header(header: Any) -> dict[str, Any]:
     """The plain fields, in the types that a trace has."""
     check(isinstance(header, dict), "its metadata is no table of names and values")
-    doc.check_names(header, _REQUIRED, set(_FIELDS))
+    doc.check_names(header, set(_FIELDS) - _LATER, set(_FIELDS))
     found = {name: _FIELDS[name](name, value) for name, value in header.items()}
     tokens, layers = len(found["tokens"]), len(found["shapes"])
     check(0 < tokens <= MAX_TOKENS, f"it has {tokens} tokens")
     check(0 < layers <= MAX_LAYERS, f"it has {layers} layers")
     check(len(found["token_ids"]) in (0, tokens), f"it has {len(found['token_ids'])} token ids for {tokens} tokens")
-    check(len(found.get("mixers", [])) in (0, layers), f"it names the mixers of {len(found.get('mixers', []))} of {layers} layers")
-    check(found.get("measure") != "signed" or found.get("precision") != "exact", "measure signed and precision exact exclude each other")
+    check(len(found["mixers"]) in (0, layers), f"it names the mixers of {len(found['mixers'])} of {layers} layers")
+    check(found["measure"] != "signed" or found["precision"] != "exact", "measure signed and precision exact exclude each other")
     return found
 
 
@@ -146,7 +146,7 @@ def check_shapes(header: dict[str, Any], slices: dict[str, Any]) -> None:
 
 def check_arrays(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Could a pass have given these numbers?"""
-    signed = header.get("measure") == "signed"
+    signed = header["measure"] == "signed"
     parallel = torch.tensor([shape == "parallel" for shape in header["shapes"]])
     traced = ~tensors["normaliser_low"][0].isnan()
     check(traced.any(), "no position was traced")

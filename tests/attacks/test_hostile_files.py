@@ -136,6 +136,24 @@ def test_fields_of_traces(fields, says, checksum, saved, tmp_path):
     refused(fr.load_trace, tmp_path / "a.trace", says)
 
 
+@pytest.mark.parametrize("name", ["precision", "measure", "floor", "bias", "shapes", "timings"])
+def test_no_field_of_a_trace_has_a_default(name, saved, tmp_path):
+    """Without its precision, a certified trace would pass for an exact one, and its open decisions for made."""
+    metadata, tensors = parts_of(saved[0])
+    header = json.loads(metadata["trace"])
+    del header[name]
+    write_parts(tmp_path / "a.trace", metadata | {"trace": json.dumps(header)}, tensors, "right")
+    refused(fr.load_trace, tmp_path / "a.trace", f"{name} is missing")
+
+
+@pytest.mark.parametrize("name", ["measure", "rule", "keep", "positions", "renormalize"])
+def test_no_field_of_a_route_has_a_default(name, saved, tmp_path):
+    document = json.loads(saved[1].read_text())
+    del document[name], document["sha256"]
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    refused(fr.load_route, tmp_path / "a.json", f"{name} is missing")
+
+
 @pytest.mark.parametrize(
     "text",
     ['{"floor": NaN}', '{"floor": 1e999}', '{"floor": ' + "1" * 10_000 + "}", '{"floor": 1, "floor": 0}', "[" * 100_000, "{", '"\\ud800"'],
