@@ -10,10 +10,13 @@ import json
 import math
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from flowroutes_fast.errors import DamagedFile
 
@@ -90,9 +93,20 @@ def digest_of(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
-def unicode_text(value: str) -> str:
-    """Text that can be written as UTF-8: what is no Unicode (names of files in other encodings) becomes ``?``."""
-    return value.encode("utf-8", "replace").decode("utf-8")
+def written(document: Any) -> str:
+    """JSON that can be written as UTF-8: what is no Unicode (a file's name in another encoding) becomes ``?``; numpy's numbers are plain."""
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, default=_plain).encode("utf-8", "replace").decode("utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
+
+
+def one_line(text: str) -> str:
+    """A model's name as files hold it: control characters, which a terminal would obey, become ``?``."""
+    return "".join("?" if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def check_names(found: dict[str, Any], required: set[str], known: set[str]) -> None:
@@ -113,6 +127,11 @@ def a_text(name: str, value: Any) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise DamagedFile(f"{name} holds what is no Unicode") from None
+    return str(value)
+
+
+def a_name(name: str, value: Any) -> str:
+    check(one_line(a_text(name, value)) == value, f"{name} holds control characters")
     return str(value)
 
 

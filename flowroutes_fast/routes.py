@@ -163,7 +163,7 @@ class Route:
     def to_dict(self) -> dict[str, Any]:
         """The route as plain lists and numbers, ``edges`` by column, and their checksum: what :meth:`save` writes."""
         header = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "edges"}
-        header = json.loads(doc.unicode_text(json.dumps(header, ensure_ascii=False)))
+        header = json.loads(doc.written(header | {"model": doc.one_line(self.model)}))
         columns = {name: self.edges[name].tolist() for name in COLUMNS}
         document = {"format": FORMAT, "version": FORMAT_VERSION, **header, "edges": columns}
         return document | {"sha256": doc.digest_of(document)}
@@ -213,7 +213,7 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "position": lambda name, value: doc.an_integer(name, value, 0, doc.INT64),
     "threshold": lambda name, value: doc.a_number(name, value, 0, 1 + doc.ROUNDING),  # a flow may reach 1
     "renormalize": doc.a_flag,
-    "model": doc.a_text,
+    "model": doc.a_name,
     "shapes": doc.shapes,
     "prediction": doc.probabilities,
     "measure": doc.one_of("proximity", "signed"),

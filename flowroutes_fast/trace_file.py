@@ -6,7 +6,6 @@ Whatever is read is checked as if a stranger had written it: the checksum finds 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ _seconds = lambda name, value: doc.a_number(name, value, 0, 1e12)  # noqa: E731
 _FIELDS: dict[str, Any] = {
     "tokens": doc.texts,
     "token_ids": lambda name, value: doc.integers(name, value, 0, INT64),
-    "model": doc.a_text,
+    "model": doc.a_name,
     "shapes": doc.shapes,
     "mixers": doc.texts,
     "floor": lambda name, value: doc.a_number(name, value, 0, np.nextafter(1, 0)),
@@ -57,10 +56,22 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     """Write a trace's plain fields and arrays; ``OSError`` with the file's name when it cannot be written."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    text = doc.unicode_text(json.dumps(header, ensure_ascii=False, allow_nan=False))
+    tensors = _alone(tensors)
+    text = doc.written(header | {"model": doc.one_line(header["model"])})
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "trace": text, "sha256": checksum(text, tensors)}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, each with memory of its own: safetensors takes no others."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        own = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() not in taken
+        found[name] = tensor if own else tensor.clone()
+        taken.add(tensor.data_ptr())
+    return found
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import pickle
 import struct
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from mutations import IDS, make, parts_of, write_parts
@@ -123,7 +124,7 @@ TRACE_FIELDS = [
     ({"work": {"bounded": -1}}, "work"), ({"work": {"bounded": 1.5}}, "work"), ({"work": []}, "work"), ({"timings": {"total": -1}}, "timings"),
     ({"timings": {"total": "1"}}, "timings"), ({"mixers": ["Mamba"]}, "mixers"), ({"prediction": [["a", 2]]}, "prediction"),
     ({"prediction": [["a"]]}, "prediction"), ({"prediction": [[1, 0.5]]}, "prediction"), ({"prediction": {"a": 0.5}}, "prediction"),
-    ({"settle": 1}, "nothing is known"), ({"dense": []}, "nothing is known"), ({"model": None}, "model"),
+    ({"settle": 1}, "nothing is known"), ({"dense": []}, "nothing is known"), ({"model": None}, "model"), ({"model": "\x1b[2J"}, "control"),
 ]  # fmt: skip
 
 
@@ -235,7 +236,7 @@ ROUTE_FIELDS = [
     {"tokens": []}, {"tokens": ["\udfff"] * 6}, {"position": 6}, {"position": -1}, {"position": True}, {"position": 2.0}, {"position": 2},
     {"positions": [5, 2]}, {"positions": [5, 5]}, {"positions": "5"}, {"threshold": 1.5}, {"threshold": -1}, {"threshold": "0"}, {"threshold": False},
     {"renormalize": 1}, {"shapes": []}, {"shapes": ["x"] * 3}, {"measure": "x"}, {"rule": "x"}, {"keep": 0.5}, {"keep": 2, "rule": "flow"},
-    {"token_ids": [1]}, {"prediction": [["a", -1]]}, {"model": 3}, {"edges": []}, {"edges": {}}, {"version": 0}, {"version": 99}, {"version": True},
+    {"token_ids": [1]}, {"prediction": [["a", -1]]}, {"model": 3}, {"model": "a\nb"}, {"edges": []}, {"edges": {}}, {"version": 0}, {"version": 99}, {"version": True},
     {"version": "2"}, {"format": "x"}, {"unknown": 1}, {"rule": "flow", "renormalize": False},
 ]  # fmt: skip
 EDGES = [
@@ -279,9 +280,23 @@ def test_tables_of_routes(saved, tmp_path):
 
 def test_names_that_are_no_unicode_are_written_and_read(saved, tmp_path):
     trace = fr.load_trace(saved[0])
-    trace.model = os.fsdecode(b"caf\xe9")
-    assert fr.load_trace(trace.save(tmp_path / "a.trace")).model == "caf?"
-    assert fr.load_route(trace.route().save(tmp_path / "a.json")).model == "caf?"
+    trace.model = os.fsdecode(b"caf\xe9\n\x1b[31m")
+    assert fr.load_trace(trace.save(tmp_path / "a.trace")).model == "caf???[31m"
+    assert fr.load_route(trace.route().save(tmp_path / "a.json")).model == "caf???[31m"
+
+
+def test_what_a_users_trace_may_hold_is_written(saved, tmp_path):
+    """Numbers of numpy among its settings, arrays that share their memory."""
+    trace = fr.load_trace(saved[0])
+    trace.floor, trace.tolerance, trace.token_ids = np.float32(trace.floor), np.float64(0.01), list(np.array(IDS))
+    trace.mixer = trace.attention_bias = torch.zeros(4, *trace.ffn.shape)[1]
+    trace.attention_residual = 1 - trace.heads.sum(-1)
+    trace.heads_low = trace.heads_high = trace.heads
+    again = fr.load_trace(trace.save(tmp_path / "a.trace"))
+    assert again.token_ids == IDS
+    assert again.floor == trace.floor
+    assert torch.equal(again.heads_low, trace.heads)
+    assert fr.load_route(trace.route().save(tmp_path / "a.json")).token_ids == IDS
 
 
 def test_a_metadata_file_of_graphs(saved, tmp_path):
