@@ -3,6 +3,7 @@
 from flowroutes_fast import ops, templates
 from flowroutes_fast.contrast import contrast, head_frequencies
 from flowroutes_fast.corpus import Corpus, corpus, corpus_on_ray, open_corpus
+from flowroutes_fast.errors import DamagedFile
 from flowroutes_fast.estimate import Estimate, estimate
 from flowroutes_fast.load import load
 from flowroutes_fast.patching import patching
@@ -14,6 +15,7 @@ from flowroutes_fast.version import __version__
 
 __all__ = [
     "Corpus",
+    "DamagedFile",
     "Estimate",
     "Route",
     "Trace",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,13 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from flowroutes_fast.files import write_atomically, write_text
+from flowroutes_fast import trace_file
+from flowroutes_fast.arguments import file_path, flag, integer, integers, number, share
+from flowroutes_fast.files import write_text
 from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
 
-FORMAT = "flowroutes_fast.trace"
-FORMAT_VERSION = 3
 Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
-_ARRAYS = (
-    "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual"
-)  # fmt: skip
-_NEURON = ("index", "importance", "low", "high")
-_PLAIN = (
-    "tokens", "token_ids", "model", "shapes", "mixers", "floor", "precision", "measure", "backend", "bias", "tolerance", "thresholds", "work",
-    "prediction", "timings",
-)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -83,7 +75,28 @@ class Trace:
     def n_layers(self) -> int:
         return len(self.shapes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, arrays as numpy's: a pickled trace keeps no model, so that open decisions are refused. Loading checks nothing."""
+        return {name: _map(value, Tensor, Tensor.numpy) for name, value in vars(self).items()} | {"settle": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from torch import from_numpy
+
+        self.__dict__.update(
+            {name: _map(value, np.ndarray, lambda array: from_numpy(np.require(array, requirements="W"))) for name, value in state.items()}
+        )
+
+    def __copy__(self) -> Trace:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
+        """A copy that settles with the same model: models are shared, not copied."""
+        values = {name: value if name == "settle" else deepcopy(value, memo) for name, value in vars(self).items()}
+        memo[id(self)] = copied = type(self)(**values)
+        return copied
+
     def _layer(self, layer: int) -> int:
+        layer = integer("layer", layer)
         if not -self.n_layers <= layer < self.n_layers:
             raise IndexError(f"layer {layer} is out of range: the model has {self.n_layers} layers")
         return layer % self.n_layers
@@ -123,18 +136,10 @@ class Trace:
 
     def factors(self, layer: int, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What an importance of these rows is multiplied by to get its lower and its upper bound."""
-        low, high = (t[layer].numpy()[queries].astype(np.float64) for t in (self.normaliser_low, self.normaliser_high))
+        low, high = (t[layer].numpy()[queries] for t in (self.normaliser_low, self.normaliser_high))
         if self.measure == "signed":
-            return np.ones_like(low), np.ones_like(low)
-        middle = (
-            (self.normaliser_low[layer] + (self.normaliser_high[layer] - self.normaliser_low[layer]) / 2)
-            .numpy()[queries]
-            .astype(np.float64)
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            below = np.where((high > low) & (high > 0), middle / high, 1.0)
-            above = np.where(high > low, np.where(low > 0, middle / low, np.inf), 1.0)
-        return below, above
+            return np.ones(len(low)), np.ones(len(low))
+        return _factors(low, high)
 
     def sub_edges(self, layer: int, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Stored sub-edges into the given query positions (sorted): query, key, head, importance.
@@ -158,16 +163,18 @@ class Trace:
     def edges(self, layer: int, floor: float | None = None) -> pd.DataFrame:
         """Sub-edges of one layer whose importance may be above ``floor`` (default: the trace's own, at least 1e-3).
 
-        Columns ``query, key, head, importance, low, high``: the estimate, and what the exact importance lies between.
+        Columns ``query, key, head, importance, low, high``: the estimate, and what the exact importance lies between. ``ValueError`` for a
+        floor outside [0, 1) or below the trace's own, ``IndexError`` for a layer that there is not, ``TypeError`` for what is no number.
         """
         layer = self._layer(layer)
-        floor = max(self.floor, 1e-3) if floor is None else floor
+        floor = max(self.floor, 1e-3) if floor is None else share("floor", floor)
         if floor < self.floor:
             way = "precision='exact', dense=True" if floor == 0 else f"floor={floor}"
             raise ValueError(f"sub-edges below {self.floor} were not kept; trace again with {way}")
         query, key, head, importance = self.sub_edges(layer, np.arange(len(self.tokens)))
         below, above = self.factors(layer, np.arange(len(self.tokens)))
-        low, high = importance * below[query], importance * above[query]
+        with np.errstate(invalid="ignore"):  # nothing is nothing, whatever it is divided by
+            low, high = (np.where(importance == 0, 0, importance * factor[query]) for factor in (below, above))
         keep = (np.maximum(np.abs(low), np.abs(high)) > floor) & (head >= 0)
         columns = {"query": query, "key": key, "head": head, "importance": importance, "low": low, "high": high}
         table = pd.DataFrame({name: values[keep] for name, values in columns.items()})
@@ -184,14 +191,13 @@ class Trace:
         found = self.neuron_parts[self._layer(layer)]
         position, neuron = found.index.numpy()
         value, low, high = found.importance.numpy(), found.low.numpy()[position], found.high.numpy()[position]
-        middle = low + (high - low) / 2
-        below, above = (1.0, 1.0) if self.measure == "signed" else (middle / high, middle / low)
+        below, above = _factors(low, high) if self.measure != "signed" else (1.0, 1.0)
         columns = {"position": position, "neuron": neuron, "importance": value, "low": value * below, "high": value * above}
         return pd.DataFrame(columns)
 
     def has_mixer(self, layer: int) -> bool:
         """Does a mixer without attention weights (Mamba, linear attention, convolution) take part in this layer?"""
-        return bool(self.mixers) and bool(self.mixers[layer])
+        return bool(self.mixers) and bool(self.mixers[self._layer(layer)])
 
     def route(
         self,
@@ -220,22 +226,20 @@ class Trace:
         Raises:
             ValueError: threshold outside [0, 1) or below the floor of this trace; a decision is open and the model is gone; options
                 that exclude each other.
-            IndexError: position out of range.
+            IndexError: position out of range. TypeError: a position that is no integer, a threshold that is no number.
         """
-        positions = self._positions(position)
+        positions, renormalize = self._positions(position), flag("renormalize", renormalize)
         if rule not in ("importance", "flow"):
             raise ValueError(f"unknown rule {rule!r}: choose 'importance' or 'flow'")
         if keep is not None and (rule != "flow" or threshold is not None):
             raise ValueError("keep belongs to rule='flow', without a threshold")
-        if keep is not None and not 0 < keep <= 1:
+        if keep is not None and not 0 < (keep := number("keep", keep)) <= 1:
             raise ValueError(f"keep must lie in (0, 1], got {keep}")
         if rule == "flow" and threshold is None and keep is None:
             raise ValueError("rule='flow' needs a threshold of the flow, or keep= (the share of edges to keep)")
         if rule == "flow" and not renormalize:
             raise ValueError("rule='flow' has no renormalize=False: flow is a share of the root's mass")
-        threshold = 0.04 if threshold is None else float(threshold)
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+        threshold = 0.04 if threshold is None else share("threshold", threshold)
         if rule == "flow":
             return by_flow(self, positions, threshold, keep)
         if threshold < self.floor:
@@ -259,6 +263,10 @@ class Trace:
         Returns:
             A table ``position, token, importance``, all tokens. ``table.attrs["unresolved"]`` is the mass, summed over layers, that met
             sub-edges below the trace's floor; it went to those above. It is 0 with ``precision="exact", dense=True``.
+
+        Raises:
+            ValueError: no position, or one that the mass reaches was not traced. IndexError: position out of range. TypeError: a position
+                that is no integer.
         """
         from flowroutes_fast.mass import push
 
@@ -272,7 +280,7 @@ class Trace:
 
     def _positions(self, position: int | Sequence[int]) -> list[int]:
         count = len(self.tokens)
-        chosen = [int(p) for p in position] if isinstance(position, (Sequence, np.ndarray)) else [int(position)]
+        chosen = integers("position", position)
         if not chosen:
             raise ValueError("position is empty: a route needs a root")
         for p in chosen:
@@ -291,7 +299,7 @@ class Trace:
         if settled is None:
             raise ValueError(
                 f"at threshold {threshold} this trace leaves {sum(map(len, rows.values()))} rows open (first met: layer {found.layer}, position "
-                f"{found.queries[0]}) and its model is gone; trace again with thresholds=[{threshold}], or use one of {list(self.thresholds)}"
+                f"{found.queries[0]}) and its model is gone (a trace from a file or another process has none); trace again with thresholds=[{threshold}], or use one of {list(self.thresholds)}"
             )
         fields = {
             "heads": "heads", "heads_low": "heads_low", "heads_high": "heads_high", "normaliser_low": "low", "normaliser_high": "high",
@@ -310,19 +318,15 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the trace as one safetensors file (:func:`load_trace` reads it back)."""
-        from safetensors.torch import save_file
-
-        tensors = {name: getattr(self, name) for name in _ARRAYS}
+        tensors = {name: getattr(self, name) for name in trace_file.ARRAYS}
         for layer in range(self.n_layers):
             if self.dense is not None:
                 tensors[f"dense.{layer}"] = self.dense[layer]
             else:
                 tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"] = self.sparse[layer]  # type: ignore[index]
         for layer, found in enumerate(self.neuron_parts or []):
-            tensors |= {f"neuron_{name}.{layer}": getattr(found, name) for name in _NEURON}
-        header = {name: getattr(self, name) for name in _PLAIN}
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "trace": json.dumps(header, ensure_ascii=False)}
-        return write_atomically(path, lambda temporary: save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata))
+            tensors |= {f"neuron_{name}.{layer}": getattr(found, name) for name in trace_file.NEURON}
+        return trace_file.write(file_path(path), {name: getattr(self, name) for name in trace_file.PLAIN}, tensors)
 
     def to_html(
         self,
@@ -346,11 +350,17 @@ class Trace:
             threshold, position, renormalize: the route that the page opens with.
 
         Raises:
-            ValueError: traces that do not belong together. IndexError: position out of range.
+            ValueError: traces that do not belong together, a threshold outside [0, 1). IndexError: position out of range. TypeError: an
+                argument of a wrong type.
         """
+        threshold, position, renormalize = share("threshold", threshold), integer("position", position), flag("renormalize", renormalize)
+        for name, one in (("other", other), ("signed", signed)):
+            if one is not None and not isinstance(one, Trace):
+                raise TypeError(f"{name} must be a trace, got a {type(one).__name__}")
         from flowroutes_fast.view.details import details
         from flowroutes_fast.view.page import trace_html
 
+        path = file_path(path)
         about = [
             details(model, tokenizer, one, position=at) if model is not None and one else None
             for one, at in ((self, position), (other, -1))
@@ -370,34 +380,40 @@ class Trace:
         return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.heads.shape[-1]} heads, {self.precision}, {kept}, {self.model})"
 
 
-def load_trace(path: str | os.PathLike[str]) -> Trace:
-    """Read a trace written by :meth:`Trace.save`. ``ValueError`` if the file is something else, cut short, or of another version."""
-    from safetensors import SafetensorError, safe_open
+def _factors(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What shares of a normaliser's middle are multiplied by to be those of its upper and of its lower bound."""
+    middle = (low + (high - low) / 2).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below = np.where((high > low) & (high > 0), middle / high, 1.0)
+        above = np.where(high > low, np.where(low > 0, middle / low, np.inf), 1.0)
+    return below, above
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no trace file at '{path}'")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"'{path}' is not a trace file of flowroutes_fast")
-            if metadata.get("version") != str(FORMAT_VERSION):
-                raise ValueError(
-                    f"'{path}' is a trace file of version {metadata.get('version')}; this release reads version {FORMAT_VERSION}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safetensors handle is no dict)
-        header = json.loads(metadata["trace"])
-        header["prediction"] = [(text, p) for text, p in header["prediction"]]
-        header["thresholds"] = tuple(header["thresholds"])
-        layers = range(len(header["shapes"]))
-        if "dense.0" in tensors:
-            stored: dict = {"dense": [tensors[f"dense.{layer}"] for layer in layers]}
-        else:
-            stored = {"sparse": [(tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"]) for layer in layers]}
-        if "neuron_index.0" in tensors:
-            stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in _NEURON)) for layer in layers]
-        return Trace(**header, **{name: tensors[name] for name in _ARRAYS}, **stored)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        if Path(path).suffix in (".json", ".html"):
-            raise ValueError(f"'{path}' is no trace: give the trace.safetensors that was written with it") from error
-        raise ValueError(f"'{path}' is a damaged trace file, or none: {error}") from error
+
+def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Apply ``change`` to everything of one kind in a field of a trace."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(one, kind, change) for one in value)
+    if isinstance(value, NeuronImportances):
+        return NeuronImportances(**{name: _map(one, kind, change) for name, one in vars(value).items()})
+    return value
+
+
+def load_trace(path: str | os.PathLike[str]) -> Trace:
+    """Read a trace written by :meth:`Trace.save`.
+
+    Raises:
+        DamagedFile: (a ``ValueError``) the file is something else, cut short, changed, of another version, or holds what no pass can give.
+        FileNotFoundError, IsADirectoryError, PermissionError: there is no file to read.
+    """
+    header, tensors = trace_file.read(path)
+    layers = range(len(header["shapes"]))
+    stored: dict[str, Any] = {name: tensors[name] for name in trace_file.ARRAYS}
+    if "dense.0" in tensors:
+        stored["dense"] = [tensors[f"dense.{layer}"] for layer in layers]
+    else:
+        stored["sparse"] = [(tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"]) for layer in layers]
+    if "neuron_index.0" in tensors:
+        stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in trace_file.NEURON)) for layer in layers]
+    return Trace(**header, **stored)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from flowroutes_fast import documents as doc
+from flowroutes_fast.arguments import file_path, integer, share
+from flowroutes_fast.errors import DamagedFile
 from flowroutes_fast.files import write_text
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "flowroutes_fast.route"
 FORMAT_VERSION = 2
 KINDS = ("attention", "mixer", "attention_residual", "ffn", "ffn_residual")
+MAX_HEADS = 2**14  # more than any model has
 COLUMNS = {"layer": "int64", "kind": "object", "source": "int64", "target": "int64", "head": "int64", "importance": "float64"}
 
 
@@ -105,19 +109,21 @@ class Route:
         """Write a self-contained page that draws the route; returns its path."""
         from flowroutes_fast.view.html import route_html
 
-        return write_text(path, route_html(self))
+        return write_text(file_path(path), route_html(self))
 
     def to_circuit_tracer(self, path: str | os.PathLike[str], *, slug: str | None = None, min_weight: float = 0.005) -> Path:
         """Write the route as a graph for circuit-tracer's server or Neuronpedia; see :mod:`flowroutes_fast.integrations.circuit_tracer`."""
         from flowroutes_fast.integrations.circuit_tracer import write_graph
 
-        return write_graph(self, path, slug=slug, min_weight=min_weight)
+        if slug is not None and not isinstance(slug, str):
+            raise TypeError(f"slug must be a text, got {slug!r}")
+        return write_graph(self, path, slug=slug, min_weight=share("min_weight", min_weight))
 
     def to_text(self, width: int | None = None) -> str:
         """A compact text picture: layers down, tokens across."""
         from flowroutes_fast.view.text import route_text
 
-        return route_text(self, width)
+        return route_text(self, None if width is None else integer("width", width))
 
     def verify(
         self,
@@ -155,14 +161,16 @@ class Route:
         return verify(self, model, attention=attention, ids=ids, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """The route as plain lists and numbers, ``edges`` by column: what :meth:`save` writes."""
-        header = {k: v for k, v in asdict(self).items() if k != "edges"}
+        """The route as plain lists and numbers, ``edges`` by column, and their checksum: what :meth:`save` writes."""
+        header = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "edges"}
+        header = json.loads(doc.written(header | {"model": doc.one_line(self.model)}))
         columns = {name: self.edges[name].tolist() for name in COLUMNS}
-        return {"format": FORMAT, "version": FORMAT_VERSION, **header, "edges": columns}
+        document = {"format": FORMAT, "version": FORMAT_VERSION, **header, "edges": columns}
+        return document | {"sha256": doc.digest_of(document)}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the route as JSON (:func:`load_route` reads it back)."""
-        return write_text(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False))
+        return write_text(file_path(path), json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False))
 
     def _repr_html_(self) -> str:
         from flowroutes_fast.view.notebook import route_cell
@@ -174,21 +182,92 @@ class Route:
 
 
 def load_route(path: str | os.PathLike[str]) -> Route:
-    """Read a route written by :meth:`Route.save`. ``ValueError`` if the file is something else, cut short, or of another version."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not a whole route file: {error}") from error
-    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-        raise ValueError(f"'{path}' is not a route file of flowroutes_fast")
-    if (version := document.pop("version", None)) not in (1, FORMAT_VERSION):
-        raise ValueError(f"'{path}' is a route file of version {version}; this release reads versions up to {FORMAT_VERSION}")
-    try:
-        edges = pd.DataFrame(document.pop("edges")).astype(COLUMNS)
-        document["prediction"] = [(text, float(p)) for text, p in document["prediction"]]
-        return Route(edges=edges, **document)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' is a damaged route file: {error}") from error
+    """Read a route written by :meth:`Route.save`.
+
+    Raises:
+        DamagedFile: (a ``ValueError``) the file is something else, cut short, changed, of another version, or holds what is no route.
+        FileNotFoundError, IsADirectoryError, PermissionError: there is no file to read.
+    """
+    file = doc.plain_file(path, "route file")
+    with doc.named(path, "is a damaged route file, or none"):
+        try:
+            document = doc.parse(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise DamagedFile(f"it is no text ({error})") from error
+        doc.check(isinstance(document, dict) and document.get("format") == FORMAT, "it is not a route file of flowroutes_fast")
+        version = document.get("version")
+        known = type(version) is int and 1 <= version <= FORMAT_VERSION
+        doc.check(known, f"it is of version {str(version)[:20]}; this release reads versions up to {FORMAT_VERSION}")
+        written = document.pop("sha256", None)
+        required = _REQUIRED if version == 1 else _REQUIRED | {"measure", "positions", "rule", "keep"}
+        route = _checked({name: value for name, value in document.items() if name not in ("format", "version")}, required)
+        doc.check(
+            written is None or written == doc.digest_of(document),
+            "its content is not what was written (the checksum differs; a file that was changed on purpose is read without its sha256)",
+        )
+        return route
+
+
+_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "tokens": doc.texts,
+    "position": lambda name, value: doc.an_integer(name, value, 0, doc.INT64),
+    "threshold": lambda name, value: doc.a_number(name, value, 0, 1 + doc.ROUNDING),  # a flow may reach 1
+    "renormalize": doc.a_flag,
+    "model": doc.a_name,
+    "shapes": doc.shapes,
+    "prediction": doc.probabilities,
+    "measure": doc.one_of("proximity", "signed"),
+    "positions": lambda name, value: tuple(doc.integers(name, value, 0, doc.INT64)),
+    "rule": doc.one_of("importance", "flow"),
+    "keep": lambda name, value: None if value is None else doc.a_number(name, value, 0, 1),
+    "token_ids": lambda name, value: doc.integers(name, value, 0, doc.INT64),
+}
+_REQUIRED = {"tokens", "position", "threshold", "renormalize", "model", "shapes", "prediction", "edges"}
+
+
+def _checked(document: dict[str, Any], required: set[str]) -> Route:
+    """A route from what its file says; :class:`DamagedFile` for what no trace has."""
+    doc.check_names(document, required, {*_FIELDS, "edges"})
+    found = {name: _FIELDS[name](name, value) for name, value in document.items() if name != "edges"}
+    tokens, layers = len(found["tokens"]), len(found["shapes"])
+    positions = found.get("positions") or (found["position"],)
+    doc.check(layers > 0, "it has no layers")
+    doc.check(max(positions) < tokens, f"its roots are outside its {tokens} tokens")
+    doc.check(
+        list(positions) == sorted(set(positions)) and positions[-1] == found["position"], "its position is not the last of its positions"
+    )
+    doc.check(len(found.get("token_ids", [])) in (0, tokens), f"it has {len(found.get('token_ids', []))} token ids for {tokens} tokens")
+    flow, signed = found.get("rule") == "flow", found.get("measure") == "signed"
+    doc.check(flow or (found["threshold"] < 1 and found.get("keep") is None), "its threshold and keep do not belong to its rule")
+    doc.check(not flow or found["renormalize"], "a route by flow is always renormalised")
+    most = float("inf") if signed and not found["renormalize"] else 1 + doc.ROUNDING
+    edges = _checked_edges(document["edges"], tokens, found["shapes"], -most if signed and not flow else 0, most)
+    return Route(edges=edges, **found)
+
+
+def _checked_edges(columns: Any, tokens: int, shapes: list[str], low: float, high: float) -> pd.DataFrame:
+    doc.check(isinstance(columns, dict), "edges is no table of columns")
+    doc.check_names(columns, set(COLUMNS), set(COLUMNS))
+    count = len(doc.a_list("edges: layer", columns["layer"]))
+    known = doc.one_of(*KINDS)
+    limits = {"layer": (0, len(shapes) - 1), "source": (0, tokens - 1), "target": (0, tokens - 1), "head": (-1, MAX_HEADS - 1)}
+    checked: dict[str, list[Any]] = {name: doc.integers(f"edges: {name}", columns[name], *limits[name], count) for name in limits}
+    checked["kind"] = [known("edges: kind", kind) for kind in doc.a_list("edges: kind", columns["kind"], count)]
+    checked["importance"] = doc.numbers("edges: importance", columns["importance"], low, high, count)
+    table = pd.DataFrame({name: pd.Series(checked[name], dtype=kind) for name, kind in COLUMNS.items()})
+    attention = (table["kind"] == "attention").to_numpy()
+    source, target = table["source"].to_numpy(), table["target"].to_numpy()
+    doc.check(
+        (np.where(attention, source <= target, source == target)).all(),
+        "edges lead to earlier tokens, or change the token without attention",
+    )
+    doc.check((table["head"].to_numpy()[~attention] == -1).all(), "edges without attention have a head")
+    parallel = np.array([shape == "parallel" for shape in shapes])[table["layer"].to_numpy()]
+    doc.check(
+        not (parallel & (table["kind"] == "ffn_residual").to_numpy()).any(), "a parallel layer has a residual connection past its FFN"
+    )
+    doc.check(not table.duplicated(list(COLUMNS)[:-1]).any(), "edges lists a sub-edge twice")
+    return table
 
 
 class _Rows:
@@ -270,7 +349,8 @@ def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, re
     found = np.zeros(len(active), bool)
 
     def check(row: np.ndarray | slice, low: np.ndarray, high: np.ndarray) -> None:
-        inside = (low * below[row] <= threshold) & (high * above[row] > threshold)
+        with np.errstate(invalid="ignore"):  # 0 · infinity: nothing is above no threshold
+            inside = (low * below[row] <= threshold) & (high * above[row] > threshold)
         found[row] |= inside if isinstance(row, slice) else False
         if not isinstance(row, slice):
             found[row[inside]] = True

@@ -1,5 +1,9 @@
 """The traced pass: parts add up, the model comes back, figures equal the reference tool's and fp64."""
 
+import copy
+import multiprocessing
+import pickle
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +149,23 @@ def test_saving_and_loading(tmp_path, dense):
             fr.load_trace(tmp_path / name)
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    trace = fr.trace(tiny("llama"), None, IDS)
+    trace.save(tmp_path / "a.trace")
+    before = (tmp_path / "a.trace").read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"cannot write '.*a\.trace'.*No space left"):
+        trace.save(tmp_path / "a.trace")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.trace"]
+    assert (tmp_path / "a.trace").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("text", "options", "error", "says"),
     [
@@ -182,3 +203,153 @@ def test_unknown_families_and_wrong_parts_are_refused():
     model.model.layers[1].self_attn.register_forward_hook(lambda m, a, out: (out[0] * 1.5, *out[1:]))
     with pytest.raises(ValueError, match="layer 1: the captured parts miss"):
         fr.trace(model, None, IDS)
+
+
+def same(a, b):
+    """Are two values of a trace the same, NaN included?"""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "settle")
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def open_trace():
+    """A model and a certified trace with rows that its intervals leave open at other thresholds."""
+    model = tiny("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowroutes_fast.layer.FEW_KEYS", 0)  # also where evaluating everything is cheaper
+        return model, fr.trace(model, None, list(range(7, 36)), tolerance=0.3, thresholds=(), neurons=True)
+
+
+def open_threshold(trace):
+    """A threshold between the ends of what the root's residual connection may be."""
+    low, high = (t[-1, -1].double() for t in (trace.normaliser_low, trace.normaliser_high))
+    assert low < high
+    return float(trace.attention_residual[-1, -1] * (low + high) / 2 / high) * 1.0001
+
+
+def test_a_pickled_trace_keeps_no_model(open_trace):
+    _, trace = open_trace
+    trace = copy.deepcopy(trace)
+    again = pickle.loads(pickle.dumps(trace))
+    assert same(trace, again)
+    assert again.settle is None
+    threshold = open_threshold(trace)
+    with pytest.raises(ValueError, match="its model is gone"):
+        again.route(threshold=threshold)
+    assert len(trace.route(threshold=threshold).edges)
+    for options in ({"precision": "exact"}, {"measure": "signed"}, {"positions": [3]}):
+        trace = fr.trace(tiny("gpt2"), None, IDS, **options)
+        assert same(trace, pickle.loads(pickle.dumps(trace, protocol=2)))
+    route = trace.route(3, 0.05)
+    again = pickle.loads(pickle.dumps(route))
+    assert again.to_dict() == route.to_dict()
+    assert again.token_edges.equals(route.token_edges)
+
+
+def test_a_copied_trace_settles_with_the_same_model(open_trace):
+    model, trace = open_trace
+    deep = copy.deepcopy(trace)
+    assert copy.copy(trace).settle is deep.settle is trace.settle
+    assert same(trace, deep)
+    assert deep.heads is not trace.heads
+    before = copy.deepcopy(deep)
+    assert len(deep.route(threshold=open_threshold(deep)).edges)
+    assert deep.work["exhausted"] > before.work["exhausted"]
+    assert same(trace, before)  # the copy alone was settled
+    two = copy.deepcopy([trace, trace])
+    assert two[0] is two[1]
+    assert model is not None
+
+
+def test_traces_go_to_other_processes_and_back(open_trace):
+    _, trace = open_trace
+    route = trace.route(threshold=0.3)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        again, route_again = pool.apply(copy.copy, ([trace, route],))
+    assert same(trace, again)
+    assert again.route(threshold=0.3).edges.equals(route.edges)
+    assert route_again.to_dict() == route.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda t: t.route(True), TypeError, "position must be an integer, got True"),
+        (lambda t: t.route(1.0), TypeError, "position must be an integer, got 1.0"),
+        (lambda t: t.route("1"), TypeError, "position must be an integer, got '1'"),
+        (lambda t: t.route(None), TypeError, "position must be an integer, got None"),
+        (lambda t: t.route([1, "2"]), TypeError, "got '2'"),
+        (lambda t: t.route([[1]]), TypeError, "position must be an integer"),
+        (lambda t: t.route({1: 2}), TypeError, "position must be an integer"),
+        (lambda t: t.route(np.array([])), ValueError, "needs a root"),
+        (lambda t: t.route(torch.tensor([0.5])), TypeError, "position must be an integer"),
+        (lambda t: t.route(29), IndexError, "position 29 is out of range"),
+        (lambda t: t.route(2**70), IndexError, "is out of range"),
+        (lambda t: t.route(threshold=float("nan")), ValueError, "threshold must lie in"),
+        (lambda t: t.route(threshold=float("inf")), ValueError, "threshold must lie in"),
+        (lambda t: t.route(threshold="0.1"), TypeError, "threshold must be a number, got '0.1'"),
+        (lambda t: t.route(threshold=10**400), ValueError, "threshold must be a finite number"),
+        (lambda t: t.route(threshold=True), TypeError, "threshold must be a number"),
+        (lambda t: t.route(threshold=False), TypeError, "threshold must be a number"),
+        (lambda t: t.route(threshold=[0.1]), TypeError, "threshold must be a number"),
+        (lambda t: t.route(renormalize="no"), TypeError, "renormalize must be True or False, got 'no'"),
+        (lambda t: t.route(rule="flow", keep=float("nan")), ValueError, "keep must be a finite number"),
+        (lambda t: t.route(rule="flow", keep="all"), TypeError, "keep must be a number"),
+        (lambda t: t.route(rule=["flow"]), ValueError, "unknown rule"),
+        (lambda t: t.edges(1.5), TypeError, "layer must be an integer, got 1.5"),
+        (lambda t: t.edges(True), TypeError, "layer must be an integer"),
+        (lambda t: t.edges(3), IndexError, "layer 3 is out of range"),
+        (lambda t: t.edges(0, float("nan")), ValueError, "floor must lie in"),
+        (lambda t: t.edges(0, -0.1), ValueError, "floor must lie in"),
+        (lambda t: t.edges(0, 1), ValueError, "floor must lie in"),
+        (lambda t: t.edges(0, "x"), TypeError, "floor must be a number"),
+        (lambda t: t.attention("0"), TypeError, "layer must be an integer"),
+        (lambda t: t.neurons(None), TypeError, "layer must be an integer"),
+        (lambda t: t.has_mixer(9), IndexError, "layer 9 is out of range"),
+        (lambda t: t.token_attribution(slice(3, 3)), ValueError, "holds no position"),
+        (lambda t: t.token_attribution(slice(0, 5, 0)), ValueError, "slice step"),
+        (lambda t: t.token_attribution(slice("a", "b")), TypeError, "slice indices"),
+        (lambda t: t.token_attribution(0.5), TypeError, "position must be an integer"),
+        (lambda t: t.to_html("x.html", threshold=float("nan")), ValueError, "threshold must lie in"),
+        (lambda t: t.to_html("x.html", position=[1]), TypeError, "position must be an integer"),
+        (lambda t: t.to_html("x.html", other=[t]), TypeError, "other must be a trace, got a list"),
+        (lambda t: t.to_html("x.html", signed=t.route(threshold=0.3)), TypeError, "signed must be a trace, got a Route"),
+        (lambda t: t.save(None), TypeError, "path must be"),
+        (lambda t: t.save(3), TypeError, "path must be"),
+        (lambda t: t.route(threshold=0.3).to_text("wide"), TypeError, "width must be an integer"),
+        (lambda t: t.route(threshold=0.3).to_circuit_tracer("x", min_weight="0"), TypeError, "min_weight must be a number"),
+        (lambda t: t.route(threshold=0.3).to_circuit_tracer("x", slug=3), TypeError, "slug must be a text"),
+    ],
+)
+def test_arguments_that_make_no_sense(open_trace, call, error, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=says) as caught:
+        call(open_trace[1])
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_other_libraries_are_taken(open_trace):
+    _, trace = open_trace
+    wanted = trace.route(28, 0.3)
+    for position in (
+        np.int64(28),
+        np.uint8(28),
+        torch.tensor(28),
+        [np.int32(-1)],
+        np.array([28]),
+        torch.tensor([28]),
+        range(28, 29),
+        np.array(28),
+    ):
+        for threshold in (np.float64(0.3), 0.3):
+            route = trace.route(position, threshold, np.bool_(True))
+            assert route.edges.equals(wanted.edges)
+            assert route.to_dict() == wanted.to_dict()
+    assert trace.edges(np.int64(2), np.float32(0.25)).equals(trace.edges(2, 0.25))
+    assert trace.token_attribution(slice(np.int64(3), None)).equals(trace.token_attribution(range(3, 29)))

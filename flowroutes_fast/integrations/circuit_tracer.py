@@ -18,6 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flowroutes_fast.documents import a_list, parse, plain_file
+from flowroutes_fast.errors import DamagedFile
 from flowroutes_fast.files import write_text
 
 if TYPE_CHECKING:
@@ -74,13 +76,13 @@ def write_graph(route: Route, path: str | os.PathLike[str], *, slug: str | None 
 
 
 def _listed(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {"graphs": []}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found["graphs"], list):
-            return dict(found)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        found = parse(plain_file(path, "list of graphs").read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(isinstance(known, dict) for known in a_list("graphs", found.get("graphs"))):
+            return found
+    except (DamagedFile, UnicodeDecodeError):
         pass
     raise ValueError(f"'{path}' is there but lists no graphs: give another folder")
 
