@@ -6,10 +6,10 @@ The names below are imported when they are first used, so that ``import flowrout
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 from flowroutes_fast.version import __version__
 
+TYPE_CHECKING = False  # type checkers take it for true; importing typing takes longer than all of this
 if TYPE_CHECKING:
     from flowroutes_fast import ops, templates
     from flowroutes_fast.contrast import contrast, head_frequencies
@@ -67,7 +67,7 @@ _HOMES = {  # name -> the module that has it
 class _Package(ModuleType):
     """This package. Importing ``flowroutes_fast.trace`` does not put the module in the place of the function of the same name."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
@@ -75,12 +75,12 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """A public name, or a module of this package, imported now."""
     if name.startswith("__"):  # asked for by tools; no module of ours
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _HOMES:
-        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        found: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = found
         return found
     try:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
 
 EXIT_CODE = 130
 SENTENCE = "flowroutes: interrupted; nothing half-written is left"
@@ -30,7 +29,7 @@ class _State:
 
     tidy = False  # is there anything to clean up?
     raised: float | None = None  # when the last interrupt was raised
-    before: Any = None  # the handler that was there
+    before: object = None  # the handler that was there
 
 
 def leave_at_once() -> None:
@@ -53,7 +52,7 @@ def forget() -> None:
 def as_before() -> None:
     """Interrupts are the caller's again."""
     if _State.before is not None:
-        signal.signal(signal.SIGINT, _State.before)
+        signal.signal(signal.SIGINT, _State.before)  # type: ignore[arg-type]
         _State.before = None
 
 
@@ -98,10 +97,17 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
 def _raise_again() -> None:
     """An interrupt that came within a destructor or a callback ends there: raise it once more, a little later."""
     _State.raised = None
-    timer = threading.Timer(AGAIN, _thread.interrupt_main)
-    timer.daemon = True
-    timer.start()
+    again = threading.Timer(AGAIN, _interrupt_main)
+    again.daemon = True
+    again.start()
 
 
 def _ignore() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt_main() -> None:
+    if hasattr(signal, "pthread_kill"):  # it also ends what the main thread waits for
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+    else:
+        _thread.interrupt_main()
