@@ -27,7 +27,7 @@ from flowroutes_fast.models.families import blocks_of, context_length, text_conf
 from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.record import Settle, Trace
 from flowroutes_fast.streaming import Stream, stream_of
-from flowroutes_fast.workers import run_all
+from flowroutes_fast.workers import check_threads, run_all
 
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
 SIDE_BY_SIDE = 256 * 2**20  # bytes that all workers together may hold of u = v W_O
@@ -102,6 +102,7 @@ def trace(
             progress=progress, resume=resume,
         )  # fmt: skip
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
+    check_threads(threads)
     model = unwrap(model)
     if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
         raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
