@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from flowroutes_fast.ablation import Clean, clean, kept_logits, mask_gradient, value_means
-from flowroutes_fast.capture import Layer, capture
+from flowroutes_fast.capture import Layer, capture, unwrap
 from flowroutes_fast.layer import attention_of, parts_of
 from flowroutes_fast.mass import push
+from flowroutes_fast.models.heads import check_predicts_tokens
 from flowroutes_fast.reference import sign_flow
 from flowroutes_fast.trace import token_ids, trace
 
@@ -114,6 +115,7 @@ def verify(
     _check(ablation, means)
     if random < 0:
         raise ValueError(f"random must be a number of draws, got {random}")
+    check_predicts_tokens(unwrap(model))
     ids = list(route.token_ids if ids is None else ids)
     if not ids:
         raise ValueError("this route holds no token ids; pass ids=, those of its prompt")

@@ -142,12 +142,16 @@ def test_swallowed_and_translated_interrupts(monkeypatch, capfd):
         Dying()
         time.sleep(5)
 
+    def run(how):
+        with interrupt.watched():
+            interrupt.tidily()
+            how()
+
     try:
         for how in (swallowed, translated, lost):
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            with pytest.raises(SystemExit) as ended, interrupt.watched():
-                interrupt.tidily()
-                how()
+            with pytest.raises(SystemExit) as ended:
+                run(how)
             assert ended.value.code == 130
             assert capfd.readouterr().err == SENTENCE
     finally:
@@ -157,11 +161,16 @@ def test_swallowed_and_translated_interrupts(monkeypatch, capfd):
 def test_interrupts_are_the_callers_again_after_a_command(monkeypatch):
     monkeypatch.setattr("atexit.register", lambda function: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def run(error):
+        with interrupt.watched():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+            raise error
+
     try:
         for error in (ValueError, SystemExit):
-            with pytest.raises(error), interrupt.watched():
-                assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-                raise error
+            with pytest.raises(error):
+                run(error)
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
