@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from flowroutes_fast.escape import printable
 from flowroutes_fast.files import write_atomically, write_text
 from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
@@ -367,7 +368,7 @@ class Trace:
 
     def __repr__(self) -> str:
         kept = "all sub-edges" if self.dense is not None else f"sub-edges above {self.floor}"
-        return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.heads.shape[-1]} heads, {self.precision}, {kept}, {self.model})"
+        return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.heads.shape[-1]} heads, {self.precision}, {kept}, {printable(self.model)})"
 
 
 def load_trace(path: str | os.PathLike[str]) -> Trace:
