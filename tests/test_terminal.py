@@ -204,3 +204,12 @@ def test_a_full_disk_and_a_narrow_encoding():
 
 def test_options_that_do_not_exist_are_refused():
     assert CliRunner().invoke(cli.app, ["trace", "x", "--dense"]).exit_code == 2
+
+
+def test_a_models_name_in_pages(hostile_model, tmp_path):
+    hostile_model.config._name_or_path = f"</title><script>alert(1)</script>{HOSTILE}".replace("\udcff", "")
+    trace = fr.trace(hostile_model, None, [3, 4, 5])
+    for page in (trace.to_html(tmp_path / "trace.html"), trace.route().to_html(tmp_path / "route.html")):
+        text = page.read_text(encoding="utf-8")
+        assert harmless(text)
+        assert "<script>alert" not in text
