@@ -1,9 +1,16 @@
 """The command line: ``flowroutes trace``, ``view``, ``estimate``, ``corpus``, ``analyze``, ``bench``, ``models`` and ``doctor``."""
 
+# ruff: noqa: E402  (an interrupt is watched for before what takes long to import)
 from __future__ import annotations
 
+from flowroutes_fast import interrupt
+
+interrupt.leave_at_once()
+
+import os
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +72,7 @@ def trace(
     ] = "importance",
     keep: Annotated[float | None, typer.Option(help="With --rule flow, instead of a threshold: share of the edges to keep.")] = None,
     renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
+    floor: Annotated[float | None, typer.Option(help=terminal.FLOOR_HELP)] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for route.html, route.json and trace.safetensors (for 'flowroutes view').")
     ] = None,
@@ -90,15 +98,15 @@ def trace(
         threshold = 0.04
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
-    if not text.strip():
+    if not text:
         raise ValueError("the text is empty: there is nothing to trace")
-    if out is not None:
-        from flowroutes_fast.files import check_writable
-
-        check_writable(out)
-    import flowroutes_fast as fr
+    floor = terminal.floor_of(floor, threshold if rule == "importance" else None, precision)
+    fr = _package()
+    from flowroutes_fast.files import check_writable
     from flowroutes_fast.trace import DEFAULT_THRESHOLDS
 
+    if out is not None:
+        check_writable(out)
     start = time.perf_counter()
     with terminal.busy(f"loading {model}"):
         loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
@@ -111,6 +119,7 @@ def trace(
         backend=backend,
         precision=precision,
         measure=measure,
+        floor=floor,
         thresholds=wanted,
         progress=terminal.progress_wanted(),
         resume=resume,
@@ -135,7 +144,20 @@ def trace(
         f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
     )
     if written:
-        typer.echo("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
+        terminal.say("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
+
+
+def _package() -> Any:
+    """``flowroutes_fast`` and what opens a model, imported: up to here an interrupt ends the process at once, from here on it cleans up."""
+    import transformers
+
+    import flowroutes_fast as fr
+
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):  # transformers imports its parts when they are asked for
+        getattr(transformers, name)
+    _ = fr.trace
+    interrupt.tidily()
+    return fr
 
 
 def _report(result, route) -> None:  # type: ignore[no-untyped-def]
@@ -182,16 +204,18 @@ def view(
     max_tokens: Annotated[int | None, typer.Option(help="With --serve: longest prompt. (default: 2048)")] = None,
 ) -> None:
     """Show traces in an interactive page: routes at every threshold, from every token, of two prompts side by side."""
+    if serve and out is not None:
+        raise ValueError("--out and --serve exclude one another: a served page is no file")
+    _package()
     from flowroutes_fast.view import command
 
     options: dict[str, Any] = {
         "open_page": sys.stdout.isatty() if open_page is None else open_page, "threshold": threshold, "position": position,
-        "renormalize": renormalize, "say": typer.echo,
+        "renormalize": renormalize, "say": terminal.say,
     }  # fmt: skip
     if serve:
-        if out is not None:
-            raise ValueError("--out and --serve exclude one another: a served page is no file")
         command.serve(files or [], port=port, model=model or "demo", max_tokens=max_tokens, **options)
+        interrupt.forget()  # Ctrl+C is how a server is stopped
     else:
         command.view(files or [], out=out, model=model, **options)
 
@@ -230,9 +254,10 @@ def estimate(
     json: Json = False,
 ) -> None:
     """Peak memory and duration of a trace, before anything is loaded."""
+    fr = _package()
     from rich.table import Table
 
-    import flowroutes_fast as fr
+    from flowroutes_fast.escape import printable
     from flowroutes_fast.estimate import _duration, _size
 
     found = fr.estimate(
@@ -242,17 +267,20 @@ def estimate(
         terminal.print_json({**asdict(found), "additional": found.additional, "total": found.total})
         return
     sequences = f" × {batch}" if batch > 1 else ""
-    table = Table(title=f"{found.model}, {tokens} tokens{sequences}, {precision}, {measure}, backend {found.backend}", title_justify="left")
+    title = f"{found.model}, {tokens} tokens{sequences}, {precision}, {measure}, backend {found.backend}"
+    table = Table(title=printable(title), title_justify="left")
     table.add_column("what")
     table.add_column("estimate", justify="right")
     table.add_column("how it is known", overflow="fold")
     for name, size, how in found.rows():
-        table.add_row(name, _size(size), how, style="bold" if name == "total" else None, end_section=name in ("allocator", "total"))
+        table.add_row(
+            name, _size(size), printable(how), style="bold" if name == "total" else None, end_section=name in ("allocator", "total")
+        )
     table.add_row("time", _duration(found.seconds), found.time_source)
     console = terminal.console()
     console.print(table)
     for note in found.notes:
-        console.print(note)
+        console.print(printable(note))
 
 
 @app.command(
@@ -274,6 +302,7 @@ def corpus(
     precision: Annotated[
         str, typer.Option(help="'certified' or 'exact'.", autocompletion=terminal.one_of("certified", "exact"))
     ] = "certified",
+    floor: Annotated[float | None, typer.Option(help=terminal.FLOOR_HELP)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest piece of a text. \\[default: the model's context, at most 1024]")] = None,
     overflow: Annotated[str, typer.Option(help="Longer texts: 'truncate' or 'split' into pieces.")] = "truncate",
     split: Annotated[str, typer.Option(help="What of a text file is one text: 'file', 'paragraph' or 'line'.")] = "file",
@@ -290,7 +319,10 @@ def corpus(
     json: Json = False,
 ) -> None:
     """Trace many texts: component vectors and routes as Parquet files, means and frequencies per domain."""
-    import flowroutes_fast as fr
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    floor = terminal.floor_of(floor, threshold, precision)
+    fr = _package()
     from flowroutes_fast.corpus.texts import Stream, named_sources
 
     try:
@@ -304,7 +336,7 @@ def corpus(
         if not path.exists():
             raise FileNotFoundError(f"no file or folder at '{path}'")
     options: dict[str, Any] = {
-        "threshold": threshold, "precision": precision, "max_tokens": max_tokens, "overflow": overflow, "split": split, "field": field,
+        "threshold": threshold, "precision": precision, "floor": floor, "max_tokens": max_tokens, "overflow": overflow, "split": split, "field": field,
         "positions": positions, "edges": edges, "shard": (index, count), "window": window, "batch_tokens": batch_tokens, "progress": terminal.progress_wanted(),
     }  # fmt: skip
     if workers:
@@ -319,9 +351,9 @@ def corpus(
     if json:
         terminal.print_json({"folder": out, "model": found.settings["model"], "domains": found.domains, **asdict(done)})
         return
-    typer.echo(f"{found!r} in '{out}': {done.tokens / max(done.seconds, 1e-9):.0f} tokens/s")
+    terminal.say(f"{found!r} in '{out}': {done.tokens / max(done.seconds, 1e-9):.0f} tokens/s")
     for text in _left_out(done):
-        typer.echo(text)
+        terminal.say(text)
 
 
 @app.command(
@@ -349,7 +381,7 @@ def analyze(
     json: Json = False,
 ) -> None:
     """A report on a corpus run: components, positional heads, clusters, periods as BOS, domains, concepts."""
-    import flowroutes_fast as fr
+    fr = _package()
     from flowroutes_fast.analysis import analyze as write_report
 
     run = fr.open_corpus(*folders)
@@ -361,7 +393,7 @@ def analyze(
     if json:
         terminal.print_json({"report": page, "files": sorted(path for path in out.iterdir() if path != page)})
         return
-    typer.echo(f"wrote {page} ({page.stat().st_size / 1e3:.0f} kB), figures and tables beside it")
+    terminal.say(f"wrote {page} ({page.stat().st_size / 1e3:.0f} kB), figures and tables beside it")
 
 
 def _left_out(done: object) -> list[str]:
@@ -389,10 +421,12 @@ def bench(
     profile: Annotated[Path | None, typer.Option(help="Also write a Chrome trace of one traced pass.")] = None,
 ) -> None:
     """Correctness first, then speed: kernels against plain PyTorch and the roofline, traces against the forward pass."""
+    _package()
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from flowroutes_fast.bench.report import plots, tables
     from flowroutes_fast.bench.run import run, write_profile
+    from flowroutes_fast.escape import printable
 
     try:
         lengths = tuple(int(n) for n in tokens.split(","))
@@ -401,12 +435,12 @@ def bench(
     if min(lengths) < 1:
         raise ValueError(f"tokens must be positive, got {tokens!r}")
     console = terminal.console()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=terminal.console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting")
         path = run(
             tokens=lengths, shapes=tuple(shapes.split(",")), what=tuple(what.split(",")), out=out, backend=backend, quick=quick,
-            step=lambda text: progress.update(task, description=text),
+            step=lambda text: progress.update(task, description=printable(text)),
         )  # fmt: skip
         if profile is not None:
             progress.update(task, description="profile")
@@ -417,7 +451,7 @@ def bench(
     for table in tables(report):
         console.print(table)
     pictures = plots(report, path.with_suffix(""))
-    console.print("wrote " + ", ".join(str(p) for p in (path, *pictures)))
+    terminal.say("wrote " + ", ".join(str(p) for p in (path, *pictures)))
 
 
 @app.command(epilog=examples("flowroutes models", "flowroutes models --json | jq -r '.[].family'"))
@@ -464,17 +498,43 @@ def doctor(json: Json = False) -> None:
 
 
 def main() -> None:
-    """Entry point: one sentence for what the user can mend, a traceback for what only we can."""
-    try:
-        app(standalone_mode=True)
-    except (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError) as error:
-        typer.echo(f"flowroutes: {error}", err=True)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "backend" not in str(error):
-            raise
-        typer.echo(f"flowroutes: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("flowroutes: interrupted; nothing half-written is left", err=True)
-        sys.exit(130)
+    """Entry point: one sentence for whatever goes wrong. ``FLOWROUTES_DEBUG=1`` in the environment shows the traceback too."""
+    with interrupt.watched(), terminal.readable_messages():
+        terminal.open_streams()
+        try:
+            app(standalone_mode=True)
+        except SystemExit as done:
+            sys.exit(done.code or terminal.write_out())
+        except Exception as error:
+            if os.environ.get(terminal.DEBUG):
+                traceback.print_exc()
+            terminal.say(f"flowroutes: {_sentence(error)}", err=True)
+            sys.exit(2 if _refused(error) else 1)
+
+
+def _refused(error: Exception) -> bool:
+    """Can the user mend it? (Else it is our mistake.)"""
+    from safetensors import SafetensorError
+
+    if isinstance(error, (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError, SafetensorError)):
+        return True
+    return isinstance(error, RuntimeError) and ("backend" in str(error) or type(error).__name__ == "OutOfMemoryError")
+
+
+def _sentence(error: Exception) -> str:
+    """The error in one sentence that names options of the command that was typed."""
+    options = {name: [flag for p in command.params for flag in (*p.opts, *p.secondary_opts)] for name, command in _commands().items()}
+    typed = next((word for word in sys.argv[1:] if word in options), "trace")
+    said = terminal.in_options(terminal.sentence(error), options[typed], options["trace"])
+    if _refused(error):
+        return said
+    return f"failed, which is a mistake of ours: {type(error).__name__}: {said} ({terminal.DEBUG}=1 shows where)"
+
+
+def _commands() -> dict[str, Any]:
+    from typer.main import get_command
+
+    return get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
+interrupt.as_before()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowroutes_fast import trace_file
 from flowroutes_fast.arguments import file_path, flag, integer, integers, number, share
+from flowroutes_fast.escape import printable
 from flowroutes_fast.files import write_text
 from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
@@ -377,7 +378,7 @@ class Trace:
 
     def __repr__(self) -> str:
         kept = "all sub-edges" if self.dense is not None else f"sub-edges above {self.floor}"
-        return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.heads.shape[-1]} heads, {self.precision}, {kept}, {self.model})"
+        return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.heads.shape[-1]} heads, {self.precision}, {kept}, {printable(self.model)})"
 
 
 def _factors(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ import pandas as pd
 from flowroutes_fast import documents as doc
 from flowroutes_fast.arguments import file_path, integer, share
 from flowroutes_fast.errors import DamagedFile
+from flowroutes_fast.escape import printable
 from flowroutes_fast.files import write_text
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Route:
         return route_cell(self)
 
     def __repr__(self) -> str:
-        return f"Route({len(self.edges)} sub-edges to {', '.join(f'{self.tokens[p]!r}@{p}' for p in self.positions)}, threshold={self.threshold}, {self.model})"
+        return f"Route({len(self.edges)} sub-edges to {', '.join(f'{self.tokens[p]!r}@{p}' for p in self.positions)}, threshold={self.threshold}, {printable(self.model)})"
 
 
 def load_route(path: str | os.PathLike[str]) -> Route:

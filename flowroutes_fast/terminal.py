@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flowroutes_fast.escape import json_text, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+DEFAULT_FLOOR = 1e-3  # as in trace()
 PIPE_WIDTH = 200  # columns of a table that no terminal shows
 EXIT_CODES = "Exit codes: 0 done · 1 failed · 2 refused (bad usage or input; one sentence on standard error says why) · 130 interrupted."
+FLOOR_HELP = "Smallest importance that is stored. \\[default: 0.001, or a lower --threshold]"
+DEBUG = "FLOWROUTES_DEBUG"  # set in the environment, errors come with their traceback
 JSON_HELP = "Print one JSON document to standard output; everything else goes to standard error."
 
 
@@ -49,9 +57,103 @@ def backends(incomplete: str) -> list[str]:
     return one_of("auto", "cpu", "triton", "cuda", "reference")(incomplete)
 
 
+def say(text: object, *, err: bool = False) -> None:
+    """One line, in which nothing acts on the terminal."""
+    typer.echo(printable(text), err=err)
+
+
+def sentence(error: BaseException) -> str:
+    """What is wrong; the error's name where it says nothing."""
+    return str(error).strip() or type(error).__name__
+
+
 def print_json(document: Any) -> None:
     """One document, paths as text and dataclasses as objects; NaN and infinity, which JSON has not, as null."""
-    typer.echo(json.dumps(_plain(document), ensure_ascii=False, indent=2 if sys.stdout.isatty() else None, allow_nan=False))
+    pretty, plain = 2 if sys.stdout.isatty() else None, not (sys.stdout.encoding or "").lower().startswith("utf")
+    typer.echo(json_text(json.dumps(_plain(document), ensure_ascii=plain, indent=pretty, allow_nan=False)))
+
+
+def floor_of(floor: float | None, threshold: float | None, precision: str) -> float:
+    """The floor of a trace: as given, or 0.001, or the threshold where that is lower. ``ValueError`` if there is no route above it."""
+    if floor is not None and not 0 <= floor < 1:
+        raise ValueError(f"floor must lie in [0, 1), got {floor}")
+    if floor is not None and threshold is not None and threshold < floor:
+        raise ValueError(
+            f"--threshold {threshold} is below --floor {floor}: what a route needs is not stored; give a floor up to {threshold}"
+        )
+    found = min(DEFAULT_FLOOR, DEFAULT_FLOOR if threshold is None else threshold) if floor is None else floor
+    if found == 0 and precision == "certified":
+        option = "--threshold" if floor is None else "--floor"
+        raise ValueError(f"{option} 0 asks for all sub-edges, which --precision exact evaluates; with 'certified' it must be above 0")
+    return found
+
+
+def in_options(message: str, options: Collection[str], elsewhere: Collection[str] = ()) -> str:
+    """A message of the library with its ways out as options: ``floor=0.001`` → ``--floor 0.001``, those that no option has left out.
+
+    ``options`` are those of the command that runs, ``elsewhere`` those of ``flowroutes trace``, which are said with its name.
+    """
+
+    def one(found: re.Match[str]) -> str:
+        said = _option(found["name"], found["value"] or "", options, elsewhere)
+        return (found["comma"] or "") + said if said else "" if found["comma"] else found[0]
+
+    value = r"'[^']*'|\[[^\]]*\]|[\w.+-]*\w"
+    return re.sub(rf"(?P<comma>, )?(?<!['/\w])(?P<name>[a-z_]+)=(?P<value>{value})?", one, message)
+
+
+def _option(name: str, value: str, options: Collection[str], elsewhere: Collection[str]) -> str:
+    """``name=value`` as an option; "" if there is none."""
+    if name == "thresholds":  # tracing decides several, a command one
+        name, value = "threshold", value.strip("[]").split(",")[0]
+    flag = f"--{'no-' if value == 'False' else ''}{name.replace('_', '-')}"
+    if value.startswith("[") or flag not in {*options, *elsewhere}:
+        return ""
+    shown = "" if value in ("True", "False") else value.strip("'")
+    return f"{'' if flag in options else 'flowroutes trace '}{flag} {shown}".rstrip()
+
+
+@contextmanager
+def readable_messages() -> Iterator[None]:
+    """Warnings and log messages of other libraries, which quote what they read, with nothing in them that acts on the terminal."""
+
+    def lines(text: object) -> str:
+        return "\n".join(map(printable, str(text).split("\n")))
+
+    record, warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def readable(*args: Any, **options: Any) -> logging.LogRecord:
+        made = record(*args, **options)
+        made.msg, made.args = lines(made.getMessage()), ()
+        return made
+
+    logging.setLogRecordFactory(readable)
+    warnings.formatwarning = lambda message, category, *place: warning(lines(message), category, *place)  # type: ignore
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(record)
+        warnings.formatwarning = warning
+
+
+def open_streams() -> None:
+    """Standard output and error that can be written to: nowhere if they are closed, any character in any encoding."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for the rest of the process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write_out() -> int:
+    """Write what standard output still holds; the exit code: 0, or 1 where nobody reads any more (``| head``)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again, and says so
+        return 1
+    return 0
 
 
 def _plain(value: Any) -> Any:
@@ -69,11 +171,14 @@ def _plain(value: Any) -> Any:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Colours where a terminal shows them (and NO_COLOR is not set); tables of a pipe are not cut to 80 columns."""
+    """Colours where a terminal shows them (and NO_COLOR is not set); tables of a pipe are not cut to 80 columns.
+
+    Text is taken as it is: square brackets are no markup.
+    """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else PIPE_WIDTH)
 
 
 def progress_wanted() -> bool:
@@ -88,5 +193,7 @@ def busy(text: str) -> Iterator[None]:
     if not shown.is_terminal:
         yield
         return
-    with shown.status(text):
+    from rich.text import Text
+
+    with shown.status(Text(printable(text))):
         yield

@@ -31,7 +31,7 @@ from flowroutes_fast.prompts import read_prompts
 from flowroutes_fast.record import Settle, Trace
 from flowroutes_fast.streaming import Stream, stream_of
 from flowroutes_fast.tokens import token_texts
-from flowroutes_fast.workers import run_all
+from flowroutes_fast.workers import check_threads, run_all
 
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
 SIDE_BY_SIDE = 256 * 2**20  # bytes that all workers together may hold of u = v W_O
@@ -106,6 +106,7 @@ def trace(
             progress=progress, resume=resume,
         )  # fmt: skip
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
+    check_threads(threads)
     model = unwrap(model)
     if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
         raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")

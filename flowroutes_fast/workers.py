@@ -14,6 +14,22 @@ import torch
 Result = TypeVar("Result")
 
 
+class _Process:
+    """Of this process: was anything traced in it, and was it forked from one where something was?"""
+
+    used = False
+    forked = False
+
+
+def check_threads(threads: int) -> None:
+    """Called by every trace. ``ValueError`` for several threads in a forked child: OpenMP would wait for threads that exist in the parent alone."""
+    _Process.used = True
+    if threads > 1 and _Process.forked:
+        raise ValueError(
+            f"threads={threads} in a process that was forked after a trace: it has one thread; start processes with 'spawn' or 'forkserver'"
+        )
+
+
 def run_all(call: Callable[..., Result], items: Iterable[tuple[Any, ...]], threads: int) -> list[Result]:
     """``[call(*item) for item in items]`` by ``threads`` threads, without gradients; the first exception of an item is raised."""
 
@@ -44,5 +60,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def _in_child() -> None:
+    """Threads do not come along in a fork: no pool, and one thread where OpenMP would wait for those of the parent for ever."""
+    _pool.cache_clear()
+    if _Process.used:
+        _Process.forked = True
+        torch.set_num_threads(1)
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_in_child)

@@ -132,7 +132,7 @@ def _read(files: Sequence[Path]) -> Prompts:
 def _with_model(prompts: Prompts, name: str, position: int) -> dict[str, Any]:
     """Logit lens and attention weights of the prompts, and their traces with the other measure where none was given."""
     from flowroutes_fast.load import load
-    from flowroutes_fast.trace import trace
+    from flowroutes_fast.trace import DEFAULT_FLOOR, trace
     from flowroutes_fast.view.details import details
 
     model, tokenizer = load(name)
@@ -141,7 +141,7 @@ def _with_model(prompts: Prompts, name: str, position: int) -> dict[str, Any]:
         if one is None or given is not None:
             return given
         measure = "proximity" if one.measure == "signed" else "signed"
-        return trace(model, tokenizer, list(one.token_ids), measure=measure)
+        return trace(model, tokenizer, list(one.token_ids), measure=measure, floor=one.floor or DEFAULT_FLOOR)
 
     assert prompts.first is not None
     found: dict[str, Any] = {"details": details(model, tokenizer, prompts.first, position=position)}

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture import Layer, capture, unwrap
+from flowroutes_fast.ambient import in_neutral
+from flowroutes_fast.capture import Layer, capture, only_here, prepared, unwrap
 from flowroutes_fast.integrations import adapter_of
-from flowroutes_fast.models.families import blocks_of, text_config
+from flowroutes_fast.models.families import Block, blocks_of, text_config
+from flowroutes_fast.models.heads import check_predicts_tokens
 from flowroutes_fast.prompts import token_ids
 from flowroutes_fast.reference import attention_pattern
 from flowroutes_fast.streaming import stream_of
+from flowroutes_fast.tokens import token_texts
 from flowroutes_fast.trace import check_weights
 from flowroutes_fast.view.text import show_token
 
@@ -66,6 +69,7 @@ class Details:
         return {"texts": self.texts, "partial": self.partial, "missing": self.lens_missing, **sizes}
 
 
+@in_neutral
 def details(
     model: Any,
     tokenizer: Any,
@@ -80,12 +84,15 @@ def details(
     Long prompts have more states than a page should hold; then only those on the route of ``position`` are kept, at the lowest threshold
     at which they fit. Attention weights are kept for the ``TOP_KEYS`` strongest keys of a row; the whole pattern is never in memory.
 
+    The model comes back as it was, every module in its own mode; other threads may use it meanwhile.
+
     Raises:
-        ValueError: a trace without token ids, another model's trace, a streamed model or one of another library.
+        ValueError: a trace without token ids, another model's trace, a model that predicts no tokens, a streamed one, one of another library.
     """
     if adapter_of(model) is not None or stream_of(unwrap(model)) is not None:
         raise ValueError("the page's details need a transformers model with its weights in memory; pass none to have the page without them")
     model = unwrap(model)
+    check_predicts_tokens(model, needed=False)
     check_weights(model)
     blocks = blocks_of(model)
     if len(blocks) != trace.n_layers:
@@ -95,24 +102,27 @@ def details(
     if not trace.token_ids:
         raise ValueError("this trace holds no token ids, so its prompt cannot be run again")
     ids = torch.tensor([token_ids(model, tokenizer, list(trace.token_ids))], device=model.get_input_embeddings().weight.device)
-    lens, why = _lens(model, ids)
+    lens, why = _lens(model, blocks, ids)
     states, rows, partial = _wanted(trace, trace._positions(position), max_states, max_rows)
     found = _Collected(lens, tokens := len(trace.tokens), states, rows)
     first: list[Tensor] = []
-    watch = blocks[0].module.register_forward_pre_hook(lambda m, args, kwargs: first.append(_given(args, kwargs)), with_kwargs=True)
+    watch = blocks[0].module.register_forward_pre_hook(
+        only_here(lambda m, args, kwargs: first.append(_given(args, kwargs))), with_kwargs=True
+    )
     try:
         capture(model, ids, found.layer)
     finally:
         watch.remove()
-    found.lens(0, first[0][0])
-    found.flush()
+    with prepared(model, blocks):
+        found.lens(0, first[0][0])
+        found.flush()
     if len(found.heads) > 1:  # layers with fewer heads are filled up
         most = max(found.heads)
         found.keys = [np.pad(k, ((0, 0), (0, most - k.shape[1]), (0, 0))) for k in found.keys]
         found.weights = [np.pad(w, ((0, 0), (0, most - w.shape[1]), (0, 0))) for w in found.weights]
     order = np.argsort(state := _joined(found.states, (0,), np.int64), kind="stable")
     token, names = np.unique(_joined(found.tokens, (0, TOP_TOKENS), np.int64)[order], return_inverse=True)
-    texts = [show_token(tokenizer.decode([int(i)]) if tokenizer is not None else str(int(i))) for i in token]
+    texts = [show_token(text) for text in token_texts(tokenizer, token)]
     probabilities = _joined(found.probabilities, (0, TOP_TOKENS), np.float32)[order]
     shape = (0, max(found.heads, default=1), 1)
     return Details(
@@ -234,30 +244,28 @@ def _route_edges(trace: Trace, positions: list[int], threshold: float) -> list[t
     return list(zip(*(table[name].tolist() for name in ("layer", "kind", "source", "target")), strict=True))
 
 
-def _lens(model: Any, ids: Tensor) -> tuple[Lens | None, str]:
+def _lens(model: Any, blocks: list[Block], ids: Tensor) -> tuple[Lens | None, str]:
     """The model's own way from its last state to logits, as a function of any state; or None and why.
 
     Whatever the decoder calls after its last block is run again (the last norm, projections), then the unembedding, its softcap and
     scale; checked on a few tokens against the model's logits.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    blocks = blocks_of(model)
     if head is None:
         return None, "this model has no unembedding"
     owner = next((m for m in model.modules() if any(child is blocks[-1].module for child in _listed(m))), None)
     after: list[nn.Module] = []
     last: list[Tensor] = []
-    handles = [blocks[-1].module.register_forward_hook(lambda m, a, out: last.append(out[0] if isinstance(out, tuple) else out))]
+    handles = [blocks[-1].module.register_forward_hook(only_here(lambda m, a, out: last.append(out[0] if isinstance(out, tuple) else out)))]
     listed = set(_listed(owner)) if owner is not None else set()
     children = [m for m in owner.children() if m not in listed and not isinstance(m, nn.ModuleList)] if owner is not None else []
     for child in children:
-        handles.append(child.register_forward_hook(lambda m, a, out: after.append(m) if last and isinstance(out, Tensor) else None))
+        handles.append(
+            child.register_forward_hook(only_here(lambda m, a, out: after.append(m) if last and isinstance(out, Tensor) else None))
+        )
     try:
-        with torch.no_grad():
-            was = model.training
-            model.eval()
+        with prepared(model, blocks):
             logits = model(input_ids=ids[:, :_SAMPLE], use_cache=False).logits[0].float()
-            model.train(was)
     finally:
         for handle in handles:
             handle.remove()
@@ -272,7 +280,8 @@ def _lens(model: Any, ids: Tensor) -> tuple[Lens | None, str]:
             return head(x).float()
 
     try:
-        ours = plain(last[0][0] if last[0].dim() == 3 else last[0])
+        with prepared(model, blocks):
+            ours = plain(last[0][0] if last[0].dim() == 3 else last[0])
         target = cap * torch.atanh((logits / cap).clamp(-1 + 1e-6, 1 - 1e-6)) if cap else logits
         scale = float((ours * target.to(place)).sum() / ours.square().sum())
         error = float((scale * ours - target.to(place)).abs().max() / target.abs().max())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.cells import cell_len
 
+from flowroutes_fast.escape import printable
 from flowroutes_fast.view.text import clip, head_name, rule_text, show_token, states_of, strongest_edges
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def _tokens(route: Route, layout: _Layout, nodes: list[dict[str, Any]]) -> list[
 def _template(name: str) -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["printable"] = printable
     return environment.get_template(name)
 
 
@@ -241,5 +243,5 @@ def static_picture(route: Route, numbers: list[int] | None = None) -> str:
     tokens = _tokens(route, layout, nodes)
     return _template("picture.svg.j2").render(
         route=route, layout=layout, nodes=nodes, edges=edges, tokens=tokens, numbers=numbers or range(len(tokens)),
-        title=f"Route to {', '.join(show_token(route.tokens[p]) for p in route.positions)}, {route.model}",
+        title=f"Route to {', '.join(show_token(route.tokens[p]) for p in route.positions)}, {printable(route.model)}",
     )  # fmt: skip

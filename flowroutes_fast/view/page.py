@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from flowroutes_fast.escape import printable
 from flowroutes_fast.view import packing
 from flowroutes_fast.view.html import static_picture
 from flowroutes_fast.view.text import show_token, states_of
@@ -74,7 +75,7 @@ def trace_html(
     )
     picture, sentence = ("", "") if trace is None else _static(trace, data["start"], renormalize)
     return _template().render(
-        model=trace.model if trace is not None else "",
+        model=printable(trace.model) if trace is not None else "",
         policy=policy, script=Markup(script), style=Markup(style), picture=Markup(picture), sentence=sentence, server=server,
         data={**{key: value for key, value in data.items() if key != "data"}, "prompt": server and server.get("prompt")}, blocks=data["data"],
     )  # fmt: skip

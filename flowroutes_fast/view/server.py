@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flowroutes_fast.prompts import token_ids
-from flowroutes_fast.trace import DEFAULT_THRESHOLDS, model_name, trace
+from flowroutes_fast.trace import DEFAULT_FLOOR, DEFAULT_THRESHOLDS, model_name, trace
 from flowroutes_fast.view import page
 from flowroutes_fast.view.details import details
 
@@ -90,9 +90,10 @@ class Tracer:
 
     def _answer(self, question: Question) -> dict[str, Any]:
         found: list[Any] = []
+        floor = min(DEFAULT_FLOOR, question.threshold) or DEFAULT_FLOOR
         for ids in [self._ids(text) for text in (question.text, question.other) if text is not None]:
-            one = trace(self.model, self.tokenizer, ids, thresholds=(question.threshold, *DEFAULT_THRESHOLDS))
-            found += [one, trace(self.model, self.tokenizer, ids, measure="signed"), self._details(one)]
+            one = trace(self.model, self.tokenizer, ids, thresholds=(question.threshold, *DEFAULT_THRESHOLDS), floor=floor)
+            found += [one, trace(self.model, self.tokenizer, ids, measure="signed", floor=floor), self._details(one)]
         first, signed, about, other, other_signed, other_about = found if len(found) == 6 else [*found, None, None, None]
         return page.payload(
             first, other, signed=signed, other_signed=other_signed, details=about, other_details=other_about, threshold=question.threshold

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from rich.cells import cell_len, set_cell_size
 
+from flowroutes_fast.escape import JOINERS, WHITESPACE, code_of, hidden, printable
+
 if TYPE_CHECKING:
     from flowroutes_fast.routes import Route
 
@@ -24,9 +26,7 @@ MARKS = {
     "╰": "feeds other positions only",
     "╷": "nothing above the threshold enters",
 }
-_WHITESPACE = {" ": "·", "\n": "↵", "\t": "⇥"}
 _RUN = re.compile(r"([·↵⇥])\1{3,}")
-_JOINERS = "\u200c\u200d"
 
 
 def show_token(text: str) -> str:
@@ -39,15 +39,13 @@ def show_token(text: str) -> str:
 
 
 def _show_character(character: str, inside: bool) -> str:
-    if character in _WHITESPACE:
-        return _WHITESPACE[character]
-    if inside and character in _JOINERS:
+    if character in WHITESPACE:
+        return WHITESPACE[character]
+    if inside and character in JOINERS:
         return character
-    category = unicodedata.category(character)
-    if category in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp"):
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
-    return f"◌{character}" if category in ("Mn", "Me") and not inside else character
+    if hidden(character):
+        return code_of(character)
+    return f"◌{character}" if unicodedata.category(character) in ("Mn", "Me") and not inside else character
 
 
 def clip(text: str, cells: int) -> str:
@@ -242,7 +240,7 @@ def rule_text(route: Route) -> str:
 
 
 def _header(route: Route, width: int) -> list[str]:
-    about = [route.model, _count(len(route.tokens), "token"), _count(route.n_layers, "layer"), rule_text(route)]
+    about = [printable(route.model), _count(len(route.tokens), "token"), _count(route.n_layers, "layer"), rule_text(route)]
     about += ["signed flow"] if route.measure == "signed" else []
     counts = route.edges["kind"].value_counts()
     kinds = [f"{counts[kind]} {kind}" for kind in ("attention", "mixer", "attention_residual", "ffn", "ffn_residual") if kind in counts]
