@@ -31,7 +31,7 @@ def test_inside_all_is_as_in_a_fresh_process_and_outside_as_before():
     torch.set_default_device("meta")
     with torch.autocast("cpu", torch.bfloat16):
         before = state()
-        with pytest.raises(KeyError), neutral():
+        with pytest.raises(KeyError), neutral():  # noqa: PT012
             for made in (torch.empty(2), torch.zeros(2), torch.full((2,), 0.5), torch.arange(0.0, 2), torch.tensor([0.5, 1]), torch.eye(2)):
                 assert (made.dtype, made.device.type) == (torch.float32, "cpu")
             assert torch.arange(3).dtype == torch.tensor([1]).dtype == torch.int64

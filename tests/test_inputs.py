@@ -11,7 +11,7 @@ from flowroutes_fast.tokens import single_token, token_texts
 
 
 def llama4(implementation):
-    options = dict(attention_chunk_size=16, head_dim=16, intermediate_size_mlp=64, num_local_experts=2, num_experts_per_tok=1, no_rope_layers=[1, 1, 0])  # fmt: skip
+    options = {"attention_chunk_size": 16, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "no_rope_layers": [1, 1, 0]}  # fmt: skip
     model = tiny("llama4_text", **options)
     model.set_attn_implementation(implementation)
     return model

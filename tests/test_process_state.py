@@ -245,7 +245,7 @@ def test_hooks_that_change_a_state_are_refused(where, rows, says, dtype, entry, 
     model = tiny().to(dtype)
     fr.trace(model, None, LONG[:40])
     model.model.layers[1].get_submodule(where).register_forward_hook(scaled(1.5, rows))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says):  # noqa: PT012
         if entry == "patching":
             fr.patching(model, None, LONG[:40], LONG[1:41], answer=5, wrong=6, layers=[1])
         elif entry == "batch":

@@ -157,7 +157,10 @@ def test_reading_disturbs_nothing():
             assert torch.is_autocast_enabled("cpu")
     finally:
         everywhere.remove()
-    assert not fired and module.training and module.inner.training and set(module.__dict__) == attributes
+    assert not fired
+    assert module.training
+    assert module.inner.training
+    assert set(module.__dict__) == attributes
     assert torch.equal(torch.get_rng_state(), state)
     torch.set_default_dtype(torch.float64)
     try:
@@ -191,10 +194,10 @@ def test_modules_that_cannot_be_asked_are_refused():
             raise RuntimeError("no kernel for this device")
 
     silent = Silent()
-    with pytest.raises(ValueError, match="a Silent cannot be asked .*in_features"):
+    with pytest.raises(ValueError, match=r"a Silent cannot be asked .*in_features"):
         effective_weight(silent, 0)
     silent.in_features = 64
-    with pytest.raises(ValueError, match="a Silent cannot be asked .*no kernel for this device"):
+    with pytest.raises(ValueError, match=r"a Silent cannot be asked .*no kernel for this device"):
         effective_weight(silent, 0)
     with pytest.raises(ValueError, match="on meta cannot be read"):
         effective_weight(nn.Linear(4, 4, device="meta"), 0)
@@ -373,7 +376,8 @@ def test_an_adapter_on_offloaded_weights(tmp_path):
 def test_a_block_computes_in_its_coarsest_type():
     model = llama()
     block = blocks_of(model)[0]
-    assert coarsest_dtype(block, torch.float32) == torch.float32 and tolerance(block, torch.float32) == 1e-5
+    assert coarsest_dtype(block, torch.float32) == torch.float32
+    assert tolerance(block, torch.float32) == 1e-5
     assert coarsest_dtype(block, torch.bfloat16) == torch.bfloat16
     block.output.__class__ = Half
     block.output.bfloat16()
