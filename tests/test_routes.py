@@ -108,7 +108,7 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trace", "  "], "empty"),
+        (["trace", ""], "empty"),
         (["trace", "x", "--threshold", "2"], r"\[0, 1\)"),
         (["trace", "x", "--model", "./nowhere"], "no folder or file"),
         (["trace", "x", "--out", "/dev/null/x"], "cannot write"),
