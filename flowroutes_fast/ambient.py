@@ -1,0 +1,93 @@
+"""What a user's process may have switched on (autocast, a default device or dtype, rounded products), kept out of our computations.
+
+:func:`neutral` covers what PyTorch keeps per thread, and touches no other thread. The default dtype and the precision of float32 products
+belong to the whole process: the first is answered by a mode of this thread alone, the second by :func:`matmul`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone")  # types that autocast can be on for
+
+
+@contextmanager
+def neutral() -> Iterator[None]:
+    """Run the block as in a fresh process: autocast off, new tensors in float32 on the CPU unless asked otherwise; then all is as before.
+
+    This thread alone is concerned. Costs a few microseconds where nothing is switched on; may be nested.
+    """
+    on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    with ExitStack() as stack:
+        for kind in on:
+            torch.set_autocast_enabled(kind, False)
+            stack.callback(torch.set_autocast_enabled, kind, True)
+        if torch._C._len_torch_function_stack():  # a default device is such a mode
+            stack.enter_context(torch.device("cpu"))
+        if torch.get_default_dtype() != torch.float32:
+            stack.enter_context(_Float32())
+        yield
+
+
+def in_neutral(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run inside :func:`neutral`; while torch.compile traces it, as it is."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with neutral():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def rounded(device: torch.device) -> bool:
+    """Whether the process lets float32 products on this device be rounded to TF32 or bfloat16 (torch.set_float32_matmul_precision)."""
+    owner: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(owner, "matmul", None), "fp32_precision", None)  # torch 2.9
+    if precision is not None:
+        return precision not in ("ieee", "none")
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` that no setting of the process rounds: in float64 where float32 products may be, then float32 again."""
+    if a.dtype == torch.float32 and rounded(a.device):
+        return (a.double() @ b.double()).float()
+    return a @ b
+
+
+class _Float32(TorchFunctionMode):
+    """Gives new floating point tensors float32 where no dtype is asked for, in this thread."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is None and (func in _FLOATING or (func in _BY_VALUE and _holds_float((args, kwargs)))):
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return func(*args, **kwargs)
+
+
+_FLOATING = {
+    torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.eye, torch.linspace, torch.logspace, torch.rand, torch.randn,
+    torch.hann_window, torch.hamming_window, torch.blackman_window, torch.bartlett_window, torch.kaiser_window,
+}  # fmt: skip
+_BY_VALUE = {torch.full, torch.arange, torch.range, torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
+
+
+def _holds_float(item: Any) -> bool:
+    if isinstance(item, (list, tuple)):
+        return any(map(_holds_float, item))
+    if isinstance(item, dict):
+        return any(map(_holds_float, item.values()))
+    return type(item) is float
