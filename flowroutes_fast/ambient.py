@@ -40,20 +40,31 @@ def neutral() -> Iterator[None]:
 
 
 def in_neutral(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run inside :func:`neutral`; while torch.compile traces it, as it is."""
+    """An operation, run inside :func:`neutral` and without gradients; while torch.compile traces it, as it is.
+
+    Raises:
+        MemoryError: PyTorch cannot allocate (it says RuntimeError).
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        with neutral():
-            return function(*args, **kwargs)
+        try:
+            with neutral(), torch.no_grad():
+                return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                raise MemoryError(str(error).splitlines()[0]) from error
+            raise
 
     return run
 
 
 def rounded(device: torch.device) -> bool:
     """Whether the process lets float32 products on this device be rounded to TF32 or bfloat16 (torch.set_float32_matmul_precision)."""
+    if torch.compiler.is_compiling():  # the setting is not looked for while tracing
+        return False
     owner: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     precision = getattr(getattr(owner, "matmul", None), "fp32_precision", None)  # torch 2.9
     if precision is not None:
@@ -61,11 +72,16 @@ def rounded(device: torch.device) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+def unrounded(product: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``product(*tensors)`` that no setting of the process rounds: in float64 where float32 products may be, then float32 again."""
+    if tensors[0].dtype == torch.float32 and rounded(tensors[0].device):
+        return product(*(tensor.double() for tensor in tensors)).float()
+    return product(*tensors)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` that no setting of the process rounds: in float64 where float32 products may be, then float32 again."""
-    if a.dtype == torch.float32 and rounded(a.device):
-        return (a.double() @ b.double()).float()
-    return a @ b
+    """``a @ b`` by :func:`unrounded`."""
+    return unrounded(torch.matmul, a, b)
 
 
 class _Float32(TorchFunctionMode):

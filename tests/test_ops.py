@@ -129,22 +129,6 @@ def test_attention_layer_recomputes_every_kind_of_attention(variant):
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_agrees(isa, monkeypatch):
-    extension = native.extension()
-    try:
-        extension.isa(isa)
-    except ValueError:
-        pytest.skip(f"this processor has no {isa}")
-    inputs = case(8, 1, 40, 6, 3, 24, 50)
-    original = extension.attention_proximity
-    with monkeypatch.context() as patch:
-        patch.setattr(extension, "attention_proximity", lambda arguments: original(arguments, isa))
-        edge, _ = ops.attention_importances(*inputs, backend="cpu")
-    np.testing.assert_allclose(edge, naive(*inputs)[0], atol=1e-5)
-
-
-@needs_native
 def test_threads_do_not_change_the_answer():
     inputs = layer_inputs(tokens=100)
     one = torch.ops.flowroutes.attention_layer(*inputs, None, None, 0.25, 0.0, 0, True, -1.0, "cpu", 1)
