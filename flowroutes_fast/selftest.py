@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def _run(operation: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]) -> st
     return f"differs from float64 by {worst:.1e} of the state's norm, more than {TOLERANCE:.0e}" if worst > TOLERANCE else None
 
 
-def _layer(shape: tuple[int, ...], **options: object) -> Attention:
+def _layer(shape: tuple[int, ...], **options: Any) -> Attention:
     """A random layer; sinks, gate and row_scale where they are True."""
     heads, kv, queries, keys, d_qk, d_v, d_model = shape
     g = torch.Generator().manual_seed(sum(shape))
@@ -61,18 +62,20 @@ def _layer(shape: tuple[int, ...], **options: object) -> Attention:
     whole[:, ::5] *= 0.01
     whole[:, 1::7] = -0.0
     extra = {"sinks": normal(heads), "gate": normal(queries, heads, d_v).sigmoid(), "row_scale": normal(queries).abs() + 0.1}
-    chosen = {name: extra[name] if value is True else value for name, value in options.items()}
-    return Attention(query, key, value, w_o, whole, d_qk**-0.5, **chosen)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {name: extra[name] if value is True else value for name, value in options.items()}
+    return Attention(query, key, value, w_o, whole, d_qk**-0.5, **chosen)
 
 
 def _layers() -> Iterator[tuple[Attention, Attention, Tensor]]:
     """Layers, the same in float64, and what errors are measured in ``[query]``."""
     for shape in SHAPES:
-        for options in ({}, {"window": 4, "softcap": 3.0, "sinks": True}, {"gate": True, "row_scale": True}):
-            layer = _layer(shape, **options)  # type: ignore[arg-type]
+        variants: tuple[dict[str, Any], ...] = ({}, {"window": 4, "softcap": 3.0, "sinks": True}, {"gate": True, "row_scale": True})
+        for options in variants:
+            layer = _layer(shape, **options)
             names = ("query", "key", "value", "w_o", "whole", "sinks", "row_scale", "gate")
             tensors = {name: getattr(layer, name) for name in names}
-            exact = replace(layer, **{name: None if t is None else t.double() for name, t in tensors.items()})
+            doubles: dict[str, Any] = {name: None if t is None else t.double() for name, t in tensors.items()}
+            exact = replace(layer, **doubles)
             flow = _flow(exact).abs().sum((0, 2))
             yield layer, exact, torch.maximum(exact.whole.abs().sum(-1), flow) + 1e-30
 

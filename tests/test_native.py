@@ -201,3 +201,20 @@ def test_memory_that_runs_out_is_a_memory_error():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"attention", "certify", "bounds", "listed"} <= set(done.stdout.split())
+
+
+def test_doctor_says_what_the_self_test_found(monkeypatch):
+    from typer.testing import CliRunner
+
+    from flowroutes_fast.cli import app
+
+    found = CliRunner().invoke(app, ["doctor"])
+    assert found.exit_code == 0, found.output
+    assert "self-test  ok: every native operation agrees with float64" in found.output
+    monkeypatch.setattr(
+        "flowroutes_fast.selftest.self_test", lambda: {"pairs, avx2": "differs from float64 by 1.0e+00", "parts, avx2": None}
+    )
+    found = CliRunner().invoke(app, ["doctor"])
+    assert found.exit_code == 1
+    assert "self-test  pairs, avx2: differs from float64" in found.output
+    assert '"pairs, avx2"' in CliRunner().invoke(app, ["doctor", "--json"]).output
