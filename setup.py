@@ -131,7 +131,7 @@ class BuildNative(build_ext):
     def remove_stale(self, ext):
         """An extension from an earlier build must not pass for this one."""
         name = self.get_ext_filename(self.get_ext_fullname(ext.name))
-        for path in (self.get_ext_fullpath(ext.name), os.path.join(self.build_lib, name), os.path.join(ROOT, name)):
+        for path in (self.get_ext_fullpath(ext.name), os.path.join(self.build_lib, name)):
             with contextlib.suppress(OSError):
                 os.remove(path)
 
@@ -150,7 +150,16 @@ class BuildNative(build_ext):
         self.extensions = kept
 
 
+def elsewhere():
+    """Where a build from a tree that cannot be written to puts its files."""
+    if os.access(ROOT, os.W_OK):
+        return {}
+    folder = tempfile.mkdtemp(prefix="flowroutes_fast-")
+    return {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
+
+
 setup(
+    options=elsewhere(),
     ext_modules=[
         Pybind11Extension(
             "flowroutes_fast._native",
