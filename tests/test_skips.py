@@ -31,10 +31,24 @@ WHOLE = 'import pytest\npytest.importorskip("no_such_module")\ndef test_f(): pas
     ids=["strict, xdist", "not strict"],
 )
 def test_unexpected_skips_fail(options, strict, summary, tmp_path):
-    (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nexec(open({str(HERE / 'conftest.py')!r}).read())\n")
+    (tmp_path / "conftest.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nexec(open({str(HERE / 'conftest.py')!r}).read())\n"
+    )
     (tmp_path / "test_one.py").write_text(ONE.format(gpu="there is a GPU" if torch.cuda.is_available() else "no GPU"))
     (tmp_path / "test_whole.py").write_text(WHOLE)
-    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", tmp_path, *options, "--continue-on-collection-errors", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        tmp_path,
+        *options,
+        "--continue-on-collection-errors",
+        tmp_path,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"CI": "true", "FLOWROUTES_STRICT_SKIPS": strict}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
