@@ -27,9 +27,11 @@ def neutral() -> Iterator[None]:
 
     This thread alone is concerned. Costs a few microseconds where nothing is switched on; may be nested.
     """
-    on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    if _ordinary():
+        yield
+        return
     with ExitStack() as stack:
-        for kind in on:
+        for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
             torch.set_autocast_enabled(kind, False)
             stack.callback(torch.set_autocast_enabled, kind, True)
         if torch._C._len_torch_function_stack():  # a default device is such a mode
@@ -37,6 +39,14 @@ def neutral() -> Iterator[None]:
         if torch.get_default_dtype() != torch.float32:
             stack.enter_context(_Float32())
         yield
+
+
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: any(map(torch.is_autocast_enabled, _AUTOCAST)))
+
+
+def _ordinary() -> bool:
+    """Whether nothing is switched on, as inside :func:`neutral` when nothing was outside."""
+    return not _any_autocast() and not torch._C._len_torch_function_stack() and torch.get_default_dtype() == torch.float32
 
 
 def in_neutral(function: Callable[P, R]) -> Callable[P, R]:
@@ -51,6 +61,8 @@ def in_neutral(function: Callable[P, R]) -> Callable[P, R]:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         try:
+            if _ordinary() and not torch.is_grad_enabled():
+                return function(*args, **kwargs)
             with neutral(), torch.no_grad():
                 return function(*args, **kwargs)
         except RuntimeError as error:
