@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
+comma := ,
 ENVIRONMENTS := transformer-lens-4 transformer-lens-3 nnterp jax
 TESTS_transformer-lens-4 := tests/integrations/test_transformer_lens.py
 TESTS_transformer-lens-3 := tests/integrations/test_transformer_lens.py tests/integrations/test_eap_ig.py
 TESTS_nnterp := tests/integrations/test_nnsight.py
 TESTS_jax := tests/test_ops.py -k arrays
 
-.PHONY: setup demo test test-integrations test-gpu test-slow test-docs docs notebooks bench lint clean $(addprefix test-,$(ENVIRONMENTS))
+.PHONY: setup demo test test-integrations test-gpu test-slow test-sanitizers test-docs docs notebooks bench lint clean $(addprefix test-,$(ENVIRONMENTS))
 
 setup: $(VENV)/.dev
 
@@ -51,6 +52,29 @@ $(VENV)/with/%/.ready: tests/integrations/environments/%.txt $(VENV)/.dev
 
 $(addprefix test-,$(ENVIRONMENTS)): test-%: $(VENV)/with/%/.ready
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/with/$*/bin/python -m pytest $(TESTS_$*)
+
+# the kernels without Python: memory and undefined behaviour, with each allocation failing in turn; then races between callers.
+# OpenMP only in the first: ThreadSanitizer takes libgomp's barriers for races.
+SANITIZED := $(VENV)/sanitized
+FLAGS_baseline :=
+FLAGS_avx2 := -mavx2 -mfma
+FLAGS_avx512 := -mavx512f -mavx512dq -mavx512vl -mfma
+SETS := baseline $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
+
+# $(1): name; $(2): options
+define sanitize
+mkdir -p $(SANITIZED)/$(1)
+set -e; for isa in $(SETS); do for file in proximity certified; do \
+  case $$isa in avx2) more="$(FLAGS_avx2)";; avx512) more="$(FLAGS_avx512)";; *) more=;; esac; \
+  $(CXX) -std=c++17 -O1 -g $(2) $$more -DFLOWROUTES_ISA=$$isa -c csrc/$${file}_cpu.cpp -o $(SANITIZED)/$(1)/$$isa-$$file.o; done; done
+$(CXX) -std=c++17 -O1 -g $(2) tests/native_driver.cpp $(foreach isa,$(SETS),$(SANITIZED)/$(1)/$(isa)-proximity.o $(SANITIZED)/$(1)/$(isa)-certified.o) -o $(SANITIZED)/$(1)/driver
+OMP_NUM_THREADS=2 $(SANITIZED)/$(1)/driver
+endef
+
+test-sanitizers:
+	$(call sanitize,memory,-fopenmp -fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
+	$(call sanitize,allocations,-fopenmp -DFAILING_ALLOCATIONS)
+	$(call sanitize,threads,-Wno-unknown-pragmas -fsanitize=thread)
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu

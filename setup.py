@@ -1,5 +1,6 @@
 """Builds the native extension. Metadata lives in pyproject.toml; without a compiler the package installs all the same."""
 
+import contextlib
 import glob
 import os
 import platform
@@ -7,16 +8,31 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+ROOT = os.path.dirname(os.path.abspath(__file__))
+X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 INSTRUCTION_SETS = {"baseline": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+
+# options that change figures, also where they are only given to the linker (-Ofast flushes small numbers to zero in the whole process)
+WRONG = re.compile(
+    r"-Ofast|-ffast-math|-funsafe-math-optimizations|-ffinite-math-only|-fassociative-math|-freciprocal-math|-fno-signed-zeros"
+    r"|-ffp-model=(?:fast|aggressive)|-fapprox-func|-fno-honor-(?:nans|infinities)|-mrecip(?:=\S*)?|-mdaz-ftz"
+)
+
+
+def refuse_wrong_options():
+    for name in ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CC", "CXX", "LDSHARED", "LDCXXSHARED"):
+        for option in os.environ.get(name, "").split():
+            if WRONG.fullmatch(option):
+                raise ValueError(f"{name} holds {option}, which makes figures wrong: take it out")
 
 
 def find_nvcc():
@@ -56,33 +72,68 @@ def compile_cuda(directory):
 
 
 class BuildNative(build_ext):
-    """Compile proximity_cpu.cpp once per instruction set and link the objects into one module."""
+    """Compile the kernels once per instruction set and link the objects into one module."""
 
     def build_extension(self, ext):
-        flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall"]
-        openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
         try:
-            for name, options in INSTRUCTION_SETS.items():
-                ext.extra_objects += self.compiler.compile(
-                    ["csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp"],
-                    output_dir=f"{self.build_temp}/{name}",
-                    include_dirs=["csrc"],
-                    extra_postargs=[*flags, *openmp, *options, f"-DFLOWROUTES_ISA={name}", "-fPIC"],
-                )
-            cuda = compile_cuda(f"{self.build_temp}/cuda")
-            if cuda:
-                ext.extra_objects += cuda[0]
-                ext.extra_link_args += cuda[1]
-                ext.define_macros.append(("FLOWROUTES_CUDA", None))
-            ext.extra_compile_args += [*flags, *openmp]
-            ext.extra_link_args += openmp
-            super().build_extension(ext)
+            self.build_native(ext)
         except Exception as error:  # any toolchain failure: the reference backend serves
+            self.remove_stale(ext)
             print(
                 f"\nflowroutes_fast: the native extension was not built ({error}).\n"
                 "The package works with the 'reference' backend; 'flowroutes doctor' says so too.\n",
                 file=sys.stderr,
             )
+
+    def build_native(self, ext):
+        refuse_wrong_options()
+        openmp = self.openmp()
+        flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", *(openmp or ["-Wno-unknown-pragmas"])]
+        for name, options in INSTRUCTION_SETS.items():
+            try:
+                ext.extra_objects += self.compiler.compile(
+                    ["csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp"],
+                    output_dir=f"{self.build_temp}/{name}",
+                    include_dirs=["csrc"],
+                    extra_postargs=[*flags, *options, f"-DFLOWROUTES_ISA={name}", "-fPIC"],
+                )
+            except Exception as error:
+                if name == "baseline":
+                    raise
+                print(f"\nflowroutes_fast: built without {name} kernels ({error}).\n", file=sys.stderr)
+            else:
+                ext.define_macros.append((f"FLOWROUTES_{name.upper()}", None))
+        cuda = compile_cuda(f"{self.build_temp}/cuda")
+        if cuda:
+            ext.extra_objects += cuda[0]
+            ext.extra_link_args += cuda[1]
+            ext.define_macros.append(("FLOWROUTES_CUDA", None))
+        ext.extra_compile_args += flags
+        ext.extra_link_args += openmp
+        super().build_extension(ext)
+
+    def openmp(self):
+        """The options of OpenMP, or none where the compiler, its headers or its library lack it: the kernels then run on one thread."""
+        with tempfile.TemporaryDirectory() as directory:
+            source = os.path.join(directory, "openmp.cpp")
+            with open(source, "w") as file:
+                file.write("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+            try:
+                objects = self.compiler.compile([source], output_dir=directory, extra_postargs=["-fopenmp", "-fPIC"])
+                self.compiler.link_shared_object(
+                    objects, os.path.join(directory, "openmp.so"), extra_postargs=["-fopenmp"], target_lang="c++"
+                )
+            except Exception as error:
+                print(f"\nflowroutes_fast: built without OpenMP, for one thread ({error}).\n", file=sys.stderr)
+                return []
+        return ["-fopenmp"]
+
+    def remove_stale(self, ext):
+        """An extension from an earlier build must not pass for this one."""
+        name = self.get_ext_filename(self.get_ext_fullname(ext.name))
+        for path in (self.get_ext_fullpath(ext.name), os.path.join(self.build_lib, name)):
+            with contextlib.suppress(OSError):
+                os.remove(path)
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -99,7 +150,16 @@ class BuildNative(build_ext):
         self.extensions = kept
 
 
+def elsewhere():
+    """Where a build from a tree that cannot be written to puts its files."""
+    if os.access(ROOT, os.W_OK):
+        return {}
+    folder = tempfile.mkdtemp(prefix="flowroutes_fast-")
+    return {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
+
+
 setup(
+    options=elsewhere(),
     ext_modules=[
         Pybind11Extension(
             "flowroutes_fast._native",

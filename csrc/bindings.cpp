@@ -1,4 +1,5 @@
-// This file and bindings_cuda.h alone know pybind11. Arguments arrive checked (flowroutes_fast/ops.py); pointers arrive as integers.
+// This file, bindings_fields.h and bindings_cuda.h alone know pybind11. Tensors arrive checked (flowroutes_fast/native.py), as integers.
+#include "bindings_fields.h"
 #include "proximity.h"
 #ifdef FLOWROUTES_CUDA
 #include "bindings_cuda.h"
@@ -7,6 +8,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -15,101 +17,73 @@ using namespace flowroutes;
 
 namespace {
 
-const Kernels& kernels(const std::string& isa) {
-#if defined(__x86_64__)
+// those that this processor runs, the fastest first
+std::vector<const Kernels*> available() {
+    std::vector<const Kernels*> found;
+#if defined(FLOWROUTES_AVX2) || defined(FLOWROUTES_AVX512)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-    if (isa == "avx512" ? avx512 : (isa == "auto" && avx512)) return kernels_avx512();
-    if (isa == "avx2" ? avx2 : (isa == "auto" && avx2)) return kernels_avx2();
 #endif
-    if (isa == "auto" || isa == "baseline") return kernels_baseline();
-    throw std::invalid_argument("instruction set " + isa + " is not available on this processor");
+#ifdef FLOWROUTES_AVX512
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&kernels_avx512());
+#endif
+#ifdef FLOWROUTES_AVX2
+    if (avx2) found.push_back(&kernels_avx2());
+#endif
+    found.push_back(&kernels_baseline());
+    return found;
 }
 
-template <class T = const float*>
-T pointer(const py::dict& d, const char* name) {
-    return d.contains(name) ? reinterpret_cast<T>(d[name].cast<uintptr_t>()) : nullptr;
-}
-template <class T = int64_t>
-T number(const py::dict& d, const char* name, T otherwise = 0) {
-    return d.contains(name) ? d[name].cast<T>() : otherwise;
+const Kernels& kernels(const std::string& isa) {
+    static const std::vector<const Kernels*> found = available();
+    for (const Kernels* k : found)
+        if (isa == "auto" || isa == k->isa) return *k;
+    throw std::invalid_argument("instruction set '" + isa + "' is not available on this processor");
 }
 
-Alpha weights(const py::dict& d) {
-    Alpha a;
-    a.pattern = pointer(d, "pattern");
-    a.pattern_head = number(d, "pattern_head");
-    a.pattern_query = number(d, "pattern_query");
-    a.q = pointer(d, "q");
-    a.q_head = number(d, "q_head");
-    a.q_row = number(d, "q_row");
-    a.k = pointer(d, "k");
-    a.k_head = number(d, "k_head");
-    a.k_row = number(d, "k_row");
-    a.d_qk = number(d, "d_qk");
-    a.scale = number<float>(d, "scale", 1.f);
-    a.softcap = number<float>(d, "softcap");
-    a.mask = pointer(d, "mask");
-    a.mask_head = number(d, "mask_head");
-    a.mask_query = number(d, "mask_query");
-    a.window = number(d, "window");
-    a.offset = number(d, "offset");
-    a.sinks = pointer(d, "sinks");
-    return a;
+void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+// Runs the work without the interpreter's lock.
+template <class Work>
+void unlocked(Work&& work) {
+    try {
+        py::gil_scoped_release release;
+        work();
+    } catch (const std::bad_alloc&) {
+        PyErr_SetString(PyExc_MemoryError, "the native kernel cannot allocate its memory: trace fewer tokens at a time, or free some");
+        throw py::error_already_set();
+    }
+}
+
+void weights(Fields& f, Alpha& a) {
+    f.optional("pattern", a.pattern).optional("pattern_head", a.pattern_head).optional("pattern_query", a.pattern_query);
+    f.optional("q", a.q).optional("q_head", a.q_head).optional("q_row", a.q_row);
+    f.optional("k", a.k).optional("k_head", a.k_head).optional("k_row", a.k_row);
+    f.optional("d_qk", a.d_qk).optional("scale", a.scale).optional("softcap", a.softcap);
+    f.optional("mask", a.mask).optional("mask_head", a.mask_head).optional("mask_query", a.mask_query);
+    f.optional("window", a.window).optional("offset", a.offset).optional("sinks", a.sinks);
+    require(a.pattern || (a.q && a.k && a.d_qk > 0), "either 'pattern' or 'q', 'k' and 'd_qk' must be given");
 }
 
 // what every problem over one layer shares
 template <class P>
-void layer(const py::dict& d, P& p) {
-    p.alpha = weights(d);
-    p.queries = number(d, "queries");
-    p.keys = number(d, "keys");
-    p.heads = number(d, "heads");
-    p.group = number(d, "group", int64_t(1));
-    p.d_v = number(d, "d_v");
-    p.d_model = number(d, "d_model");
-    p.v = pointer(d, "v");
-    p.v_head = number(d, "v_head");
-    p.v_row = number(d, "v_row");
-    p.g = pointer(d, "g");
-    p.w_o = pointer(d, "w_o");
-    p.w_row = number(d, "w_row");
-    p.y = pointer(d, "y");
-    p.threads = number<int>(d, "threads");
+void layer(Fields& f, P& p) {
+    weights(f, p.alpha);
+    f("queries", p.queries)("keys", p.keys)("heads", p.heads)("group", p.group)("d_v", p.d_v)("d_model", p.d_model);
+    f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("g", p.g)("w_o", p.w_o)("w_row", p.w_row)("y", p.y);
+    f.optional("threads", p.threads);
+    require(p.queries >= 0 && p.keys > 0 && p.heads > 0 && p.d_v > 0 && p.d_model > 0, "keys, heads, d_v and d_model must be positive");
+    require(p.group > 0 && p.heads % p.group == 0, "'group' must divide 'heads'");
+    require(p.queries <= INT32_MAX && p.keys <= INT32_MAX && p.d_model <= INT32_MAX, "queries, keys and d_model must fit 32 bits");
+    require(p.v && p.g && p.w_o && p.y, "'v', 'g', 'w_o' and 'y' must not be null");
+    require(p.alpha.pattern || p.alpha.mask || p.alpha.offset >= 0, "causal attention needs a key for every query");
 }
 
-AttentionProximity problem(const py::dict& d) {
-    AttentionProximity p;
-    layer(d, p);
-    p.dense = pointer<float*>(d, "dense");
-    p.by_head = pointer<float*>(d, "by_head");
-    p.base = pointer(d, "base");
-    p.normalise = number<bool>(d, "normalise", true);
-    p.normaliser = pointer<float*>(d, "normaliser");
-    p.floor = number<float>(d, "floor", -1.f);
-    return p;
-}
-
-Certified certified_problem(const py::dict& d) {
-    Certified p;
-    layer(d, p);
-    p.row_scale = pointer(d, "row_scale");
-    p.gate = pointer(d, "gate");
-    p.others = pointer(d, "others");
-    p.n_others = number(d, "n_others");
-    p.whole_norm = pointer(d, "whole_norm");
-    p.thresholds = pointer(d, "thresholds");
-    p.n_thresholds = number(d, "n_thresholds");
-    p.floor = number<float>(d, "floor", p.floor);
-    p.cut = number<float>(d, "cut", p.cut);
-    p.tolerance = number<float>(d, "tolerance", p.tolerance);
-    p.tolerances = pointer(d, "tolerances");
-    p.capacity = number(d, "capacity");
-    p.low = pointer<float*>(d, "low");
-    p.high = pointer<float*>(d, "high");
-    p.head_low = pointer<float*>(d, "head_low");
-    p.head_high = pointer<float*>(d, "head_high");
-    return p;
+void certified_layer(Fields& f, Certified& p) {
+    layer(f, p);
+    f.optional("row_scale", p.row_scale).optional("gate", p.gate);
 }
 
 // (index [3, n]: query, key, head; value [n])
@@ -143,31 +117,46 @@ PYBIND11_MODULE(_native, m) {
 #else
     m.attr("cuda") = false;
 #endif
+    for (const Kernels* k : available())
+        if (const char* wrong = k->arithmetic())
+            throw std::runtime_error(std::string("compiled with options that change arithmetic (") + k->isa + ": " + wrong +
+                                     "): take -ffast-math, -fassociative-math and the like out of CFLAGS and CXXFLAGS");
     m.def("isa", [](const std::string& asked) { return kernels(asked).isa; }, py::arg("isa") = "auto");
+    m.def("instruction_sets", [] {
+        py::list names;
+        for (const Kernels* k : available()) names.append(k->isa);
+        return names;
+    });
     m.def(
         "attention_proximity",
         [](const py::dict& arguments, const std::string& isa) {
-            const AttentionProximity p = problem(arguments);
+            AttentionProximity p;
+            Fields f(arguments);
+            layer(f, p);
+            f("by_head", p.by_head)("normaliser", p.normaliser)("normalise", p.normalise)("floor", p.floor);
+            f.optional("dense", p.dense).optional("base", p.base).done();
+            require(p.queries == 0 || (p.by_head && p.normaliser), "'by_head' and 'normaliser' must not be null");
             const Kernels& k = kernels(isa);
             std::vector<Edge> edges;
-            {
-                py::gil_scoped_release release;
-                k.attention(p, edges);
-            }
+            unlocked([&] { k.attention(p, edges); });
             return table(edges);
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
         "certified",
         [](const py::dict& arguments, const std::string& isa) {
-            const Certified p = certified_problem(arguments);
+            Certified p;
+            Fields f(arguments);
+            certified_layer(f, p);
+            f("others", p.others)("n_others", p.n_others)("thresholds", p.thresholds)("n_thresholds", p.n_thresholds);
+            f("floor", p.floor)("cut", p.cut)("capacity", p.capacity)("low", p.low)("high", p.high)("head_low", p.head_low)("head_high", p.head_high);
+            f.optional("tolerance", p.tolerance).optional("tolerances", p.tolerances).optional("whole_norm", p.whole_norm).done();
+            require(p.queries == 0 || (p.low && p.high && p.head_low && p.head_high), "the outputs must not be null");
+            require(p.n_others == 0 || p.queries == 0 || p.others, "'others' must not be null");
             const Kernels& k = kernels(isa);
             std::vector<Edge> edges;
             Counts counts;
-            {
-                py::gil_scoped_release release;
-                k.certified(p, edges, counts);
-            }
+            unlocked([&] { k.certified(p, edges, counts); });
             const py::tuple found = table(edges);
             return py::make_tuple(found[0], found[1], py::make_tuple(counts.bounded, counts.evaluated, counts.refined, counts.exhausted));
         },
@@ -176,60 +165,83 @@ PYBIND11_MODULE(_native, m) {
         "bound",
         [](const py::dict& arguments, const std::string& isa) {
             Bound b;
-            b.layer = certified_problem(arguments);
-            b.cut = pointer(arguments, "cuts");
-            b.pair_cut = pointer(arguments, "pair_cuts");
-            b.upper = pointer<float*>(arguments, "upper");
-            b.flow = pointer<float*>(arguments, "flow");
+            Fields f(arguments);
+            certified_layer(f, b.layer);
+            f("upper", b.upper)("flow", b.flow).optional("cuts", b.cut).optional("pair_cuts", b.pair_cut).done();
+            require(b.layer.queries == 0 || (b.upper && b.flow), "'upper' and 'flow' must not be null");
             const Kernels& k = kernels(isa);
             std::vector<Edge> edges;
-            {
-                py::gil_scoped_release release;
-                k.bound(b, edges);
-            }
+            unlocked([&] { k.bound(b, edges); });
             return table(edges);
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
         "pairs",
-        [](const py::dict& arguments, uintptr_t index, uintptr_t value, int64_t n, const std::string& isa) {
-            const Certified p = certified_problem(arguments);
+        [](const py::dict& arguments, const std::string& isa) {
+            Certified p;
+            Fields f(arguments);
+            certified_layer(f, p);
+            const int32_t* at = nullptr;
+            float* value = nullptr;
+            int64_t n = 0;
+            f("index", at)("value", value)("n", n).done();
+            require(n >= 0 && (n == 0 || (at && value)), "'index' and 'value' must not be null");
+            const int64_t limits[] = {p.queries, p.keys, p.heads};
+            for (int row = 0; row < 3; ++row)
+                for (int64_t e = 0; e < n; ++e)
+                    if (at[row * n + e] < 0 || at[row * n + e] >= limits[row])
+                        throw py::index_error("index[" + std::to_string(row) + "] holds " + std::to_string(at[row * n + e]) + ", outside 0 to " +
+                                              std::to_string(limits[row] - 1));
             const Kernels& k = kernels(isa);
-            const auto* at = reinterpret_cast<const int32_t*>(index);
-            py::gil_scoped_release release;
-            k.pairs(p, at, at + n, at + 2 * n, reinterpret_cast<float*>(value), n);
+            unlocked([&] { k.pairs(p, at, at + n, at + 2 * n, value, n); });
         },
-        py::arg("arguments"), py::arg("index"), py::arg("value"), py::arg("n"), py::arg("isa") = "auto");
+        py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
         "rank1_proximity",
-        [](uintptr_t activation, uintptr_t w, uintptr_t whole, uintptr_t near, int64_t rows, int64_t parts, int64_t d_model, int threads,
-           const std::string& isa) {
+        [](const py::dict& arguments, const std::string& isa) {
+            const float *activation = nullptr, *w = nullptr, *whole = nullptr;
+            float* near = nullptr;
+            int64_t rows = 0, parts = 0, d_model = 0;
+            int threads = 0;
+            Fields f(arguments);
+            f("activation", activation)("w", w)("whole", whole)("near", near)("rows", rows)("parts", parts)("d_model", d_model);
+            f.optional("threads", threads).done();
+            require(rows >= 0 && parts >= 0 && d_model > 0 && d_model <= INT32_MAX, "d_model must be positive");
+            require(rows == 0 || parts == 0 || (activation && w && whole && near), "no tensor may be null");
             const Kernels& k = kernels(isa);
-            py::gil_scoped_release release;
-            k.rank1(reinterpret_cast<const float*>(activation), reinterpret_cast<const float*>(w), reinterpret_cast<const float*>(whole),
-                    reinterpret_cast<float*>(near), rows, parts, d_model, threads);
+            unlocked([&] { k.rank1(activation, w, whole, near, rows, parts, d_model, threads); });
         },
-        py::arg("activation"), py::arg("w"), py::arg("whole"), py::arg("near"), py::arg("rows"), py::arg("parts"), py::arg("d_model"),
-        py::arg("threads") = 0, py::arg("isa") = "auto");
+        py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
         "component_proximity",
-        [](uintptr_t output, int64_t stride, int64_t count, uintptr_t whole, uintptr_t out, int64_t rows, int64_t d_model, int threads,
-           const std::string& isa) {
+        [](const py::dict& arguments, const std::string& isa) {
+            const float *output = nullptr, *whole = nullptr;
+            float* out = nullptr;
+            int64_t stride = 0, count = 0, rows = 0, d_model = 0;
+            int threads = 0;
+            Fields f(arguments);
+            f("output", output)("stride", stride)("count", count)("whole", whole)("out", out)("rows", rows)("d_model", d_model);
+            f.optional("threads", threads).done();
+            require(rows >= 0 && count >= 0 && d_model > 0, "d_model must be positive");
+            require(rows == 0 || count == 0 || (output && whole && out), "no tensor may be null");
             const Kernels& k = kernels(isa);
-            py::gil_scoped_release release;
-            k.components(reinterpret_cast<const float*>(output), stride, count, reinterpret_cast<const float*>(whole),
-                         reinterpret_cast<float*>(out), rows, d_model, threads);
+            unlocked([&] { k.components(output, stride, count, whole, out, rows, d_model, threads); });
         },
-        py::arg("output"), py::arg("stride"), py::arg("count"), py::arg("whole"), py::arg("out"), py::arg("rows"), py::arg("d_model"),
-        py::arg("threads") = 0, py::arg("isa") = "auto");
+        py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
         "part_proximity",
-        [](uintptr_t part, uintptr_t whole, uintptr_t out, int64_t rows, int64_t part_rows, int64_t d_model, int threads, const std::string& isa) {
+        [](const py::dict& arguments, const std::string& isa) {
+            const float *part = nullptr, *whole = nullptr;
+            float* out = nullptr;
+            int64_t rows = 0, part_rows = 0, d_model = 0;
+            int threads = 0;
+            Fields f(arguments);
+            f("part", part)("whole", whole)("out", out)("rows", rows)("part_rows", part_rows)("d_model", d_model);
+            f.optional("threads", threads).done();
+            require(rows >= 0 && d_model > 0 && (rows == 0 || part_rows > 0), "d_model and part_rows must be positive");
+            require(rows == 0 || (part && whole && out), "no tensor may be null");
             const Kernels& k = kernels(isa);
-            py::gil_scoped_release release;
-            k.parts(reinterpret_cast<const float*>(part), reinterpret_cast<const float*>(whole), reinterpret_cast<float*>(out), rows, part_rows,
-                    d_model, threads);
+            unlocked([&] { k.parts(part, whole, out, rows, part_rows, d_model, threads); });
         },
-        py::arg("part"), py::arg("whole"), py::arg("out"), py::arg("rows"), py::arg("part_rows"), py::arg("d_model"), py::arg("threads") = 0,
-        py::arg("isa") = "auto");
+        py::arg("arguments"), py::arg("isa") = "auto");
 }

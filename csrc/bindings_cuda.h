@@ -1,40 +1,9 @@
 // Bindings of the CUDA kernels. Arguments arrive checked (flowroutes_fast/cuda.py) in a dict; pointers arrive as integers.
 #pragma once
+#include "bindings_fields.h"
 #include "proximity_cuda.h"
 
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-
 namespace flowroutes::cuda {
-
-// Fields of a parameter struct from the dict's entries of the same names; entries that no field asked for are an error.
-class Fields {
-   public:
-    explicit Fields(const pybind11::dict& d) : d_(d) {}
-    template <class F>
-    Fields& operator()(const char* name, F& field) {
-        if (!d_.contains(name)) return *this;
-        ++used_;
-        if constexpr (std::is_pointer_v<F>)
-            field = reinterpret_cast<F>(d_[name].template cast<uintptr_t>());
-        else if constexpr (std::is_enum_v<F>)
-            field = static_cast<F>(d_[name].template cast<int>());
-        else
-            field = d_[name].template cast<F>();
-        return *this;
-    }
-    void done() const {
-        if (used_ != d_.size()) throw std::invalid_argument("unknown entry in " + pybind11::repr(d_).cast<std::string>());
-    }
-
-   private:
-    const pybind11::dict& d_;
-    size_t used_ = 0;
-};
 
 inline void bind(pybind11::module_& m) {
     using pybind11::dict;
@@ -44,8 +13,8 @@ inline void bind(pybind11::module_& m) {
         PairProximity p;
         Fields{d}("device", p.device)("stream", p.stream)("type", p.type)("pairs", p.pairs)("heads", p.heads)("group", p.group)("d_v", p.d_v)(
             "d_model", p.d_model)("query", p.query)("key", p.key)("order", p.order)("head_start", p.head_start)("tile_start", p.tile_start)(
-            "alpha", p.alpha)("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("w_o", p.w_o)("w_head", p.w_head)("w_row", p.w_row)("gate", p.gate)(
-            "gate_query", p.gate_query)("gate_head", p.gate_head)("y", p.y)("y_row", p.y_row)("splits", p.splits)("partial", p.partial)("out", p.out)
+            "alpha", p.alpha)("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("w_o", p.w_o)("w_head", p.w_head)("w_row", p.w_row)("y", p.y)("y_row", p.y_row)("splits", p.splits)("partial", p.partial)("out", p.out)
+            .optional("gate", p.gate).optional("gate_query", p.gate_query).optional("gate_head", p.gate_head)
             .done();
         pybind11::gil_scoped_release unlocked;
         pairs(p);
@@ -54,8 +23,8 @@ inline void bind(pybind11::module_& m) {
         DenseProximity p;
         Fields{d}("device", p.device)("stream", p.stream)("heads", p.heads)("queries", p.queries)("keys", p.keys)("d_model", p.d_model)(
             "alpha", p.alpha)("alpha_head", p.alpha_head)("alpha_query", p.alpha_query)("u", p.u)("u_head", p.u_head)("u_row", p.u_row)("y", p.y)(
-            "y_row", p.y_row)("causal", p.causal)("out", p.out)("out_head", p.out_head)("out_query", p.out_query)("partial", p.partial)(
-            "by_head", p.by_head)("by_head_query", p.by_head_query)
+            "y_row", p.y_row)("causal", p.causal)("out", p.out)("out_head", p.out_head)("out_query", p.out_query)
+            .optional("partial", p.partial).optional("by_head", p.by_head).optional("by_head_query", p.by_head_query)
             .done();
         pybind11::gil_scoped_release unlocked;
         dense(p);

@@ -7,6 +7,8 @@
 // F(t) = sum_d max(0, t |W_O[h, :, d]| - |y_d|) is convex with F(0) = 0, so that a chord bounds it over a whole class of sub-edges.
 #include "certified_block.h"
 
+#include <optional>
+
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
@@ -153,12 +155,15 @@ void bound_rows(RowBlock& x, int64_t i0, const Bound& b, std::vector<Edge>& edge
 template <class Work>
 void for_row_blocks(const Layer& layer, int threads, Work&& work) {
     const int64_t blocks = (layer.p.queries + ROWS - 1) / ROWS;
+    Failure failure;
 #pragma omp parallel num_threads(threads)
     {
-        RowBlock x(layer);
+        std::optional<RowBlock> x;
+        failure.guard([&] { x.emplace(layer); });
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = blocks - 1; b >= 0; --b) work(x, b * ROWS, b);
+        for (int64_t b = blocks - 1; b >= 0; --b) failure.guard([&] { work(*x, b * ROWS, b); });
     }
+    failure.rethrow();
 }
 
 void join(const std::vector<std::vector<Edge>>& found, std::vector<Edge>& edges) {

@@ -30,31 +30,39 @@ struct Layer {
         widest.resize(p.heads);
         common.resize(p.heads);
         wide.assign(p.heads * WIDE, -1);
+        Failure failure;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static) nowait
-            for (int64_t kv = 0; kv < kv_heads; ++kv) {
-                if (!p.alpha.pattern) {
-                    k[kv].resize(padded * p.alpha.d_qk);
-                    pack(p.alpha.k + kv * p.alpha.k_head, p.alpha.k_row, p.keys, p.alpha.d_qk, k[kv].data());
-                }
-                v[kv].resize(padded * p.d_v);
-                pack(p.v + kv * p.v_head, p.v_row, p.keys, p.d_v, v[kv].data());
-                for (int64_t j = 0; j < p.keys; ++j) length[kv * padded + j] = norm(p.v + kv * p.v_head + j * p.v_row, p.d_v);
-            }
+            for (int64_t kv = 0; kv < kv_heads; ++kv) failure.guard([&] { pack_head(kv); });
 #pragma omp for schedule(static)
-            for (int64_t h = 0; h < p.heads; ++h) {
-                float* w = width.data() + h * p.d_model;
-                for (int64_t d = 0; d < p.d_model; ++d) w[d] = norm(p.w_o + d * p.w_row + h * p.d_v, p.d_v);
-                std::vector<int32_t> order(p.d_model);
-                std::iota(order.begin(), order.end(), 0);
-                const int64_t n = p.d_model > 4 * WIDE ? WIDE : 0;
-                std::partial_sort(order.begin(), order.begin() + n + 1, order.end(), [w](int32_t a, int32_t b) { return w[a] > w[b]; });
-                std::copy(order.begin(), order.begin() + n, wide.begin() + h * WIDE);
-                widest[h] = w[order[0]];
-                common[h] = w[order[n]];
-            }
+            for (int64_t h = 0; h < p.heads; ++h) failure.guard([&] { measure(h); });
         }
+        failure.rethrow();
+    }
+
+    // keys, values and lengths of one kv head
+    void pack_head(int64_t kv) {
+        if (!p.alpha.pattern) {
+            k[kv].resize(padded * p.alpha.d_qk);
+            pack(p.alpha.k + kv * p.alpha.k_head, p.alpha.k_row, p.keys, p.alpha.d_qk, k[kv].data());
+        }
+        v[kv].resize(padded * p.d_v);
+        pack(p.v + kv * p.v_head, p.v_row, p.keys, p.d_v, v[kv].data());
+        for (int64_t j = 0; j < p.keys; ++j) length[kv * padded + j] = norm(p.v + kv * p.v_head + j * p.v_row, p.d_v);
+    }
+
+    // widths of one head's channels
+    void measure(int64_t h) {
+        float* w = width.data() + h * p.d_model;
+        for (int64_t d = 0; d < p.d_model; ++d) w[d] = norm(p.w_o + d * p.w_row + h * p.d_v, p.d_v);
+        std::vector<int32_t> order(p.d_model);
+        std::iota(order.begin(), order.end(), 0);
+        const int64_t n = p.d_model > 4 * WIDE ? WIDE : 0;
+        std::partial_sort(order.begin(), order.begin() + n + 1, order.end(), [w](int32_t a, int32_t b) { return w[a] > w[b]; });
+        std::copy(order.begin(), order.begin() + n, wide.begin() + h * WIDE);
+        widest[h] = w[order[0]];
+        common[h] = w[order[n]];
     }
 
     static float norm(const float* x, int64_t n) {  // an upper bound in spite of rounding and underflow

@@ -91,6 +91,7 @@ struct Bound {
 
 struct Kernels {
     const char* isa;
+    const char* (*arithmetic)();  // null, or what the compiler was told to do to it
     void (*certified)(const Certified&, std::vector<Edge>&, Counts&);
     void (*bound)(const Bound&, std::vector<Edge>&);
     // value[n] = proximity of sub-edge n; the list is sorted by (query, head) inside blocks of rows by the kernel itself
@@ -105,9 +106,7 @@ struct Kernels {
 };
 
 const Kernels& kernels_baseline();
-#if defined(__x86_64__)
-const Kernels& kernels_avx2();
-const Kernels& kernels_avx512();
-#endif
+const Kernels& kernels_avx2();    // where FLOWROUTES_AVX2 is defined: x86-64, and a compiler that knows it
+const Kernels& kernels_avx512();  // where FLOWROUTES_AVX512 is defined
 
 }  // namespace flowroutes

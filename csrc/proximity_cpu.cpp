@@ -168,12 +168,15 @@ void attention(const AttentionProximity& p, std::vector<Edge>& edges) {
     }
     const int64_t blocks = (p.queries + ROWS - 1) / ROWS;
     std::vector<std::vector<Edge>> found(blocks);
+    Failure failure;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> s(p.heads * ROWS * round_up(p.keys, NR));
+        std::vector<float> s;
+        failure.guard([&] { s.resize(p.heads * ROWS * padded); });
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = blocks - 1; b >= 0; --b) row_block(p, order, heads, b * ROWS, s.data(), found[b]);
+        for (int64_t b = blocks - 1; b >= 0; --b) failure.guard([&] { row_block(p, order, heads, b * ROWS, s.data(), found[b]); });
     }
+    failure.rethrow();
     for (auto& f : found) edges.insert(edges.end(), f.begin(), f.end());
     scratch.release_if_large();
 }
@@ -238,6 +241,21 @@ void rank1(const float* activation, const float* w, const float* whole, float* n
     }
 }
 
+// What compiler options that define no macro may have changed (clang's -fassociative-math), or null.
+const char* arithmetic() {
+    volatile float big = 1e8f, one = 1.f, zero = 0.f, minus = -0.f;  // nothing is known while compiling
+    const float b = big, o = one, z = zero, m = minus;
+    if ((b + o) - b != 0.f) return "sums are reordered";
+    const vec rounded = (splat(o) / 4.f + 12582912.f) - 12582912.f;  // as in vexp
+    if (rounded[0] != 0.f) return "sums are reordered";
+    if (std::signbit(m + 0.f) || !std::signbit(z * -o)) return "the sign of zero is lost";
+    for (float n = o; n < 20.f; n += o)
+        if (n / 3.f != static_cast<float>(double(n) / double(o + o + o))) return "divisions are replaced by approximations";
+    const float nothing = z / z, most = o / z;
+    if (nothing == nothing || !(most > std::numeric_limits<float>::max())) return "infinity and NaN are not kept";
+    return nullptr;
+}
+
 }  // namespace
 
 void certified(const Certified&, std::vector<Edge>&, Counts&);
@@ -252,7 +270,7 @@ void pairs(const Certified&, const int32_t*, const int32_t*, const int32_t*, flo
 #define FLOWROUTES_TEXT(a) FLOWROUTES_TEXT_(a)
 const Kernels& FLOWROUTES_JOIN(kernels_, FLOWROUTES_ISA)() {
     using namespace FLOWROUTES_ISA;
-    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA), certified, bound, pairs, attention, rank1, parts, components};
+    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA), arithmetic, certified, bound, pairs, attention, rank1, parts, components};
     return table;
 }
 

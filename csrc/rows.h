@@ -4,7 +4,10 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <limits>
+#include <mutex>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -18,14 +21,39 @@ constexpr int NR = 2 * LANES;       // its columns
 constexpr int ROWS = 4 * MR;        // queries that a thread works on together
 constexpr int BUCKETS = 96;         // magnitude classes of |y|, four per factor of two
 
+// No more than there are processors or OpenMP was told: where the system refuses a thread, OpenMP ends the process.
 inline int thread_count(int asked) {
 #ifdef _OPENMP
-    return asked > 0 ? asked : omp_get_max_threads();
+    return asked > 0 ? std::min(asked, std::max(omp_get_max_threads(), omp_get_num_procs())) : omp_get_max_threads();
 #else
     (void)asked;
     return 1;
 #endif
 }
+
+// What the threads of an OpenMP region do goes through here: an exception must not leave the region. After the first one the rest is skipped,
+// and it is thrown again after the region.
+class Failure {
+  public:
+    template <class Work>
+    void guard(Work&& work) noexcept {
+        if (failed.load(std::memory_order_relaxed)) return;
+        try {
+            work();
+        } catch (...) {
+            const std::lock_guard<std::mutex> one(lock);
+            if (!failed.exchange(true)) first = std::current_exception();
+        }
+    }
+    void rethrow() const {
+        if (first) std::rethrow_exception(first);
+    }
+
+  private:
+    std::atomic<bool> failed{false};
+    std::exception_ptr first;
+    std::mutex lock;
+};
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -4,6 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+// vexp, the signs of zero and the sorting of infinities rely on arithmetic as written; clang defines less than gcc, so see also arithmetic().
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || \
+    defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error "flowroutes_fast needs IEEE arithmetic: take -ffast-math, -Ofast and the like out of CFLAGS, CXXFLAGS and CPPFLAGS"
+#endif
+
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 
@@ -51,12 +57,20 @@ inline float sum(vec a) {
     const vec4 x = quarter(a);
     return (x[0] + x[2]) + (x[1] + x[3]);
 }
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FLOWROUTES_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef FLOWROUTES_SHUFFLE  // gcc before 12
+#define FLOWROUTES_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec4{__VA_ARGS__})
+#endif
 // sums of four vectors
 inline vec4 sums(vec a, vec b, vec c, vec d) {
     const vec4 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
-    const vec4 p = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
-    const vec4 q = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
-    return __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
+    const vec4 p = FLOWROUTES_SHUFFLE(w, x, 0, 4, 1, 5) + FLOWROUTES_SHUFFLE(w, x, 2, 6, 3, 7);
+    const vec4 q = FLOWROUTES_SHUFFLE(y, z, 0, 4, 1, 5) + FLOWROUTES_SHUFFLE(y, z, 2, 6, 3, 7);
+    return FLOWROUTES_SHUFFLE(p, q, 0, 1, 4, 5) + FLOWROUTES_SHUFFLE(p, q, 2, 3, 6, 7);
 }
 
 inline float largest(vec a) {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.ambient import in_neutral
+from flowroutes_fast.ambient import neutral
 from flowroutes_fast.capture import Layer, attention_configs, attention_functions, capture, forward_options, undisturbed, unwrap
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.heads import check_predicts_tokens
@@ -154,7 +154,7 @@ class Clean:
         return sum(p.shape[0] for p in self.patterns) * len(self.ids) * (len(self.ids) + 1) // 2
 
 
-@in_neutral
+@neutral()
 def clean(model: Any, ids: Sequence[int]) -> Clean:
     """Run the whole model, once as it is and once with all sub-edges kept by our attention.
 
@@ -183,7 +183,7 @@ def clean(model: Any, ids: Sequence[int]) -> Clean:
     return Clean(list(ids), logits, [job.seen[0] for job in jobs])  # type: ignore[index]
 
 
-@in_neutral
+@neutral()
 def kept_logits(
     model: Any,
     ids: Sequence[int],
@@ -245,7 +245,7 @@ def kept_logits(
     return logits if several else logits[0]
 
 
-@in_neutral
+@neutral()
 def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: str = "attention") -> list[Tensor]:
     """The mean value of every head over a corpus: per layer ``[head, d_head]``, float32.
 
@@ -295,7 +295,7 @@ def _device(model: Any) -> torch.device:
 Objective = Callable[[Tensor], Tensor]
 
 
-@in_neutral
+@neutral()
 def mask_gradient(
     model: Any, ids: Sequence[int], keep: Sequence[Tensor], objective: Objective, *, means: Sequence[Tensor] | None = None, **options: Any
 ) -> list[Tensor]:

@@ -27,9 +27,11 @@ def neutral() -> Iterator[None]:
 
     This thread alone is concerned. Costs a few microseconds where nothing is switched on; may be nested.
     """
-    on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    if _ordinary():
+        yield
+        return
     with ExitStack() as stack:
-        for kind in on:
+        for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
             torch.set_autocast_enabled(kind, False)
             stack.callback(torch.set_autocast_enabled, kind, True)
         if torch._C._len_torch_function_stack():  # a default device is such a mode
@@ -42,21 +44,47 @@ def neutral() -> Iterator[None]:
         yield
 
 
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: any(map(torch.is_autocast_enabled, _AUTOCAST)))
+
+
+def _ordinary() -> bool:
+    """Whether nothing is switched on, as inside :func:`neutral` when nothing was outside."""
+    return not (
+        _any_autocast()
+        or torch._C._len_torch_function_stack()
+        or torch.get_default_dtype() != torch.float32
+        or torch.is_inference_mode_enabled()
+    )
+
+
 def in_neutral(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run inside :func:`neutral`; while torch.compile traces it, as it is."""
+    """An operation, run inside :func:`neutral` and without gradients; while torch.compile traces it, as it is.
+
+    Raises:
+        MemoryError: PyTorch cannot allocate (it says RuntimeError).
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        with neutral():
-            return function(*args, **kwargs)
+        try:
+            if _ordinary() and not torch.is_grad_enabled():
+                return function(*args, **kwargs)
+            with neutral(), torch.no_grad():
+                return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                raise MemoryError(str(error).splitlines()[0]) from error
+            raise
 
     return run
 
 
 def rounded(device: torch.device) -> bool:
     """Whether the process lets float32 products on this device be rounded to TF32 or bfloat16 (torch.set_float32_matmul_precision)."""
+    if torch.compiler.is_compiling():  # the setting is not looked for while tracing
+        return False
     owner: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     precision = getattr(getattr(owner, "matmul", None), "fp32_precision", None)  # torch 2.9
     if precision is not None:
@@ -64,11 +92,16 @@ def rounded(device: torch.device) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+def unrounded(product: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``product(*tensors)`` that no setting of the process rounds: in float64 where float32 products may be, then float32 again."""
+    if tensors[0].dtype == torch.float32 and rounded(tensors[0].device):
+        return product(*(tensor.double() for tensor in tensors)).float()
+    return product(*tensors)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` that no setting of the process rounds: in float64 where float32 products may be, then float32 again."""
-    if a.dtype == torch.float32 and rounded(a.device):
-        return (a.double() @ b.double()).float()
-    return a @ b
+    """``a @ b`` by :func:`unrounded`."""
+    return unrounded(torch.matmul, a, b)
 
 
 class _Float32(TorchFunctionMode):

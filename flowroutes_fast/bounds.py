@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowroutes_fast import native, ops, reference
+from flowroutes_fast import ops, reference
+from flowroutes_fast.ambient import in_neutral, matmul
+from flowroutes_fast.native import Arguments, edges
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,17 @@ class Attention:
     def n_head(self) -> int:
         return self.w_o.shape[0]
 
+    def check(self) -> None:
+        """Raise ValueError or TypeError where shapes, dtypes or devices do not fit together."""
+        if "checked" not in self.__dict__:
+            ops.check_layer(
+                self.query, self.key, self.value, self.w_o, self.whole, mask=self.mask, sinks=self.sinks, row_scale=self.row_scale,
+                gate=self.gate, softcap=self.softcap, window=self.window,
+            )  # fmt: skip
+            self.__dict__["checked"] = True
+
     @cached_property
+    @in_neutral
     def gradient(self) -> Tensor:
         """g[i,h] = W_O[h] sign(y_i) ∘ gate ``[query, head, d_head]``, in float32 (float64 for float64 states): one GEMM of o_proj's size."""
         dtype = torch.float64 if self.whole.dtype == torch.float64 else torch.float32
@@ -60,6 +72,7 @@ class Attention:
         return g if self.gate is None else g * self.gate.to(dtype)
 
     @cached_property
+    @in_neutral
     def pattern(self) -> Tensor:
         """α ``[head, query, key]``; for the reference backend alone."""
         return reference.attention_pattern(
@@ -112,7 +125,7 @@ def _sign_product(whole: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
             return torch.mm(sign, weight, out_dtype=torch.float32)
         except (TypeError, NotImplementedError):  # a torch without out_dtype
             pass
-    return torch.copysign(torch.ones_like(whole, dtype=dtype), whole) @ weight.to(dtype)
+    return matmul(torch.copysign(torch.ones_like(whole, dtype=dtype), whole), weight.to(dtype))
 
 
 def slack_of(attention: Attention, backend: str) -> float:
@@ -124,17 +137,18 @@ def slack_of(attention: Attention, backend: str) -> float:
     return required_slack(attention.value.dtype, attention.value.shape[-1])
 
 
+@in_neutral
 def bound(attention: Attention, backend: str, slack: float = 0.0, threads: int = 0) -> Bounds:
     """Sums over keys of every head's sign bounds r·α·max(⟨v, g⟩ + slack·|v||g|, 0) ≥ proximity."""
+    attention.check()
     if backend == "reference":
         attention = attention.float()
         flow = _flow(attention)
         return Bounds(_positive(attention, flow, slack).sum(-1).T, flow.sum(-1).T)
     if backend == "cpu":
-        upper, flow = (torch.empty(attention.n_query, attention.n_head) for _ in range(2))
-        arguments, keep = native_arguments(attention.float(), threads)
-        native.extension().bound({**arguments, "upper": upper.data_ptr(), "flow": flow.data_ptr()})
-        del keep
+        arguments = native_arguments(attention.float(), threads)
+        upper, flow = (arguments.make(name, attention.n_query, attention.n_head) for name in ("upper", "flow"))
+        arguments.call("bound")
         return Bounds(upper, flow)
     from flowroutes_fast.kernels.bound import bound_rows
 
@@ -144,6 +158,7 @@ def bound(attention: Attention, backend: str, slack: float = 0.0, threads: int =
     return Bounds(upper, flow, lse)
 
 
+@in_neutral
 def candidates(
     attention: Attention,
     bounds: Bounds,
@@ -155,6 +170,7 @@ def candidates(
     threads: int = 0,
 ) -> Candidates:
     """Sub-edges with a bound above ``cut [query]``, and all positive ones of (query, key) pairs whose sum over heads is above ``pair_cut``."""
+    attention.check()
     if backend == "reference":
         attention = attention.float()
         upper = _positive(attention, _flow(attention), slack)
@@ -162,14 +178,13 @@ def candidates(
         index = found.permute(1, 2, 0).nonzero().T
         return _limited(index.to(torch.int32), upper[index[2], index[0], index[1]], attention.n_query, capacity)
     if backend == "cpu":
-        upper, flow = (torch.empty(attention.n_query, attention.n_head) for _ in range(2))
-        arguments, keep = native_arguments(attention.float(), threads)
-        cut, pair_cut = cut.float().contiguous(), pair_cut.float().contiguous()
-        index, value = native.extension().bound({
-            **arguments, "upper": upper.data_ptr(), "flow": flow.data_ptr(), "cuts": cut.data_ptr(), "pair_cuts": pair_cut.data_ptr()
-        })  # fmt: skip
-        del keep
-        return _limited(torch.from_numpy(index), torch.from_numpy(value), attention.n_query, capacity)
+        arguments = native_arguments(attention.float(), threads)
+        for name in ("upper", "flow"):
+            arguments.make(name, attention.n_query, attention.n_head)
+        arguments.take("cut", cut.float(), attention.n_query, where="cuts")
+        arguments.take("pair_cut", pair_cut.float(), attention.n_query, where="pair_cuts")
+        index, value = edges(arguments.call("bound"))
+        return _limited(index, value, attention.n_query, capacity)
     from flowroutes_fast.kernels.bound import bound_candidates, compact
 
     keys, heads, values, counts = bound_candidates(
@@ -180,17 +195,25 @@ def candidates(
     return Candidates(index, value, counts)
 
 
+@in_neutral
 def pairs(attention: Attention, bounds: Bounds, index: Tensor, backend: str, threads: int = 0) -> Tensor:
-    """Exact proximity of the listed sub-edges ``index [3, n]`` -> ``[n]`` (equations 3 and 4)."""
+    """Exact proximity of the listed sub-edges ``index [3, n]`` -> ``[n]`` (equations 3 and 4).
+
+    Raises:
+        IndexError: on the CPU, an index outside.
+    """
+    attention.check()
+    if index.dim() != 2 or index.shape[0] != 3 or index.is_floating_point():
+        raise ValueError(f"index must hold integers [3, n], got {index.dtype} {list(index.shape)}")
     if backend == "reference":
         a = attention.float()
         return reference.pair_proximity(a.pattern, a.value, a.w_o, a.whole, index, row_scale=a.row_scale, gate=a.gate)
     if backend == "cpu":
-        value = torch.empty(index.shape[1])
-        index = index.to(torch.int32).contiguous()
-        arguments, keep = native_arguments(attention.float(), threads)
-        native.extension().pairs(arguments, index.data_ptr(), value.data_ptr(), index.shape[1])
-        del keep
+        arguments = native_arguments(attention.float(), threads)
+        arguments["n"] = index.shape[1]
+        arguments.take("index", index.to(torch.int32), 3, index.shape[1], dtype=torch.int32)
+        value = arguments.make("value", index.shape[1])
+        arguments.call("pairs")
         return value
     if backend == "cuda":
         from flowroutes_fast.cuda import pair_proximity as cuda_pairs
@@ -205,6 +228,7 @@ def pairs(attention: Attention, bounds: Bounds, index: Tensor, backend: str, thr
     )  # fmt: skip
 
 
+@in_neutral
 def pair_weights(attention: Attention, bounds: Bounds, index: Tensor, chunk: int = 2**18) -> Tensor:
     """r_i·α of listed sub-edges ``[n]``, from queries, keys and the rows' log-sum-exp."""
     out = []
@@ -242,27 +266,16 @@ def _limited(index: Tensor, value: Tensor, n_query: int, capacity: int) -> Candi
     index, value, query = index[:, order], value[order], query[order]
     counts = torch.bincount(query, minlength=n_query)
     if capacity:
-        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        place = torch.arange(len(query), dtype=torch.int64, device=query.device) - (counts.cumsum(0) - counts)[query]
         index, value = index[:, place < capacity], value[place < capacity]
     return Candidates(index, value, counts)
 
 
-def native_arguments(attention: Attention, threads: int = 0) -> tuple[dict[str, Any], list[Tensor]]:
-    """The native kernels' view of a layer, and the tensors that must stay alive meanwhile. Everything float32 on the CPU."""
+def native_arguments(attention: Attention, threads: int = 0) -> Arguments:
+    """The native kernels' view of a layer. Everything float32 on the CPU."""
     a = attention
-    value, whole, g = ops.rows(a.value), a.whole.contiguous(), a.gradient.contiguous()
-    w_rows = a.w_o.permute(2, 0, 1).reshape(a.w_o.shape[2], -1).contiguous()  # [d_model, head * d_head]
-    keep = [value, whole, g, w_rows]
-    arguments: dict[str, Any] = {
-        "queries": a.n_query, "keys": a.n_key, "heads": a.n_head, "group": a.n_head // value.shape[0],
-        "d_v": a.w_o.shape[1], "d_model": a.w_o.shape[2], "v_head": value.stride(0), "v_row": value.stride(1), "v": value.data_ptr(),
-        "g": g.data_ptr(), "w_o": w_rows.data_ptr(), "w_row": w_rows.stride(0), "y": whole.data_ptr(), "threads": threads,
-    }  # fmt: skip
-    source = ops.qk_source(a.query, a.key, a.mask, a.scaling, a.softcap, a.window, a.sinks)
-    source |= {name: t.contiguous() for name, t in (("row_scale", a.row_scale), ("gate", a.gate)) if t is not None}
-    for name, item in source.items():
-        if isinstance(item, Tensor):
-            keep.append(item)
-            item = item.data_ptr()
-        arguments[name] = item
-    return arguments, keep
+    arguments = ops.layer_arguments(a.value, a.w_o, a.whole, a.gradient, threads)
+    ops.take_qk(arguments, a.query, a.key, a.mask, a.scaling, a.softcap, a.window, a.sinks)
+    arguments.take("row_scale", a.row_scale, a.n_query)
+    arguments.take("gate", a.gate, a.n_query, a.n_head, a.w_o.shape[1])
+    return arguments

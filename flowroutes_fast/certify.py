@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowroutes_fast import native
+from flowroutes_fast.ambient import in_neutral
 from flowroutes_fast.bounds import Attention, Bounds, bound, candidates, native_arguments, pairs, slack_of
+from flowroutes_fast.native import edges
+from flowroutes_fast.ops import check_threads
 
 MEASURES = ("proximity", "signed")
 FIRST_CUT = 3e-4  # of what the normaliser is known to reach
@@ -52,6 +54,7 @@ class Certified:
     counts: Counts = field(default_factory=Counts)
 
 
+@in_neutral
 def certified(
     attention: Attention,
     others: Tensor,
@@ -81,6 +84,7 @@ def certified(
         slack: relative rounding error of ⟨v, g⟩; None for the backend's own.
         fused: on the CPU, one kernel that does everything row by row; False for the same in passes.
     """
+    _check(attention, others, tolerance, measure, capacity, threads)
     if slack is None:
         slack = slack_of(attention, backend)
     if backend in ("reference", "cpu"):
@@ -96,29 +100,37 @@ def _fused(
     attention: Attention, others: Tensor, floor: float, thresholds: tuple[float, ...], tolerance: float | Tensor,
     measure: str, capacity: int, threads: int,
 ) -> Certified:  # fmt: skip
-    arguments, keep = native_arguments(attention, threads)
-    low, high = (torch.empty(attention.n_query) for _ in range(2))
-    head_low, head_high = (torch.empty(attention.n_query, attention.n_head) for _ in range(2))
-    wanted = torch.tensor(thresholds, dtype=torch.float32)
-    others = others.contiguous()
+    arguments = native_arguments(attention, threads)
+    n_query, n_head = attention.n_query, attention.n_head
     arguments |= {
-        "others": others.data_ptr(), "n_others": others.shape[0], "floor": floor, "cut": min(FIRST_CUT, floor) or FIRST_CUT,
-        "capacity": capacity, "thresholds": wanted.data_ptr(), "n_thresholds": len(thresholds),
-        "low": low.data_ptr(), "high": high.data_ptr(), "head_low": head_low.data_ptr(), "head_high": head_high.data_ptr(),
+        "n_others": others.shape[0], "floor": floor, "cut": min(FIRST_CUT, floor) or FIRST_CUT, "capacity": capacity,
+        "n_thresholds": len(thresholds),
     }  # fmt: skip
+    arguments.take("others", others, others.shape[0], n_query)
+    arguments.take("thresholds", torch.tensor(thresholds, dtype=torch.float32, device="cpu"), len(thresholds))
+    low, high = (arguments.make(name, n_query) for name in ("low", "high"))
+    head_low, head_high = (arguments.make(name, n_query, n_head) for name in ("head_low", "head_high"))
     if isinstance(tolerance, Tensor):
-        tolerance = tolerance.float().contiguous()
-        keep.append(tolerance)
-        arguments["tolerances"] = tolerance.data_ptr()
+        arguments.take("tolerance", tolerance.float(), n_query, where="tolerances")
     else:
         arguments["tolerance"] = tolerance
     if measure == "signed":
-        norm = attention.whole.abs().sum(-1)
-        keep.append(norm)
-        arguments["whole_norm"] = norm.data_ptr()
-    index, value, counts = native.extension().certified(arguments)
-    del keep
-    return Certified(low, high, head_low, head_high, torch.from_numpy(index), torch.from_numpy(value), Counts(*counts))
+        arguments.take("whole_norm", attention.whole.abs().sum(-1), n_query)
+    index, value, counts = arguments.call("certified")
+    return Certified(low, high, head_low, head_high, *edges((index, value)), Counts(*counts))
+
+
+def _check(attention: Attention, others: Tensor, tolerance: float | Tensor, measure: str, capacity: int, threads: int) -> None:
+    attention.check()
+    check_threads(threads)
+    if measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}")
+    if others.dim() != 2 or others.shape[1] != attention.n_query:
+        raise ValueError(f"others must be [part, query = {attention.n_query}], got shape {list(others.shape)}")
+    if isinstance(tolerance, Tensor) and tolerance.shape != (attention.n_query,):
+        raise ValueError(f"tolerance must be a number or [query = {attention.n_query}], got shape {list(tolerance.shape)}")
+    if capacity < 0:
+        raise ValueError(f"capacity must be zero or positive, got {capacity}")
 
 
 def _visible(attention: Attention) -> int:
@@ -126,7 +138,7 @@ def _visible(attention: Attention) -> int:
     if attention.mask is not None:
         seen = (attention.mask > torch.finfo(torch.float32).min / 2).sum()
         return int(seen) * (attention.n_head if attention.mask.dim() == 2 else 1)
-    position = torch.arange(attention.n_query) + attention.n_key - attention.n_query + 1
+    position = torch.arange(attention.n_query, dtype=torch.int64, device="cpu") + attention.n_key - attention.n_query + 1
     reach = position.clamp_max(attention.window) if attention.window else position
     return int(reach.sum()) * attention.n_head
 
@@ -284,7 +296,7 @@ def _both_signs(
         pair_lists.append(listed.index[0].long() * attention.n_key + listed.index[1].long())
     pair = torch.cat(pair_lists).unique()
     i, j = pair // attention.n_key, pair % attention.n_key
-    heads = torch.arange(attention.n_head, device=pair.device)
+    heads = torch.arange(attention.n_head, dtype=torch.int64, device=pair.device)
     index = torch.stack([i.repeat_interleave(len(heads)), j.repeat_interleave(len(heads)), heads.repeat(len(pair))])
     if backend == "cpu":
         group = attention.n_head // attention.value.shape[0]

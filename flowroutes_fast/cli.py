@@ -475,26 +475,35 @@ def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markd
 
 @app.command(epilog=examples("flowroutes doctor", "flowroutes doctor --json | jq .backends.cpu"))
 def doctor(json: Json = False) -> None:
-    """Which backends are available and, for each that is not, why."""
+    """Which backends are available and, for each that is not, why; and whether the native kernels compute what they should here."""
     import torch
     import transformers
 
     from flowroutes_fast import native, ops
+    from flowroutes_fast.selftest import self_test
     from flowroutes_fast.version import __version__
 
+    wrong = {name: said for name, said in self_test().items() if said}
     if json:
         backends: dict[str, dict[str, object]] = {
             name: {"available": reason is None, "reason": reason} for name, reason in ops.backend_status().items()
         }
         if backends["cpu"]["available"]:
-            backends["cpu"] |= {"isa": native.extension().isa(), "threads": torch.get_num_threads()}
+            backends["cpu"] |= {"isa": native.extension().isa(), "threads": torch.get_num_threads(), "self_test": wrong or "ok"}
         versions = {"flowroutes_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         terminal.print_json({"versions": versions, "backends": backends})
-        return
+        raise typer.Exit(1 if wrong else 0)
     typer.echo(f"flowroutes_fast {__version__} · torch {torch.__version__} · transformers {transformers.__version__}")
     for name, reason in ops.backend_status().items():
         detail = f" ({native.extension().isa()}, {torch.get_num_threads()} threads)" if name == "cpu" and reason is None else ""
         typer.echo(f"{name:10} " + (f"available{detail}" if reason is None else f"missing: {reason}"))
+    sets = native.instruction_sets()
+    if sets and not wrong:
+        typer.echo(f"self-test  ok: every native operation agrees with float64 ({', '.join(sets)})")
+    for name, said in wrong.items():
+        typer.echo(f"self-test  {name}: {said}; build the extension again with plain compiler options")
+    if wrong:
+        raise typer.Exit(1)
 
 
 def main() -> None:

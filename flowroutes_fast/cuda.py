@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowroutes_fast import native
+from flowroutes_fast.ambient import in_neutral, matmul
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TILE = 64  # PAIR_TILE and TILE of csrc/proximity_cuda.h
@@ -58,6 +59,8 @@ def _check(tensors: Mapping[str, Tensor | None], shapes: dict[str, tuple[int, ..
             continue
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but whole is on {device}: move them to one device")
+        if not tensor.is_floating_point() and name != "index":
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if tuple(tensor.shape) != shapes[name]:
             raise ValueError(f"{name} must have shape {list(shapes[name])}, got {list(tensor.shape)}")
 
@@ -73,10 +76,13 @@ def _pieces(tensor: Tensor) -> Tensor:
     padding = -tensor.shape[-1] % each
     if padding:
         return torch.nn.functional.pad(tensor, (0, padding))
-    fits = tensor.stride(-1) == 1 and all(n % each == 0 for n in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
+    fits = (
+        not tensor.is_neg() and tensor.stride(-1) == 1 and all(n % each == 0 for n in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
+    )
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
+@in_neutral
 def pair_proximity(
     alpha: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, index: Tensor, gate: Tensor | None = None, *, ordered: bool = False
 ) -> Tensor:
@@ -125,7 +131,7 @@ def pair_proximity(
     head_start = torch.searchsorted(head, torch.arange(n_head + 1, dtype=torch.int32, device=device), out_int32=True)
     tile_start = torch.zeros_like(head_start)
     torch.cumsum((head_start.diff() + _TILE - 1) // _TILE, 0, dtype=torch.int32, out=tile_start[1:])
-    alpha, v, w, y = alpha.float().contiguous(), _pieces(value), _pieces(w_o.transpose(1, 2)), _pieces(whole.float())
+    alpha, v, w, y = native.contiguous(alpha.float()), _pieces(value), _pieces(w_o.transpose(1, 2)), _pieces(whole.float())
     tiles = -(-n // _TILE) + n_head
     splits = max(1, min(4 * _processors(device) // tiles, -(-d_model // (4 * _CHANNELS))))
     partial = out.new_empty(splits, n) if splits > 1 else None
@@ -137,12 +143,13 @@ def pair_proximity(
         "y_row": y.stride(0), "splits": splits, "partial": 0 if partial is None else partial.data_ptr(), "out": out.data_ptr(),
     }  # fmt: skip
     if gate is not None:
-        gate = torch.nn.functional.pad(gate.float(), (0, v.shape[2] - d_head)).contiguous()
+        gate = native.contiguous(torch.nn.functional.pad(gate.float(), (0, v.shape[2] - d_head)))
         arguments |= {"gate": gate.data_ptr(), "gate_query": gate.stride(0), "gate_head": gate.stride(1)}
     module.cuda_pairs(arguments)
     return out
 
 
+@in_neutral
 def dense_proximity(
     alpha: Tensor,
     value: Tensor,
@@ -157,7 +164,7 @@ def dense_proximity(
 
     Args:
         alpha: attention weights ``[head, query, key]``, times whatever scales a row.
-        value, w_o, whole: as for :func:`pair_proximity`; what is written is computed in float32 (torch's TF32 setting applies).
+        value, w_o, whole: as for :func:`pair_proximity`; what is written is computed in float32 whatever torch's TF32 setting.
         causal: query i sees keys up to i + n_key - n_query; ``alpha`` is not read beyond, and the result is zero there.
         out: where the result goes, float32; may be ``alpha`` itself.
         by_head: where its sum over keys goes ``[query, head]``, float32, if wanted.
@@ -190,14 +197,13 @@ def dense_proximity(
             raise ValueError(f"{name} must be float32 with an inner stride of 1")
     place = _place(device)
     alpha = alpha.float()
-    if alpha.stride(2) != 1:
-        alpha = alpha.contiguous()
+    alpha = native.rows(alpha)
     y = _pieces(whole.float())
     group = n_head // value.shape[0]
     each = max(1, min(n_head, _DENSE_BYTES // (max(1, n_key) * max(1, y.shape[1]) * 4)))
     for first in range(0, n_head, each):
-        heads = torch.arange(first, min(first + each, n_head), device=device)
-        u = _pieces(value[heads // group].float() @ w_o[first : first + each].float())
+        heads = torch.arange(first, min(first + each, n_head), dtype=torch.int64, device=device)
+        u = _pieces(matmul(value[heads // group].float(), w_o[first : first + each].float()))
         arguments = {
             **place, "heads": len(heads), "queries": n_query, "keys": n_key, "d_model": u.shape[2], "alpha": alpha[first:].data_ptr(),
             "alpha_head": alpha.stride(0), "alpha_query": alpha.stride(1), "u": u.data_ptr(), "u_head": u.stride(0), "u_row": u.stride(1),
@@ -211,6 +217,7 @@ def dense_proximity(
     return out
 
 
+@in_neutral
 def part_proximity(part: Tensor, whole: Tensor) -> Tensor:
     """Proximity of rows ``[n]``, float32: ``whole [n, d_model]``, ``part [m, d_model]``, of which row ``i % m`` belongs to row ``i``."""
     module = _extension()
@@ -221,7 +228,7 @@ def part_proximity(part: Tensor, whole: Tensor) -> Tensor:
         raise ValueError("part has no rows")
     place = _place(whole.device)
     out = torch.empty(whole.shape[0], dtype=torch.float32, device=whole.device)
-    part, whole = part.float().contiguous(), whole.float().contiguous()
+    part, whole = native.contiguous(part.float()), native.contiguous(whole.float())
     module.cuda_parts({
         **place, "rows": whole.shape[0], "part_rows": part.shape[0], "d_model": whole.shape[1], "part": part.data_ptr(),
         "whole": whole.data_ptr(), "out": out.data_ptr(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowroutes_fast.ablation import Clean, clean, kept_logits, mask_gradient, value_means
-from flowroutes_fast.ambient import in_neutral
+from flowroutes_fast.ambient import neutral
 from flowroutes_fast.capture import Layer, capture
 from flowroutes_fast.layer import attention_of, parts_of
 from flowroutes_fast.mass import push
@@ -100,7 +100,7 @@ def route_masks(route: Route, patterns: Sequence[Tensor]) -> list[Tensor]:
     return masks
 
 
-@in_neutral
+@neutral()
 def verify(
     route: Route,
     model: Any,
@@ -187,7 +187,7 @@ def strongest(scores: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]
     return found
 
 
-@in_neutral
+@neutral()
 def rank_sub_edges(
     model: Any, run: Clean, rules: Sequence[str], *, means: Sequence[Tensor] | None = None, attention: str = "live", seed: int = 0
 ) -> dict[str, list[Tensor]]:
@@ -281,7 +281,7 @@ def flow_scores(traced: Trace, run: Clean) -> list[Tensor]:
     return found
 
 
-@in_neutral
+@neutral()
 def measure(
     model: Any,
     tokenizer: Any,
@@ -367,7 +367,7 @@ def summary(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@in_neutral
+@neutral()
 def curve(
     model: Any,
     tokenizer: Any,

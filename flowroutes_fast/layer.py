@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowroutes_fast import native, reference
+from flowroutes_fast.ambient import unrounded
 from flowroutes_fast.bounds import Attention
 from flowroutes_fast.capture import Layer
 from flowroutes_fast.certify import Counts, certified
@@ -93,7 +95,7 @@ def parts_of(layer: Layer, bias: str = "part") -> Parts:
         value_bias = value_bias.to(value.device)
         value = value.float() - value_bias[:, None]
         per_head = value_bias.repeat_interleave(w_o.shape[0] // value.shape[0], 0)
-        constant = torch.einsum("hd,hdm->m", per_head, w_o)
+        constant = unrounded(partial(torch.einsum, "hd,hdm->m"), per_head, w_o)
         if layer.in_scale is not None and layer.row_scale is not None and block.post_norm is None:
             constant = constant * layer.row_scale[:, None]
     output_bias = block.output_bias

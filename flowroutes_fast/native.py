@@ -1,17 +1,26 @@
-"""The native extension, imported on first use; why it is missing is remembered and told to whoever asks."""
+"""The native extension, imported on first use, and its calls: every tensor is checked right where its address is taken."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_isa: ContextVar[str] = ContextVar("instruction set", default="auto")
 
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None]:
     """Return ``(extension, None)`` or ``(None, reason)``."""
-    import torch  # noqa: F401  its OpenMP runtime must be in the process first: one thread pool, not two that spin against each other
-
+    # torch's OpenMP runtime is in the process already: one thread pool, not two that spin against each other
     try:
         _native = importlib.import_module("flowroutes_fast._native")
     except ImportError as error:
@@ -19,6 +28,8 @@ def load() -> tuple[ModuleType | None, str | None]:
             f"the native extension cannot be imported ({error}); install a C++17 compiler and run "
             "'pip install --force-reinstall --no-deps flowroutes_fast' (or 'pip install -e .' in a checkout)"
         )
+    if not hasattr(_native, "instruction_sets"):
+        return None, "the native extension is of another version: build it again ('pip install -e .' in a checkout)"
     return _native, None
 
 
@@ -28,3 +39,98 @@ def extension() -> ModuleType:
     if module is None:
         raise RuntimeError(f"backend 'cpu' is not available: {reason}")
     return module
+
+
+def instruction_sets() -> list[str]:
+    """Those that the kernels are compiled for and this processor runs, the fastest first; none without the extension."""
+    module = load()[0]
+    return [] if module is None else list(module.instruction_sets())
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Run the block's native kernels on one instruction set (``"baseline"``, ``"avx2"``, ``"avx512"``) instead of the fastest."""
+    token = _isa.set(name)
+    try:
+        yield
+    finally:
+        _isa.reset(token)
+
+
+def address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, inner: bool = False) -> int:
+    """Where a tensor's numbers lie, once it is what the kernel takes it for.
+
+    Args:
+        name: for the messages. shape, dtype: what it must have. inner: only the last dimension must be contiguous, not the whole.
+
+    Raises:
+        ValueError: another shape, device, layout, or strides. TypeError: another dtype, or a tensor without memory (fake, meta, of vmap).
+    """
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor on the CPU, got a {tensor.layout} tensor on {tensor.device}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.is_neg() or not (tensor.is_contiguous() or (inner and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))):
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    try:
+        at = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    except RuntimeError:  # a wrapper, say of torch.func.vmap
+        at = 0
+    if not at and tensor.numel():
+        raise TypeError(f"{name} is a {type(tensor).__name__} without memory of its own: the native kernels take real tensors")
+    return at
+
+
+class Arguments(dict[str, Any]):
+    """What a native operation is called with: numbers as they are, tensors by their addresses, kept alive as long as this."""
+
+    def __init__(self, **numbers: Any) -> None:
+        super().__init__(numbers)
+        self.kept: list[Tensor] = []
+
+    def take(self, name: str, tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32, where: str | None = None) -> None:
+        """A contiguous tensor of this shape, or nothing for None; ``where``: its field's name."""
+        if tensor is None:
+            return
+        tensor = contiguous(tensor)
+        self[where or name] = address(name, tensor, shape, dtype)
+        self.kept.append(tensor)
+
+    def take_rows(self, name: str, tensor: Tensor, shape: Sequence[int], strides: Sequence[str | None], where: str | None = None) -> None:
+        """A tensor whose last dimension is contiguous, and the strides of the others as the fields of these names."""
+        tensor = rows(tensor)
+        self[where or name] = address(name, tensor, shape, inner=True)
+        self.kept.append(tensor)
+        for stride, field in zip(tensor.stride(), strides, strict=False):
+            if field:
+                self[field] = stride
+
+    def make(self, name: str, *shape: int) -> Tensor:
+        """A float32 tensor on the CPU for the kernel to write, not initialised."""
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
+        self.take(name, out, *shape)
+        return out
+
+    def call(self, operation: str) -> Any:
+        """Run the operation of the extension on these arguments.
+
+        Raises:
+            RuntimeError: no extension. ValueError: arguments that do not fit. IndexError: an index outside. MemoryError.
+        """
+        return getattr(extension(), operation)(dict(self), isa=_isa.get())
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, whose last dimension is contiguous."""
+    return tensor if tensor.stride(-1) == 1 and not tensor.is_neg() else contiguous(tensor)
+
+
+def edges(found: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    """Index ``[3, n]`` (query, key, head; int32) and value ``[n]`` as tensors."""
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])

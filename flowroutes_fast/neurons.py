@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flowroutes_fast import native, reference
-from flowroutes_fast.ops import choose_backend
+from flowroutes_fast.ambient import in_neutral, matmul
+from flowroutes_fast.ops import check_tensors, check_threads, choose_backend
 
 FIRST_CUT = 1e-3
 REFINE = 0.2
@@ -31,6 +32,7 @@ class NeuronImportances:
     high: Tensor
 
 
+@in_neutral
 def neuron_importances(
     activation: Tensor,
     w_down: Tensor,
@@ -53,15 +55,28 @@ def neuron_importances(
         floor: share above which a neuron is listed.
         tolerance: largest (high − low) / (high + low) of a row's normaliser; 0 evaluates every neuron with a positive bound.
         backend: ``"cpu"``: the native kernel, which evaluates every neuron, so that ``low`` and ``high`` are equal; ``"reference"``: PyTorch
-            on any device, which evaluates those above a cut (also taken for ``"triton"`` and ``"cuda"``); ``"auto"``.
+            on any device, which evaluates those above a cut; ``"triton"`` and ``"cuda"`` have no kernel of their own for neurons: the
+            same, on a CUDA device; ``"auto"``.
         measure: ``"proximity"``, or ``"signed"``: a_n ⟨w_n, sign(y)⟩ / ‖y‖₁.
 
     Returns:
         importances in the dtype of ``whole`` and positions in ascending order; ``low`` and ``high`` are in units of ‖y‖₁ and equal for
         signed flow.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, an unknown measure. TypeError: no floating point numbers. RuntimeError: a missing backend.
     """
+    if measure not in ("proximity", "signed"):
+        raise ValueError(f"measure must be 'proximity' or 'signed', got {measure!r}")
+    check_threads(threads)
+    check_tensors(activation=(activation, 2), w_down=(w_down, 2), whole=(whole, 2), others=(others, 1))
+    if activation.shape != (len(whole), len(w_down)) or w_down.shape[1] != whole.shape[1] or others.shape != whole.shape[:1]:
+        shapes = ", ".join(str(list(t.shape)) for t in (activation, w_down, whole, others))
+        raise ValueError(
+            f"activation [token, neuron], w_down [neuron, d_model], whole [token, d_model] and others [token] do not fit: {shapes}"
+        )
     sign = torch.copysign(torch.ones_like(whole), whole)
-    flow = activation * (sign @ w_down.T)
+    flow = activation * matmul(sign, w_down.T)
     if measure == "signed":
         norm = whole.abs().sum(-1)
         share = flow * torch.where(norm > 0, 1 / norm, 0)[:, None]
@@ -98,11 +113,14 @@ def neuron_importances(
 
 def _native(activation: Tensor, w_down: Tensor, whole: Tensor, bound: Tensor, threads: int) -> Tensor:
     """Proximities ``[token, neuron]``, in the place of the bounds."""
-    activation, w_down, whole = (t.float().contiguous() for t in (activation, w_down, whole))
-    near = bound.float().contiguous()
-    native.extension().rank1_proximity(
-        activation.data_ptr(), w_down.data_ptr(), whole.data_ptr(), near.data_ptr(), *activation.shape, whole.shape[1], threads
-    )
+    (rows, parts), d_model = activation.shape, whole.shape[1]
+    near = native.contiguous(bound.float())
+    arguments = native.Arguments(rows=rows, parts=parts, d_model=d_model, threads=threads)
+    arguments.take("activation", activation.float(), rows, parts)
+    arguments.take("w_down", w_down.float(), parts, d_model, where="w")
+    arguments.take("whole", whole.float(), rows, d_model)
+    arguments.take("near", near, rows, parts)
+    arguments.call("rank1_proximity")
     return near
 
 

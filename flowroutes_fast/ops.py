@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flowroutes_fast import native, reference
+from flowroutes_fast.ambient import in_neutral, matmul
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,15 +30,23 @@ def _triton_missing() -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error}); install it with 'pip install triton'"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if not torch.cuda.is_available() and not _interpreted():
         return "torch sees no CUDA device"
     return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which takes tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _cuda_missing() -> str | None:
     from flowroutes_fast.cuda import missing
 
-    return missing()
+    reason = missing()
+    if reason is None and (without := _triton_missing()):
+        return f"its bounds are Triton's: {without}"
+    return reason
 
 
 _MISSING: dict[str, Callable[[], str | None]] = {
@@ -77,6 +87,8 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
         raise ValueError(f"backend {backend!r} computes in float32; use backend='reference' for float64 tensors")
     if backend == "cpu" and tensor.device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes tensors on the CPU, not on {tensor.device}; use backend='auto'")
+    if backend == "triton" and not on_gpu and not (tensor.device.type == "cpu" and _interpreted()):
+        raise ValueError(f"backend 'triton' takes tensors on a CUDA device, not on {tensor.device}; use backend='auto'")
     if backend == "cuda" and not on_gpu:
         raise ValueError(f"backend 'cuda' takes tensors on a CUDA device, not on {tensor.device}; use backend='auto'")
     return backend
@@ -114,6 +126,7 @@ def as_tensor(given: Any, name: str = "the array") -> Tensor:
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
+@in_neutral
 def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int = 0) -> Tensor:
     """Proximity of parts to the states they are parts of (equation 4), without a temporary.
 
@@ -135,12 +148,14 @@ def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int
     """
     part, whole = as_tensor(part, "part"), as_tensor(whole, "whole")
     _check_states(part=part, whole=whole)
+    check_threads(threads)
     if part.shape != whole.shape:
         raise ValueError(f"part {tuple(part.shape)} and whole {tuple(whole.shape)} must have one shape")
     flat = torch.ops.flowroutes.part_proximity(*_flat(part, whole), _resolve(backend, whole), threads)
     return flat.reshape(whole.shape[:-1])
 
 
+@in_neutral
 def component_proximity(outputs: Any, state: Any, *, backend: str = "auto", threads: int = 0) -> Tensor:
     """Proximity of every component's output to the state it is added to, at the same position: the component-to-component variant.
 
@@ -162,10 +177,8 @@ def component_proximity(outputs: Any, state: Any, *, backend: str = "auto", thre
     """
     outputs, state = as_tensor(outputs, "outputs"), as_tensor(state, "state")
     _check_states(outputs=outputs, state=state)
-    if outputs.dim() != state.dim() + 1 or outputs.shape[:-2] != state.shape[:-1] or outputs.shape[-1] != state.shape[-1]:
-        raise ValueError(
-            f"outputs {tuple(outputs.shape)} must be [..., component, d_model] for a state [..., d_model] = {tuple(state.shape)}"
-        )
+    check_threads(threads)
+    _check_components(outputs, state)
     return torch.ops.flowroutes.component_proximity(outputs.detach(), state.detach(), _resolve(backend, state), threads)
 
 
@@ -180,6 +193,87 @@ def _check_states(**named: Tensor) -> None:
             raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
         if not tensor.dim() or not tensor.shape[-1]:
             raise ValueError(f"{name} must be [..., d_model], got shape {tuple(tensor.shape)}")
+        _check_real(name, tensor)
+
+
+def _check_components(outputs: Tensor, state: Tensor) -> None:
+    if outputs.dim() != state.dim() + 1 or outputs.shape[:-2] != state.shape[:-1] or outputs.shape[-1] != state.shape[-1]:
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} must be [..., component, d_model] for a state [..., d_model] = {tuple(state.shape)}"
+        )
+
+
+def _check_real(name: str, tensor: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        raise ValueError(f"{name} is a {'meta' if tensor.is_meta else 'fake'} tensor: it has a shape and no numbers")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}: call .to_dense()")
+
+
+def check_threads(threads: int) -> None:
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise ValueError(f"threads must be a whole number, zero for OpenMP's default, got {threads!r}")
+
+
+def check_tensors(**named: tuple[Tensor | None, int]) -> None:
+    """Floating point tensors of these ranks, dense, not empty, on one device; None is skipped.
+
+    Raises:
+        ValueError, TypeError: the first that is not so.
+    """
+    device = None
+    for name, (tensor, rank) in named.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOAT:
+            raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+        if tensor.dim() != rank:
+            raise ValueError(f"{name} must have {rank} dimensions, got shape {list(tensor.shape)}")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} is empty: shape {list(tensor.shape)}")
+        if tensor.device != (device := device or tensor.device):
+            raise ValueError(f"{name} is on {tensor.device}, others are on {device}: move them to one device")
+        _check_real(name, tensor)
+
+
+def check_layer(
+    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, *, base: Tensor | None = None, mask: Tensor | None = None,
+    sinks: Tensor | None = None, row_scale: Tensor | None = None, gate: Tensor | None = None, softcap: float = 0.0, window: int = 0,
+) -> None:  # fmt: skip
+    """Check that one layer's tensors fit together (shapes as in :class:`flowroutes_fast.bounds.Attention`).
+
+    Raises:
+        ValueError: a shape or device that does not fit, heads that do not divide, causal attention with fewer keys than queries.
+        TypeError: no floating point numbers.
+    """
+    check_tensors(
+        query=(query, 3), key=(key, 3), value=(value, 3), w_o=(w_o, 3), whole=(whole, 2), base=(base, 1), sinks=(sinks, 1),
+        row_scale=(row_scale, 1), gate=(gate, 3), mask=(mask, mask.dim() if mask is not None and mask.dim() in (2, 3) else 3),
+    )  # fmt: skip
+    (n_head, n_query, d_qk), (kv, n_key) = query.shape, key.shape[:2]
+    d_v, d_model = w_o.shape[1:]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "key": (key, (kv, n_key, d_qk)), "value": (value, (kv, n_key, d_v)), "w_o": (w_o, (n_head, d_v, d_model)),
+        "whole": (whole, (n_query, d_model)), "base": (base, (n_query,)), "sinks": (sinks, (n_head,)), "row_scale": (row_scale, (n_query,)),
+        "gate": (gate, (n_query, n_head, d_v)), "mask": (mask, (n_head, n_query, n_key)[3 - (mask.dim() if mask is not None else 3) :]),
+    }  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; with the other shapes it must be {list(shape)}")
+    if n_head % kv:
+        raise ValueError(f"the number of key-value heads {kv} does not divide the number of heads {n_head}")
+    if mask is None and n_query > n_key:
+        raise ValueError(f"causal attention of {n_query} queries needs as many keys, got {n_key}; give a mask for another order")
+    if not softcap >= 0 or window < 0:
+        raise ValueError(f"softcap and window must be zero or positive, got {softcap} and {window}")
+
+
+def _result(state: Tensor) -> torch.dtype:
+    return torch.float64 if state.dtype == torch.float64 else torch.float32
 
 
 def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -193,6 +287,7 @@ class AttentionImportances(NamedTuple):
     residual: Tensor  # [batch, query]
 
 
+@in_neutral
 def attention_importances(
     pattern: Any,
     value: Any,
@@ -239,7 +334,7 @@ def attention_importances(
     chosen = _resolve(backend, resid_mid)
     if backend not in ("auto", "reference") and distance_norm != 1:
         raise ValueError(f"backend {chosen!r} computes distance_norm=1 only, not {distance_norm}; use backend='reference'")
-    dtype = torch.float64 if resid_mid.dtype == torch.float64 else torch.float32
+    dtype = _result(resid_mid)
     pattern, value, w_o, resid_pre, resid_mid = (t.detach().to(dtype) for t in (pattern, value, w_o, resid_pre, resid_mid))
     rows, residuals = [], []
     for b in range(pattern.shape[0]):
@@ -270,6 +365,7 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
             raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}")
         if tensor.device != resid_mid.device:
             raise ValueError(f"{name} is on {tensor.device} but resid_mid is on {resid_mid.device}: move them to one device")
+        _check_real(name, tensor)
     batch, head, query, key = pattern.shape
     d_head, d_model = w_o.shape[1:]
     expected = {
@@ -292,59 +388,55 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
         raise ValueError(f"clip must be zero or a positive number, got {clip}")
 
 
-def rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def layer_arguments(value: Tensor, w_o: Tensor, whole: Tensor, g: Tensor, threads: int) -> native.Arguments:
+    """What every native operation on one layer takes, float32 on the CPU; where attention weights come from is added."""
+    n_query, (kv, n_key), (n_head, d_v, d_model) = whole.shape[0], value.shape[:2], w_o.shape
+    check_threads(threads)
+    arguments = native.Arguments(
+        queries=n_query, keys=n_key, heads=n_head, group=n_head // kv, d_v=d_v, d_model=d_model, w_row=n_head * d_v, threads=threads
+    )
+    arguments.take_rows("value", value, (kv, n_key, d_v), ("v_head", "v_row"), where="v")
+    arguments.take("g", g, n_query, n_head, d_v)
+    arguments.take("w_o", _linear(w_o), d_model, n_head * d_v)
+    arguments.take("whole", whole, n_query, d_model, where="y")
+    return arguments
+
+
+def _linear(w_o: Tensor) -> Tensor:
+    """``[head, d_head, d_model]`` as a linear layer stores it ``[d_model, head * d_head]``: no copy when it views one."""
+    return native.contiguous(w_o.permute(2, 0, 1).reshape(w_o.shape[2], -1))
 
 
 def _native_attention(
-    alpha: dict, value: Tensor, w_o: Tensor, whole: Tensor, base: Tensor | None, dense: bool, floor: float, normalise: bool, threads: int
+    arguments: native.Arguments, dense: bool, floor: float, normalise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the native kernel; returns dense (or empty), by_head, normaliser, edge index ``[3, n]``, edge value ``[n]``."""
-    n_query, n_key, n_head = whole.shape[0], value.shape[1], w_o.shape[0]
-    value, whole = rows(value), whole.contiguous()
-    w_rows = w_o.permute(2, 0, 1).reshape(w_o.shape[2], -1).contiguous()  # [d_model, head * d_head]: no copy when w_o views a linear layer
-    g = torch.copysign(torch.ones_like(whole), whole) @ w_rows  # W_O[h] sign(y_i) [query, head * d_head], the sign bit as the sign of zero
-    out = whole.new_empty((n_head, n_query, n_key) if dense else (0, 0, 0))
-    by_head, normaliser = whole.new_empty(n_query, n_head), whole.new_empty(n_query)
-    keep = [value, whole, g, w_rows, out, by_head, normaliser]
-    arguments = {
-        "queries": n_query, "keys": n_key, "heads": n_head, "group": n_head // value.shape[0],
-        "d_v": w_o.shape[1], "d_model": w_o.shape[2], "v_head": value.stride(0), "v_row": value.stride(1),
-        "v": value.data_ptr(), "g": g.data_ptr(), "w_o": w_rows.data_ptr(), "w_row": w_rows.stride(0), "y": whole.data_ptr(),
-        "by_head": by_head.data_ptr(), "normaliser": normaliser.data_ptr(), "floor": floor, "normalise": normalise, "threads": threads,
-    }  # fmt: skip
-    if base is not None:
-        base = base.contiguous()
-        keep.append(base)
-        arguments["base"] = base.data_ptr()
-    if dense:
-        arguments["dense"] = out.data_ptr()
-    for name, item in alpha.items():
-        if isinstance(item, Tensor):
-            keep.append(item)
-            item = item.data_ptr()
-        arguments[name] = item
-    index, edge = native.extension().attention_proximity(arguments)
-    return out, by_head, normaliser, torch.from_numpy(index), torch.from_numpy(edge)
+    n_query, n_key, n_head = (arguments[name] for name in ("queries", "keys", "heads"))
+    out = arguments.make("dense", n_head, n_query, n_key) if dense else torch.empty((0, 0, 0), dtype=torch.float32, device="cpu")
+    by_head, normaliser = arguments.make("by_head", n_query, n_head), arguments.make("normaliser", n_query)
+    arguments |= {"floor": floor, "normalise": normalise}
+    return out, by_head, normaliser, *native.edges(arguments.call("attention_proximity"))
 
 
-def _pattern_source(pattern: Tensor) -> dict:
-    pattern = rows(pattern)
-    return {"pattern": pattern, "pattern_head": pattern.stride(0), "pattern_query": pattern.stride(1)}
+def _native_layer(value: Tensor, w_o: Tensor, whole: Tensor, threads: int) -> native.Arguments:
+    sign = torch.copysign(torch.ones_like(whole), whole)
+    g = matmul(sign, _linear(w_o)).view(len(whole), *w_o.shape[:2])  # W_O[h] sign(y_i), the sign bit as the sign of zero
+    return layer_arguments(value, w_o, whole, g, threads)
 
 
-def qk_source(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float, window: int, sinks: Tensor | None) -> dict:
-    query, key = rows(query), rows(key)
-    source = {
-        "q": query, "q_head": query.stride(0), "q_row": query.stride(1), "k": key, "k_head": key.stride(0), "k_row": key.stride(1),
-        "d_qk": query.shape[-1], "scale": scaling, "softcap": softcap, "window": window, "offset": key.shape[1] - query.shape[1],
-    }  # fmt: skip
+def take_qk(
+    arguments: native.Arguments, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float, window: int,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
+    """Attention weights are recomputed from queries and keys."""
+    (n_head, n_query, d_qk), n_key = query.shape, key.shape[1]
+    arguments |= {"d_qk": d_qk, "scale": scaling, "softcap": softcap, "window": window, "offset": n_key - n_query}
+    arguments.take_rows("query", query, (arguments["heads"], arguments["queries"], d_qk), ("q_head", "q_row"), where="q")
+    arguments.take_rows("key", key, (n_head // arguments["group"], arguments["keys"], d_qk), ("k_head", "k_row"), where="k")
     if mask is not None:
-        mask = rows(mask)
-        source |= {"mask": mask, "mask_head": mask.stride(0) if mask.dim() == 3 else 0, "mask_query": mask.stride(-2)}
-    if sinks is not None:
-        source["sinks"] = sinks.float().contiguous()
-    return source
+        strides = ("mask_head", "mask_query") if mask.dim() == 3 else ("mask_query",)
+        arguments.take_rows("mask", mask, (n_head, n_query, n_key)[3 - mask.dim() :], strides)
+    arguments.take("sinks", None if sinks is None else sinks.float(), n_head)
 
 
 _library = torch.library.Library("flowroutes", "DEF")
@@ -361,11 +453,16 @@ _library.define(
 
 
 @torch.library.impl(_library, "part_proximity", "CompositeExplicitAutograd")
+@in_neutral
 def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
     """Proximity of ``part [n or 1, d_model]`` to ``whole [n, d_model]`` -> ``[n]``."""
+    _check_states(part=part, whole=whole)
+    check_threads(threads)
+    if part.dim() != 2 or whole.dim() != 2 or part.shape[1] != whole.shape[1] or len(part) not in (1, len(whole)):
+        raise ValueError(f"part must be [n or 1, d_model] for whole [n, d_model], got {list(part.shape)} and {list(whole.shape)}")
     chosen = choose_backend(backend, whole)
     if chosen == "reference":
-        dtype = torch.float64 if whole.dtype == torch.float64 else torch.float32
+        dtype = _result(whole)
         return reference.proximity(part.to(dtype), whole.to(dtype))
     if chosen == "triton":
         from flowroutes_fast.kernels.parts import part_proximity as triton_parts
@@ -375,51 +472,83 @@ def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0)
         from flowroutes_fast.cuda import part_proximity as cuda_parts
 
         return cuda_parts(part, whole)
-    part, whole = part.float().contiguous(), whole.float().contiguous()
-    out = whole.new_empty(whole.shape[0])
-    native.extension().part_proximity(
-        part.data_ptr(), whole.data_ptr(), out.data_ptr(), whole.shape[0], part.shape[0], whole.shape[1], threads
-    )
+    rows, d_model = whole.shape
+    arguments = native.Arguments(rows=rows, part_rows=len(part), d_model=d_model, threads=threads)
+    arguments.take("part", part.float(), len(part), d_model)
+    arguments.take("whole", whole.float(), rows, d_model)
+    out = arguments.make("out", rows)
+    arguments.call("part_proximity")
     return out
 
 
 @torch.library.impl(_library, "component_proximity", "CompositeExplicitAutograd")
+@in_neutral
 def _component_proximity(outputs: Tensor, state: Tensor, backend: str, threads: int = 0) -> Tensor:
     """Proximity of ``outputs [..., component, d_model]`` to ``state [..., d_model]`` -> ``[..., component]``."""
-    if choose_backend(backend, state) != "cpu":
-        dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
-        found = [reference.proximity(outputs[..., n, :].to(dtype), state.to(dtype)) for n in range(outputs.shape[-2])]  # one at a time
-        return torch.stack(found, -1) if found else state.new_zeros(outputs.shape[:-1], dtype=dtype)
+    _check_states(outputs=outputs, state=state)
+    check_threads(threads)
+    _check_components(outputs, state)
+    chosen = choose_backend(backend, state)
+    dtype = _result(state)
     shape = outputs.shape[:-1]
     if not outputs.numel():
-        return state.new_zeros(shape, dtype=torch.float32)
-    outputs, state = outputs.float().reshape(-1, *outputs.shape[-2:]), state.float().reshape(-1, state.shape[-1]).contiguous()
-    if outputs.stride(2) != 1 or outputs.stride(1) != outputs.shape[2]:
-        outputs = outputs.contiguous()
-    out = state.new_empty(outputs.shape[:2])
-    native.extension().component_proximity(
-        outputs.data_ptr(), outputs.stride(0), outputs.shape[1], state.data_ptr(), out.data_ptr(), len(state), state.shape[1], threads
+        return torch.zeros(shape, dtype=dtype, device=state.device)
+    if chosen == "reference":
+        return torch.stack([reference.proximity(one.to(dtype), state.to(dtype)) for one in outputs.unbind(-2)], -1)  # one at a time
+    if chosen != "cpu":  # the kernel of whole parts, one component at a time
+        flat = state.reshape(-1, state.shape[-1])
+        found = [_part_proximity(one.reshape(flat.shape), flat, chosen) for one in outputs.unbind(-2)]
+        return torch.stack(found, -1).reshape(shape)
+    outputs, state = outputs.float().reshape(-1, *outputs.shape[-2:]), state.float().reshape(-1, state.shape[-1])
+    (rows, count, d_model), packed = outputs.shape, outputs[:1].is_contiguous() and not outputs.is_neg()
+    outputs = outputs if packed and (rows == 1 or outputs.stride(0) >= count * d_model) else native.contiguous(outputs)
+    arguments = native.Arguments(rows=rows, count=count, d_model=d_model, threads=threads)
+    span = outputs.stride(0) if rows > 1 else count * d_model  # the rows as one tensor whose last dimension holds the components
+    arguments.take_rows(
+        "outputs", outputs.as_strided((rows, count * d_model), (span, 1)), (rows, count * d_model), ("stride",), where="output"
     )
+    arguments.take("state", state, rows, d_model, where="whole")
+    out = arguments.make("out", rows, count)
+    arguments.call("component_proximity")
     return out.reshape(shape)
 
 
 @torch.library.impl(_library, "attention_proximity", "CompositeExplicitAutograd")
+@in_neutral
 def _attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
     """Proximity of all sub-edges ``[head, query, key]`` from stored attention weights."""
+    check_tensors(pattern=(pattern, 3), value=(value, 3), w_o=(w_o, 3), whole=(whole, 2))
+    check_threads(threads)
+    (n_head, n_query, n_key), (d_v, d_model) = pattern.shape, w_o.shape[1:]
+    if n_head % len(value):
+        raise ValueError(f"the number of key-value heads {len(value)} does not divide the number of heads {n_head}")
+    expected = {"value": (len(value), n_key, d_v), "w_o": (n_head, d_v, d_model), "whole": (n_query, d_model)}
+    for (name, shape), tensor in zip(expected.items(), (value, w_o, whole), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; with the other shapes it must be {list(shape)}")
     chosen = choose_backend(backend, whole)
     if chosen == "triton":  # it recomputes attention weights; a stored pattern is the CUDA kernel's
-        chosen = "reference" if _cuda_missing() else "cuda"
+        if backend != "auto":
+            raise ValueError("backend 'triton' has no kernel for a stored pattern; use backend='cuda', 'reference' or 'auto'")
+        reason = _cuda_missing()
+        if reason:
+            _say_once(f"flowroutes_fast takes stored attention patterns with its slow 'reference' backend: {reason}")
+        chosen = "reference" if reason else "cuda"
     if chosen == "cuda":
         from flowroutes_fast.cuda import dense_proximity as cuda_dense
 
         return cuda_dense(pattern, value, w_o, whole)
+    dtype = _result(whole)
+    pattern, value, w_o, whole = (t.to(dtype) for t in (pattern, value, w_o, whole))
     if chosen != "cpu":
         return reference.attention_proximity(pattern, value, w_o, whole)
-    pattern, value, w_o, whole = (t.float() for t in (pattern, value, w_o, whole))
-    return _native_attention(_pattern_source(pattern), value, w_o, whole, None, True, -1.0, False, threads)[0]
+    arguments = _native_layer(value, w_o, whole, threads)
+    arguments.take_rows("pattern", pattern, (n_head, n_query, n_key), ("pattern_head", "pattern_query"))
+    return _native_attention(arguments, True, -1.0, False)[0]
 
 
 @torch.library.impl(_library, "attention_layer", "CompositeExplicitAutograd")
+@in_neutral
 def _attention_layer(
     query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, base: Tensor, mask: Tensor | None, sinks: Tensor | None,
     scaling: float, softcap: float, window: int, dense: bool, floor: float, backend: str, threads: int = 0,
@@ -436,25 +565,32 @@ def _attention_layer(
         dense importances ``[head, query, key]`` (or empty), by_head ``[query, head]``, normaliser ``[query]`` (a proximity),
         edge index ``[3, n]`` (query, key, head; int32), edge importance ``[n]``.
     """
+    check_layer(query, key, value, w_o, whole, base=base, mask=mask, sinks=sinks, softcap=softcap, window=window)
+    check_threads(threads)
     chosen = choose_backend(backend, whole)
     if chosen == "cpu":
         query, key, value, w_o, whole, base = (t.float() for t in (query, key, value, w_o, whole, base))
-        source = qk_source(query, key, None if mask is None else mask.float(), scaling, softcap, window, sinks)
-        return _native_attention(source, value, w_o, whole, base, dense, floor, True, threads)
+        arguments = _native_layer(value, w_o, whole, threads)
+        take_qk(arguments, query, key, None if mask is None else mask.float(), scaling, softcap, window, sinks)
+        arguments.take("base", base, len(whole))
+        return _native_attention(arguments, dense, floor, True)
+    if chosen == "reference":
+        dtype = _result(whole)
+        query, key, value, w_o, whole, base = (t.to(dtype) for t in (query, key, value, w_o, whole, base))
     options: dict[str, Any] = {"scaling": scaling, "mask": mask, "softcap": softcap, "window": window, "sinks": sinks}
     if chosen == "triton":
         edge = _triton_dense(query, key, value, w_o, whole, options)
     else:
-        edge = reference.attention_pattern(query, key, **options).to(whole.dtype)
+        edge = reference.attention_pattern(query, key, **options)
         if chosen == "cuda":
             from flowroutes_fast.cuda import dense_proximity as cuda_dense
 
             edge = cuda_dense(edge, value, w_o, whole)
         else:
-            edge = reference.attention_proximity(edge, value.to(whole.dtype), w_o, whole)
+            edge = reference.attention_proximity(edge, value, w_o, whole)
     normaliser = edge.sum((0, 2)) + base
     edge *= torch.where(normaliser > 0, 1 / normaliser, 0)[:, None]
-    index = edge.new_empty(0, dtype=torch.int32).view(3, 0)
+    index = torch.empty((3, 0), dtype=torch.int32, device=edge.device)
     found = edge.new_empty(0)
     if floor >= 0:
         at = ((edge.sum(0) > floor) & (edge > 0)).permute(1, 2, 0).nonzero()
@@ -476,17 +612,17 @@ def _triton_dense(query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole:
 
 @torch.library.register_fake("flowroutes::part_proximity", lib=_library)
 def _(part, whole, backend, threads=0):  # type: ignore[no-untyped-def]
-    return whole.new_empty(whole.shape[0], dtype=torch.float64 if whole.dtype == torch.float64 else torch.float32)
+    return whole.new_empty(whole.shape[0], dtype=_result(whole))
 
 
 @torch.library.register_fake("flowroutes::component_proximity", lib=_library)
 def _(outputs, state, backend, threads=0):  # type: ignore[no-untyped-def]
-    return state.new_empty(outputs.shape[:-1], dtype=torch.float64 if state.dtype == torch.float64 else torch.float32)
+    return state.new_empty(outputs.shape[:-1], dtype=_result(state))
 
 
 @torch.library.register_fake("flowroutes::attention_proximity", lib=_library)
 def _(pattern, value, w_o, whole, backend, threads=0):  # type: ignore[no-untyped-def]
-    return whole.new_empty(pattern.shape)
+    return whole.new_empty(pattern.shape, dtype=_result(whole))
 
 
 @torch.library.register_fake("flowroutes::attention_layer", lib=_library)
@@ -494,9 +630,9 @@ def _(query, key, value, w_o, whole, base, mask, sinks, scaling, softcap, window
     n_head, n_query, n_key = query.shape[0], query.shape[1], key.shape[1]
     n_edge = torch.library.get_ctx().new_dynamic_size() if floor >= 0 else 0
     return (
-        whole.new_empty((n_head, n_query, n_key) if dense else (0, 0, 0)),
-        whole.new_empty(n_query, n_head),
-        whole.new_empty(n_query),
+        whole.new_empty((n_head, n_query, n_key) if dense else (0, 0, 0), dtype=_result(whole)),
+        whole.new_empty((n_query, n_head), dtype=_result(whole)),
+        whole.new_empty(n_query, dtype=_result(whole)),
         whole.new_empty((3, n_edge), dtype=torch.int32),
-        whole.new_empty(n_edge),
+        whole.new_empty(n_edge, dtype=_result(whole)),
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowroutes_fast.ambient import matmul, unrounded
+
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -48,14 +50,15 @@ def attention_pattern(
     ``sinks [head]`` adds one logit to every softmax denominator.
     """
     group = query.shape[0] // key.shape[0]
-    scores = query @ key.repeat_interleave(group, 0).transpose(-1, -2) * scaling
+    scores = matmul(query, key.repeat_interleave(group, 0).transpose(-1, -2)) * scaling
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         n_query, n_key = scores.shape[-2:]
-        age = (torch.arange(n_query)[:, None] + n_key - n_query) - torch.arange(n_key)
-        hidden = (age < 0) | ((age >= window) if window else torch.zeros((), dtype=torch.bool))
-        scores = scores.masked_fill(hidden.to(scores.device), float("-inf"))
+        i, j = (torch.arange(n, dtype=torch.int64, device=scores.device) for n in (n_query, n_key))
+        age = (i[:, None] + n_key - n_query) - j
+        hidden = (age < 0) | (age >= window) if window else age < 0
+        scores = scores.masked_fill(hidden, float("-inf"))
     else:
         scores = scores + mask.to(scores.dtype)
     if sinks is None:
@@ -69,7 +72,8 @@ def sign_gradient(whole: Tensor, w_o: Tensor, gate: Tensor | None = None) -> Ten
 
     ⟨sign(y_i), u[h,j]⟩ = ⟨v[h,j], g[i,h]⟩: a dot product over the head's width instead of the model's.
     """
-    g = torch.einsum("hdm,qm->qhd", w_o, torch.copysign(torch.ones_like(whole), whole))
+    sign = torch.copysign(torch.ones_like(whole), whole)
+    g = unrounded(lambda w_o, sign: torch.einsum("hdm,qm->qhd", w_o, sign), w_o, sign)
     return g if gate is None else g * gate
 
 
@@ -82,7 +86,7 @@ def sign_flow(
     """
     group = pattern.shape[0] // value.shape[0]
     g = sign_gradient(whole, w_o, gate)
-    flow = pattern * torch.einsum("hkd,qhd->hqk", value.repeat_interleave(group, 0), g)
+    flow = pattern * unrounded(lambda v, g: torch.einsum("hkd,qhd->hqk", v, g), value.repeat_interleave(group, 0), g)
     return flow if row_scale is None else flow * row_scale[:, None]
 
 
@@ -117,10 +121,10 @@ def attention_proximity(
     chunk = max(1, CHUNK_BYTES // (n_key * whole.shape[-1] * whole.element_size()))
     for head in range(n_head):
         v = value[head // group]
-        u = v @ w_o[head] if gate is None else v
+        u = matmul(v, w_o[head]) if gate is None else v
         for i in range(0, n_query, chunk):
             rows = slice(i, i + chunk)
-            written = u if gate is None else (u * gate[rows, head, None]) @ w_o[head]
+            written = u if gate is None else matmul(u * gate[rows, head, None], w_o[head])
             z = pattern[head, rows, :, None] * written
             out[head, rows] = proximity(z, whole[rows, None], distance_norm)
     return out
@@ -150,5 +154,5 @@ def pair_proximity(
                 v = v * gate[i, h]
             if row_scale is not None:
                 alpha = alpha * row_scale[i]
-            out[part] = proximity((alpha[:, None] * v) @ w_o[h], whole[i])
+            out[part] = proximity(matmul(alpha[:, None] * v, w_o[h]), whole[i])
     return out

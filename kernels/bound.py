@@ -333,7 +333,7 @@ def bound_candidates(
 def compact(key: Tensor, head: Tensor, bound: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Buffers of ``bound_candidates`` -> index ``[3, n]`` (query, key, head; int32) in that order, and bound ``[n]``."""
     capacity = key.shape[1]
-    m_kept = torch.arange(capacity, device=key.device) < counts.clamp_max(capacity)[:, None]
+    m_kept = torch.arange(capacity, dtype=torch.int64, device=key.device) < counts.clamp_max(capacity)[:, None]
     query = m_kept.nonzero()[:, 0]
     key, head, bound = key[m_kept], head[m_kept], bound[m_kept]
     if not len(query):

@@ -179,12 +179,13 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor, or a copy, whose last dimension is contiguous."""
+    return tensor if tensor.stride(-1) == 1 and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def columns(tensor: Tensor) -> Tensor:
     """Output projection ``[head, d_v, D]`` with channels or head dimensions adjacent, whichever it has already."""
-    return tensor if 1 in tensor.stride()[-2:] else tensor.contiguous()
+    return tensor if 1 in tensor.stride()[-2:] and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def same_dtype(*tensors: Tensor) -> list[Tensor]:

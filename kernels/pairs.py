@@ -133,7 +133,7 @@ def tiles_by_head(head: Tensor, n_head: int, block: int) -> tuple[Tensor, Tensor
     end = count.cumsum(0)
     n_tile = (count + block - 1) // block
     tile_end = n_tile.cumsum(0)
-    tile = torch.arange(triton.cdiv(len(head), block) + min(n_head, len(head)), device=head.device)
+    tile = torch.arange(triton.cdiv(len(head), block) + min(n_head, len(head)), dtype=torch.int64, device=head.device)
     tile_head = torch.searchsorted(tile_end, tile, right=True)
     at = tile_head.clamp_max(n_head - 1)
     first = (end - count)[at] + (tile - (tile_end - n_tile)[at]) * block

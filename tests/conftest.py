@@ -1,7 +1,33 @@
 """Shared fixtures: the embedded real model, and tiny random models of every block shape."""
 
+import allowed_skips
 import pytest
 import torch
+
+
+def _refuse_skip(report):
+    """On CI a skip that is not expected here fails the run: nothing may be green because it did not run."""
+    if not report.skipped or hasattr(report, "wasxfail") or not allowed_skips.strict():
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not allowed_skips.allowed(reason):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which is not expected here (tests/allowed_skips.py): {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    report = yield
+    _refuse_skip(report)
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -182,9 +182,12 @@ def test_emulated_arguments_are_checked(emulated):
         cuda.pair_proximity(alpha, value.double(), w_o.double(), whole, index)
     with pytest.raises(ValueError, match="does not divide"):
         cuda.pair_proximity(alpha, torch.cat([value, value[:1]]), w_o, whole, index)
-    with pytest.raises(ValueError, match="unknown entry"):
+    with pytest.raises(ValueError, match="entry 'device' is missing"):
         emulated.cuda_pairs({"piars": 3})
-    with pytest.raises(ValueError, match="pointer is missing"):
+    fields = ("device", "stream", "rows", "part_rows", "part", "whole", "out")
+    with pytest.raises(ValueError, match="unknown entry"):
+        emulated.cuda_parts({**dict.fromkeys(fields, 0), "d_model": 1, "wohle": 0})
+    with pytest.raises(ValueError, match="is missing"):
         emulated.cuda_dense({"heads": 1, "queries": 1, "keys": 1, "d_model": 4})
 
 

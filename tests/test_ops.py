@@ -1,5 +1,7 @@
 """Kernels against an fp64 evaluation of the paper's formula, on random and on adversarial inputs."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -126,22 +128,6 @@ def test_attention_layer_recomputes_every_kind_of_attention(variant):
         np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(out[2], wanted[2], rtol=1e-4)
     assert {tuple(e) for e in out[3].T.tolist()} ^ {tuple(e) for e in wanted[3].T.tolist()} == set()
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_agrees(isa, monkeypatch):
-    extension = native.extension()
-    try:
-        extension.isa(isa)
-    except ValueError:
-        pytest.skip(f"this processor has no {isa}")
-    inputs = case(8, 1, 40, 6, 3, 24, 50)
-    original = extension.attention_proximity
-    with monkeypatch.context() as patch:
-        patch.setattr(extension, "attention_proximity", lambda arguments: original(arguments, isa))
-        edge, _ = ops.attention_importances(*inputs, backend="cpu")
-    np.testing.assert_allclose(edge, naive(*inputs)[0], atol=1e-5)
 
 
 @needs_native
@@ -318,3 +304,165 @@ def test_inside_torch_compile(name, dtype):
         return found[0] + 1 if isinstance(found, tuple) else found + 1
 
     torch.testing.assert_close(torch.compile(doubled, fullgraph=True, backend="aot_eager")(*given), doubled(*given))
+
+
+def registered(name):
+    q, k, v, w, y, base = layer_inputs(tokens=9)
+    pattern = reference.attention_pattern(q, k, scaling=0.25)
+    outputs, state = components((5, 7, 33))
+    return {
+        "part_proximity": {"part": y * 0.5, "whole": y},
+        "component_proximity": {"outputs": outputs, "state": state},
+        "attention_proximity": {"pattern": pattern, "value": v, "w_o": w, "whole": y},
+        "attention_layer": {
+            "query": q, "key": k, "value": v, "w_o": w, "whole": y, "base": base, "mask": None, "sinks": torch.zeros(4), "scaling": 0.25,
+            "softcap": 0.0, "window": 0, "dense": True, "floor": 0.0,
+        },
+    }[name]  # fmt: skip
+
+
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+NAMES = ("part_proximity", "component_proximity", "attention_proximity", "attention_layer")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_registered_op_refuses_what_does_not_fit(name, backend):
+    """Each tensor in turn with another size in one dimension, another rank, empty, of integers, without numbers."""
+    call, good = getattr(torch.ops.flowroutes, name), registered(name)
+    call(**good, backend=backend)
+    for key, tensor in good.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        wrong = [tensor.repeat_interleave(2, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1]
+        wrong += [tensor.narrow(dim, 0, n - 1) for dim, n in enumerate(tensor.shape) if n > 1]
+        wrong += [tensor[None], tensor.flatten(), tensor.long(), tensor[..., :0], tensor.to_sparse()]
+        for changed in wrong:
+            if changed.layout == torch.strided and changed.is_floating_point() and changed.shape == tensor.shape:
+                continue
+            more_components = changed.is_floating_point() and changed.shape[::2] == tensor.shape[::2]
+            if (name, key) == ("component_proximity", "outputs") and more_components and changed.layout == torch.strided:
+                continue
+            other_groups = changed.shape[1:] == tensor.shape[1:] and changed.is_floating_point() and changed.layout == torch.strided
+            if (name, key) == ("attention_proximity", "value") and other_groups:
+                continue
+            if (name, key) == ("part_proximity", "part") and changed.shape == (1, tensor.shape[1]):
+                continue
+            with pytest.raises((ValueError, TypeError)):
+                call(**{**good, key: changed}, backend=backend)
+    for threads in (-1, -(2**31)):
+        with pytest.raises(ValueError, match="threads"):
+            call(**good, backend=backend, threads=threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_with_fewer_keys_than_queries_needs_a_mask(backend):
+    good = registered("attention_layer")
+    few = {**good, "key": good["key"][:, :5], "value": good["value"][:, :5]}
+    with pytest.raises(ValueError, match="causal attention of 9 queries needs as many keys, got 5"):
+        torch.ops.flowroutes.attention_layer(**few, backend=backend)
+    torch.ops.flowroutes.attention_layer(**{**few, "mask": torch.zeros(9, 5)}, backend=backend)
+    for change in ({"window": -1}, {"softcap": -1.0}, {"softcap": float("nan")}):
+        with pytest.raises(ValueError, match="softcap and window"):
+            torch.ops.flowroutes.attention_layer(**{**good, **change}, backend=backend)
+
+
+def changed_states():
+    """The states of a process in which PyTorch itself gives other numbers."""
+    yield "autocast", lambda: torch.autocast("cpu", torch.bfloat16), None
+    yield "meta", lambda: torch.device("meta"), None
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        yield f"default {dtype}", contextlib.nullcontext, lambda dtype=dtype: torch.set_default_dtype(dtype)
+    yield "medium", contextlib.nullcontext, lambda: torch.set_float32_matmul_precision("medium")
+    yield "deterministic", contextlib.nullcontext, lambda: torch.use_deterministic_algorithms(True)
+    yield "inference", torch.inference_mode, None
+    yield "grad", torch.enable_grad, None
+
+
+@pytest.fixture
+def _as_before():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
+
+
+def tensors(found):
+    return [t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.usefixtures("_as_before")
+@pytest.mark.parametrize(("what", "inside", "before"), changed_states(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_of_the_process_does_not_matter(what, inside, before, backend):
+    inputs = case(6, 1, 24, 4, 2, 24, 40)
+    outputs, state = components()
+    arguments = {name: registered(name) for name in NAMES}
+
+    def everything():
+        yield from tensors(tuple(ops.attention_importances(*inputs, backend=backend)))
+        yield from tensors(tuple(ops.attention_importances(*inputs, distance_norm=2)))
+        yield ops.part_proximity(state, state * 2, backend=backend)
+        yield ops.component_proximity(outputs, state, backend=backend)
+        for name in NAMES:
+            yield from tensors(getattr(torch.ops.flowroutes, name)(**arguments[name], backend=backend))
+
+    wanted = [*everything()]
+    for tensor in arguments["attention_layer"].values():
+        if what == "grad" and isinstance(tensor, torch.Tensor):
+            tensor.requires_grad_()
+    if before:
+        before()
+    with inside():
+        found = [*everything()]
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        torch.testing.assert_close(a.detach(), b, rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_computed_in_float32(name, dtype, backend):
+    good = registered(name)
+    half = {k: t.to(dtype) if isinstance(t, torch.Tensor) else t for k, t in good.items()}
+    exact = {k: t.double() if isinstance(t, torch.Tensor) else t for k, t in half.items()}
+    call = getattr(torch.ops.flowroutes, name)
+    for found, wanted in zip(tensors(call(**half, backend=backend)), tensors(call(**exact, backend="reference")), strict=True):
+        if found.is_floating_point():
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_without_numbers_are_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for name in ("meta", "fake"):
+        with FakeTensorMode() if name == "fake" else contextlib.nullcontext():
+            whole = torch.zeros(3, 4, device="meta" if name == "meta" else "cpu")
+            inputs = [torch.zeros(t.shape, device=whole.device) for t in case(0, 1, 5, 4, 2, 8, 16)]
+        for call in (lambda: ops.part_proximity(whole, whole), lambda: ops.component_proximity(whole[:, None], whole)):  # noqa: B023
+            with pytest.raises(ValueError, match=f"a {name} tensor"):
+                call()
+        with pytest.raises(ValueError, match=f"a {name} tensor"):
+            ops.attention_importances(*inputs)
+
+
+def test_a_backend_runs_what_was_asked_or_refuses(monkeypatch):
+    monkeypatch.setitem(ops._MISSING, "triton", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    outputs, state = components()
+    with pytest.raises(ValueError, match="'triton' takes tensors on a CUDA device, not on cpu"):
+        ops.part_proximity(state, state, backend="triton")
+    with pytest.raises(ValueError, match="'triton' takes tensors on a CUDA device, not on cpu"):
+        ops.component_proximity(outputs, state, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="'triton' has no kernel for a stored pattern"):
+        ops.attention_importances(*case(3, 1, 9, 4, 2, 8, 16), backend="triton")
+
+
+def test_cuda_without_triton_is_not_available(monkeypatch):
+    monkeypatch.setattr("flowroutes_fast.cuda.missing", lambda: None)
+    monkeypatch.setattr(ops, "_triton_missing", lambda: "triton cannot be imported")
+    assert ops.backend_status()["cuda"] == "its bounds are Triton's: triton cannot be imported"
