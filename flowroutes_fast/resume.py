@@ -138,8 +138,8 @@ class Store:
 
     def write(self, layer: int, results: list[LayerImportances | None], extras: int) -> None:
         """Keep one finished layer; the states behind it are there already."""
-        for file, state in self.files.items():
-            if not file.exists() or state_of(file) != state:
+        for file, then in self.files.items():
+            if not file.exists() or state_of(file) != then:
                 raise ValueError(f"'{file}' changed while the run went through it: {START_AGAIN}")
         tensors: dict[str, Tensor] = {}
         plain: list[Any] = []
@@ -349,7 +349,7 @@ def _digest_of(tensor: Tensor) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _digest_of_text(value: Any) -> str:
