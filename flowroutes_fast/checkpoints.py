@@ -246,8 +246,8 @@ class SafetensorsSource:
             check_size(place.file, self.sizes[place.file])
             with safe_open(place.file, framework="pt") as file:
                 return file.get_tensor(place.tensor)
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"{name} cannot be read from shard '{place.file.name}' of {self.label}: {error}") from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise OSError(f"{name} cannot be read from shard '{place.file.name}' of {self.label}: {said(error)}") from error
 
 
 class LoadedSource:
@@ -268,8 +268,8 @@ class LoadedSource:
 
         try:
             return self.weights[name]
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"{name} of {self.label} cannot be read: {error}") from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise OSError(f"{name} of '{self.label}' cannot be read: {said(error)}") from error
 
 
 class GgufSource:

@@ -172,12 +172,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def temporary_folder(prefix: str) -> tuple[Path, Callable[[], None]]:
     """A folder of this process below the system's temporary one, and what removes it. Those that killed processes left go now."""
     try:
-        above = Path(tempfile.gettempdir())
-        for left in above.glob(f"{prefix}*/{LOCK}"):
+        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
             with suppress(OSError):
-                if (lock := _locked(left)) is not None:
-                    remove(left.parent)
-                    lock.release()
+                if not (left / LOCK).exists():
+                    left.rmdir()  # if it is empty
+                elif (theirs := _locked(left / LOCK)) is not None:
+                    _emptied(left)
+                    theirs.release()
         folder = Path(tempfile.mkdtemp(prefix=prefix))
     except OSError as error:
         raise OSError(f"cannot work in the temporary folder '{tempfile.gettempdir()}': {said(error)}") from error
@@ -188,10 +189,21 @@ def temporary_folder(prefix: str) -> tuple[Path, Callable[[], None]]:
         raise
 
     def finish() -> None:
-        remove(folder)
+        _emptied(folder)
         lock.release()
 
     return folder, finish
+
+
+def _emptied(folder: Path) -> None:
+    """Remove a claimed folder, its lock last: what cannot be removed now still says whose it is."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir():
+                remove(path)
+            elif path.name != LOCK:
+                path.unlink(missing_ok=True)
+        remove(folder)
 
 
 def state_of(file: Path) -> tuple[int, int, int, int, int]:

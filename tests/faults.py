@@ -115,14 +115,19 @@ def every_fault(scenario: str, folder: Path, faults: Any = tuple(FAULTS), argume
     }
     command = [sys.executable, __file__, scenario, str(folder), ",".join(faults), str(library()), argument]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+        done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        try:
+            stdout, stderr = done.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, SIGKILL)  # and all that it forked
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    outcomes = [Outcome(**json.loads(line[9:])) for line in done.stdout.splitlines() if line.startswith("@outcome ")]
+    outcomes = [Outcome(**json.loads(line[9:])) for line in stdout.splitlines() if line.startswith("@outcome ")]
     problems = [o for o in outcomes if o.problem]
     shown = "\n\n".join(f"{o.fault} at operation {o.number}, {o.operation}:\n{o.problem}" for o in problems[:5])
     assert not problems, f"{len(problems)} of {len(outcomes)} faults\n{shown}"
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert done.returncode == 0, stdout[-3000:] + stderr[-5000:]
     assert {o.fault for o in outcomes} == {*faults}, "no operation was hit: does the run work below the folder, by absolute paths?"
     return outcomes
 

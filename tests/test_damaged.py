@@ -245,7 +245,7 @@ def test_a_gguf_file_is_known_by_its_content(gguf, tmp_path, own_cache):
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "no contents", "half"])
 def test_a_damaged_copy_is_made_again(gguf, own_cache, damage, monkeypatch):
-    expected = fr.load(gguf)[0].state_dict()
+    expected = {name: weight.clone() for name, weight in fr.load(gguf)[0].state_dict().items()}  # not mapped
     (folder,) = (p for p in (own_cache / "models").iterdir() if not p.name.startswith("."))
     weights = folder / "model.safetensors"
     raw = bytearray(weights.read_bytes())

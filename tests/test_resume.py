@@ -1,9 +1,12 @@
 """Runs that go on: nothing lost under any fault, nothing mixed with another run's, and what is finished stays until it is removed."""
 
+import gc
 import json
 import os
 import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from faults import Scenario, every_fault, one_sentence
 
 import flowroutes_fast as fr
 from flowroutes_fast import by_layer, files, resume
+from flowroutes_fast.streaming import stream_of
 
 IDS = [3, 14, 15, 92, 65]
 PROMPTS = [IDS, [9, 8]]
@@ -50,8 +54,48 @@ class Resuming(Scenario):
         assert [p.name for p in folder.iterdir()] == ["thesis.txt"]
 
 
+class Streaming(Scenario):
+    """A streamed model (``qwen3_moe``: converted into a temporary folder), whose states wait in files."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def prepare(self):
+        self.saved = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        make(self.kind, num_hidden_layers=2).save_pretrained(self.saved)
+        self.expected = bits(self.traced(self.saved))
+
+    def traced(self, where):
+        model, _ = fr.open_streaming(where)
+        stream_of(model).budget = stream_of(model).weights
+        return fr.trace(model, None, [IDS])
+
+    def start(self, folder):
+        shutil.copytree(self.saved, folder / "model")
+        (folder / "tmp").mkdir()
+        tempfile.tempdir = str(folder / "tmp")
+
+    def run(self, folder):
+        assert bits(self.traced(folder / "model")) == self.expected
+
+    def check(self, folder, outcome):
+        one_sentence(outcome, "OSError", "ValueError", "FileNotFoundError")
+        tempfile.tempdir = str(folder / "tmp")
+        assert bits(self.traced(folder / "model")) == self.expected
+        gc.collect()
+        assert not list((folder / "tmp").iterdir())
+        for file in self.saved.iterdir():
+            assert (folder / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "faults"), [("llama", ("ENOSPC", "EIO", "kill")), ("qwen3_moe", ("kill",))])
+def test_every_fault_of_streaming(kind, faults, tmp_path):
+    found = every_fault("test_resume:Streaming", tmp_path, faults, kind)
+    assert {"open", "write", "rename", "mkdir"} <= {o.operation.split()[0] for o in found}
+
+
 def test_every_fault_of_a_run_that_can_go_on(tmp_path):
-    found = every_fault("test_resume:Resuming", tmp_path)
+    found = every_fault("test_resume:Resuming", tmp_path, ("ENOSPC", "EIO", "kill"))
     assert {"open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir", "lock"} <= {o.operation.split()[0] for o in found}
 
 
