@@ -249,7 +249,10 @@ def _converted(gguf: Path) -> Path:
 def description_of(gguf: Path) -> Path:
     """Folder with a GGUF file's config and tokenizer, made on first use: reading them from the file takes twenty seconds."""
     head = gguf_head(gguf)
-    return _made(gguf, cache_folder() / "models" / f"{gguf.stem}-{head.digest[:16]}-description", 10**8, _describe)
+    folder = cache_folder() / "models" / f"{gguf.stem}-{head.digest[:16]}-description"
+    if not _is_whole(folder) and (copy := copy_of(gguf)) is not None:
+        return copy
+    return _made(gguf, folder, 10**8, _describe)
 
 
 def _made(gguf: Path, folder: Path, need: int, make: Callable[[Path, Path], None]) -> Path:
