@@ -19,7 +19,7 @@ from torch import nn
 
 from flowroutes_fast.certify import CAPACITY, MEASURES
 from flowroutes_fast.layer import FEW_KEYS, Options
-from flowroutes_fast.load import DEMO, DEMO_NAME, _quiet, cache_folder, demo_file
+from flowroutes_fast.load import DEMO, DEMO_NAME, _quiet, config_of, copy_of, demo_file, gguf_file, gguf_head, model_folder, named
 from flowroutes_fast.models.families import blocks_of, context_length, family_of
 from flowroutes_fast.ops import BACKENDS, choose_backend
 
@@ -377,21 +377,24 @@ def _opened(model: Any) -> tuple[Any, str, torch.dtype | None]:
         options: dict[str, Any] = {}
         source = label = os.fspath(model)
         if label == DEMO or label.endswith(".gguf"):
-            file = demo_file() if label == DEMO else Path(label)
-            if not file.is_file():
-                raise FileNotFoundError(f"no GGUF file at '{label}'")
-            copies = sorted((cache_folder() / "models").glob(f"{file.stem}-*/config.json"))  # made by load(); read much faster
-            source, options = (str(copies[0].parent), {}) if copies else (str(file.parent), {"gguf_file": file.name})
+            file = demo_file() if label == DEMO else gguf_file(label)
+            gguf_head(file)
+            copy = copy_of(file)  # made by load(); read much faster
+            source, options = (str(copy), {}) if copy is not None else (str(file.parent), {"gguf_file": file.name})
             label = DEMO_NAME if label == DEMO else file.stem
         elif Path(label).is_dir():
-            if not (Path(label) / "config.json").is_file():
-                raise FileNotFoundError(f"folder '{label}' holds no model: config.json is missing")
+            model_folder(label)
         elif label.startswith(("/", "./", "../", "~")) or label.count("/") > 1:
             raise FileNotFoundError(f"no folder or file at '{label}'")
         try:
-            with _quiet():
-                config = AutoConfig.from_pretrained(source, **options)
+            if Path(source).is_dir() and not options:
+                config = config_of(Path(source))
+            else:
+                with _quiet():
+                    config = AutoConfig.from_pretrained(source, **options)
         except OSError as error:
+            if Path(source).is_dir():
+                raise
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileNotFoundError(
                 f"model '{label}' cannot be opened: {first.rstrip('.')}. Give 'demo', a local folder, a .gguf file or a hub id"
@@ -400,7 +403,7 @@ def _opened(model: Any) -> tuple[Any, str, torch.dtype | None]:
             wanted = getattr(config, "dtype", None)
     else:
         raise TypeError(f"model must be a transformers model, a config or a name, got {type(model).__name__}")
-    with torch.device("meta"):
+    with torch.device("meta"), named(f"the config of '{label}'"):
         return AutoModelForCausalLM.from_config(config), label, _dtype(wanted)
 
 

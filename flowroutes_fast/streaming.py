@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import weakref
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,22 @@ from torch import nn
 from flowroutes_fast.checkpoints import GgufSource, LoadedSource, SafetensorsSource, Source, tensor_places
 from flowroutes_fast.estimate import available_device_memory, available_memory
 from flowroutes_fast.feed import Feed, plan
-from flowroutes_fast.load import DEMO, DEMO_NAME, _converted, _quiet, demo_file, description_of
+from flowroutes_fast.files import said, temporary_folder
+from flowroutes_fast.load import (
+    CONFIG,
+    DEMO,
+    DEMO_NAME,
+    _converted,
+    _quiet,
+    config_of,
+    demo_file,
+    description_of,
+    gguf_file,
+    model_folder,
+    named,
+    open_weights,
+    tokenizer_of,
+)
 from flowroutes_fast.models.families import blocks_of
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -67,8 +81,9 @@ def open_streaming(
         (transformers model, tokenizer; None if the folder has none). Temporary files, if any, go when the model does.
 
     Raises:
-        FileNotFoundError: no such folder, a shard that the index names is missing. ValueError: weights that are not safetensors, a damaged shard,
-            a family that is not known, an index that names a tensor no shard holds. MemoryError: the largest module does not fit.
+        FileNotFoundError: no such folder, a shard that the index names is missing. ValueError: weights that are not safetensors, a damaged file,
+            a family that is not known, an index that names a tensor no shard holds. OSError: a file that cannot be read. MemoryError: the
+            largest module does not fit. All name the file or the folder in one sentence.
     """
     where = torch.device(device)
     if where.type not in ("cpu", "cuda"):
@@ -111,25 +126,20 @@ def _open(name: str | os.PathLike[str], dtype: Any) -> tuple[Any, Any, Source, s
     """An empty model, its tokenizer, where its weights come from, its name, and what to call when it goes."""
     text = os.fspath(name)
     if text == DEMO or text.endswith(".gguf"):
-        file, label = (demo_file(), DEMO_NAME) if text == DEMO else (Path(text), Path(text).stem)
-        if not file.is_file():
-            raise FileNotFoundError(f"no GGUF file at '{text}'")
+        file, label = (demo_file(), DEMO_NAME) if text == DEMO else (gguf_file(text), Path(text).stem)
         opened = _from_gguf(file, label, dtype)
         if opened is not None:
             return opened
         folder = _converted(file)
     else:
         folder, label = _folder(text)
-    from transformers import AutoConfig, AutoTokenizer
-
     places = tensor_places(folder)
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder) if any(next(folder.glob(name), None) for name in TOKENIZERS) else None
-        config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
+    tokenizer = tokenizer_of(folder) if any(next(folder.glob(name), None) for name in TOKENIZERS) else None
     if getattr(config, "quantization_config", None) is None:
-        model = _empty(config, dtype)
-        named = dict(model.named_parameters())
-        if all(n in places and places[n].shape == tuple(p.shape) for n, p in named.items()):
+        with named(f"'{folder / CONFIG}'"):
+            model = _empty(config, dtype)
+        if all(n in places and places[n].shape == tuple(p.shape) for n, p in model.named_parameters()):
             return model, tokenizer, SafetensorsSource(places, label), label, _nothing
     return _by_transformers(folder, tokenizer, places, label, dtype)
 
@@ -152,16 +162,17 @@ def _empty(config: Any, dtype: Any) -> Any:
 
 def _from_gguf(file: Path, label: str, dtype: Any) -> tuple[Any, Any, Source, str, Any] | None:
     """None if transformers cannot map this file tensor by tensor."""
-    from transformers import AutoConfig, AutoTokenizer
-
+    folder = description_of(file)
+    tokenizer, config = tokenizer_of(folder), config_of(folder)
     try:
-        folder = description_of(file)
         with _quiet():
-            model = _empty(AutoConfig.from_pretrained(folder), dtype)
+            model = _empty(config, dtype)
             source = GgufSource(file, model, label)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ImportError, AttributeError, NotImplementedError, KeyError):
         return None
+    except Exception as error:
+        with named(f"'{file}'"):
+            raise error
     parameters = dict(model.named_parameters())
     if any(n not in source or math.prod(source.places[n].shape) != p.numel() for n, p in parameters.items()):
         return None
@@ -171,21 +182,15 @@ def _from_gguf(file: Path, label: str, dtype: Any) -> tuple[Any, Any, Source, st
 def _by_transformers(folder: Path, tokenizer: Any, places: Any, label: str, dtype: Any) -> tuple[Any, Any, Source, str, Any]:
     """Checkpoints whose tensors transformers renames or merges: opened by it; what it converts goes into a temporary folder."""
     from accelerate.hooks import remove_hook_from_submodules
-    from transformers import AutoModelForCausalLM
 
-    offload = Path(tempfile.mkdtemp(prefix="flowroutes-offload-"))
-
-    def finish() -> None:
-        shutil.rmtree(offload, ignore_errors=True)
-
+    offload, finish = temporary_folder("flowroutes-offload-")
     try:
         need, free = sum(p.count for p in places.values()), shutil.disk_usage(offload).free
         if need > free:
             raise OSError(
                 f"opening {label} needs up to {need / 1e9:.1f} GB in '{offload.parent}' for converted weights, {free / 1e9:.1f} GB are free"
             )
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=offload, dtype="auto")
+        model = open_weights(folder, f"'{folder}'", device_map={"": "disk"}, offload_folder=offload, dtype="auto")
         hooks = [getattr(m, "_hf_hook", None) for m in model.modules()]
         maps = [h.weights_map for hook in hooks for h in getattr(hook, "hooks", [hook]) if getattr(h, "weights_map", None) is not None]
         weights = getattr(maps[0], "dataset", maps[0])
@@ -261,14 +266,13 @@ def _attach(model: Any, feed: Feed, device: torch.device) -> None:
 
 def _folder(text: str) -> tuple[Path, str]:
     if Path(text).is_dir():
-        if not (Path(text) / "config.json").is_file():
-            raise FileNotFoundError(f"folder '{text}' holds no model: config.json is missing")
-        return Path(text), Path(text).resolve().name
+        return model_folder(text), Path(text).resolve().name
     if text.startswith(("/", "./", "../", "~")) or text.count("/") > 1:
         raise FileNotFoundError(f"no folder or file at '{text}'")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])), text
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model '{text}' cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
+        here = snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except Exception as error:
+        raise FileNotFoundError(f"model '{text}' cannot be fetched from the hub: {said(error)}") from error
+    return model_folder(here), text
