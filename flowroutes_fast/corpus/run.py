@@ -31,19 +31,18 @@ from flowroutes_fast.corpus.state import (
     Progress,
     Settings,
     State,
-    Stored,
     read_state,
     read_sums,
     software,
-    stored,
     text_of,
+    write_sums,
 )  # fmt: skip
-from flowroutes_fast.corpus.statistics import ARRAYS, COUNTS, Statistics, observe
+from flowroutes_fast.corpus.statistics import Statistics, observe
 from flowroutes_fast.corpus.tables import write_table as _write_table
 from flowroutes_fast.corpus.texts import Skipped, Text, read_texts, rereadable
 from flowroutes_fast.corpus.words import words
 from flowroutes_fast.errors import DamagedFile
-from flowroutes_fast.files import LOCK, claim, write_atomically, write_text
+from flowroutes_fast.files import LOCK, claim, write_text
 from flowroutes_fast.identity import config_digest, tokenizer_digest, weights_digest
 from flowroutes_fast.models.families import blocks_of, context_length, text_config
 from flowroutes_fast.trace import trace
@@ -459,7 +458,7 @@ class Folder:
         p.digest, p.skipped = window.digest, window.skipped
         p.windows, p.texts = p.windows + 1, p.texts + window.texts
         if self.sums:
-            files[f"{SUMS}.{p.windows}"] = self._write_sums(self.path / f"{SUMS}.{p.windows}")
+            files[f"{SUMS}.{p.windows}"] = write_sums(self.path / f"{SUMS}.{p.windows}", self.sums)
         self.state.files = files
         self._write_state()
         _remove(self.path / before)
@@ -469,20 +468,6 @@ class Folder:
         self.progress.finished, self.state.texts = True, self.progress.texts
         self.progress.skipped = dict(skipped.counts) | {k: v for k, v in known.items() if k == NO_TOKENS}
         self._write_state()
-
-    def _write_sums(self, path: Path) -> Stored:
-        from safetensors.numpy import save_file
-
-        names, found = sorted(self.sums), []
-        tensors = {f"{n}.{key}": np.ascontiguousarray(getattr(self.sums[d], key)) for n, d in enumerate(names) for key in ARRAYS}
-        counts = {d: {key: getattr(self.sums[d], key) for key in COUNTS} for d in names}
-
-        def write(temporary: Path) -> None:
-            save_file(tensors, temporary, {"counts": json.dumps(counts)})
-            found.append(stored(temporary, len(names)))
-
-        write_atomically(path, write)
-        return found[0]
 
     def _write_state(self) -> None:
         if (here := software()) not in self.state.software[-1:]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from flowroutes_fast.corpus.statistics import ARRAYS, COUNTS, Statistics
 from flowroutes_fast.errors import DamagedFile
+from flowroutes_fast.files import write_atomically
 
 FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 2
 STATE, SUMS = "run.json", "statistics.safetensors"
@@ -103,15 +104,10 @@ def software() -> dict[str, str]:
     return {"flowroutes_fast": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
-def stored(path: Path, rows: int) -> Stored:
-    """What a file that was just written is."""
-    found = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-            size += len(part)
-    return Stored(size, rows, found.hexdigest())
+def write_bytes(path: Path, raw: bytes, rows: int) -> Stored:
+    """Write a file of a run, in one piece: libraries that write files themselves leave theirs behind when they are killed."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(raw))
+    return Stored(len(raw), rows, hashlib.sha256(raw).hexdigest())
 
 
 def read_bytes(path: Path, known: Stored | None) -> bytes:
@@ -242,6 +238,16 @@ def _check_whole(state: State) -> None:
     _need(rows["texts"] == p.rows, f"files: {rows['texts']} rows of texts, progress has {p.rows}")
     _need(rows["positions"] == (p.tokens if state.settings["positions"] else 0), f"files: {rows['positions']} positions, {p.tokens} tokens")
     _need(not p.windows or f"{SUMS}.{p.windows}" in files or not p.rows, f"files: {SUMS}.{p.windows} is missing")
+
+
+def write_sums(path: Path, sums: dict[str, Statistics]) -> Stored:
+    """Write the running sums of every domain."""
+    from safetensors.numpy import save
+
+    names = sorted(sums)
+    tensors = {f"{n}.{key}": np.ascontiguousarray(getattr(sums[d], key)) for n, d in enumerate(names) for key in ARRAYS}
+    counts = {d: {key: getattr(sums[d], key) for key in COUNTS} for d in names}
+    return write_bytes(path, save(tensors, {"counts": json.dumps(counts)}), len(names))
 
 
 def read_sums(folder: Path, state: State) -> dict[str, Statistics]:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowroutes_fast.corpus.state import SLACK, State, Stored, read_bytes, stored
+from flowroutes_fast.corpus.state import SLACK, State, Stored, read_bytes, write_bytes
 from flowroutes_fast.errors import DamagedFile
-from flowroutes_fast.files import write_atomically
 from flowroutes_fast.routes import KINDS
 
 LARGEST = 2**31 - 1
@@ -54,17 +53,9 @@ def write_table(path: Path, table: pd.DataFrame) -> Stored:
             columns[str(name)] = pa.FixedSizeListArray.from_arrays(flat, len(first))
         else:
             columns[str(name)] = pa.array(table[name])
-    found: list[Stored] = []
-
-    def write(temporary: Path) -> None:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
-        found.append(stored(temporary, len(table)))
-
-    try:
-        write_atomically(path, write)
-    except pa.ArrowException as error:
-        raise OSError(f"cannot write '{path}': {error}") from error
-    return found[0]
+    raw = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), raw, compression="zstd")
+    return write_bytes(path, raw.getvalue().to_pybytes(), len(table))
 
 
 def read_table(path: Path, name: str, state: State, columns: Sequence[str] | None = None) -> pd.DataFrame:
