@@ -6,30 +6,21 @@ called with (masks, rotary angles); then block by block with the real states; la
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowroutes_fast.capture import Layer, forward_options, prepared, watched
-from flowroutes_fast.certify import Counts
 from flowroutes_fast.feed import Feed
-from flowroutes_fast.files import LOCK, claim, write_atomically, write_text
 from flowroutes_fast.layer import LayerImportances
 from flowroutes_fast.models.families import Block, blocks_of
-from flowroutes_fast.neurons import NeuronImportances
+from flowroutes_fast.resume import States, Store, identity_of
 
-FORMAT = 1
-STATE = "run.json"
+__all__ = ["Store", "identity_of", "run"]
 Importances = Callable[[int, Layer], "LayerImportances | None"]
 
 
@@ -66,171 +57,6 @@ def group_of(prompts: list[list[int]], members: list[int], device: torch.device)
     return Group(members, ids, mask if len(set(lengths)) > 1 else None, lengths)
 
 
-class States:
-    """Residual states of the groups between two layers: in memory up to a budget, beyond it (or for a run that can go on) in files."""
-
-    def __init__(self, folder: Path | None, budget: float) -> None:
-        self.folder, self.budget = folder, budget
-        self.kept: dict[tuple[int, int], Tensor] = {}
-        self.own: Path | None = None
-        self.spilled = 0  # bytes written because memory was short
-
-    def put(self, layer: int, group: int, state: Tensor) -> None:
-        fits = sum(t.nbytes for t in self.kept.values()) + state.nbytes <= self.budget
-        if fits:
-            self.kept[layer, group] = state
-        if self.folder is not None or not fits:
-            _save(self._file(layer, group), {"state": state.contiguous().cpu()})
-            self.spilled += 0 if fits else state.nbytes
-
-    def get(self, layer: int, group: int, device: torch.device) -> Tensor:
-        if (layer, group) in self.kept:
-            return self.kept[layer, group]
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(self._file(layer, group), device=str(device))["state"]
-        except (SafetensorError, OSError, KeyError) as error:
-            raise ValueError(f"the state of layer {layer} in '{self._file(layer, group)}' is damaged: {error}; start again") from error
-
-    def drop(self, layer: int, groups: int) -> None:
-        for group in range(groups):
-            self.kept.pop((layer, group), None)
-            if self.folder is not None or self.own is not None:
-                self._file(layer, group).unlink(missing_ok=True)
-
-    def _file(self, layer: int, group: int) -> Path:
-        if self.folder is None and self.own is None:
-            self.own = Path(tempfile.mkdtemp(prefix="flowroutes-states-"))
-        return (self.folder or self.own) / f"state-{layer:03d}-{group:04d}.safetensors"  # type: ignore[operator]
-
-    def close(self) -> None:
-        self.kept.clear()
-        if self.own is not None:
-            shutil.rmtree(self.own, ignore_errors=True)
-
-
-class Store:
-    """Finished layers in a folder, so that a killed run goes on from the last one. One process at a time; removed by :meth:`finish`."""
-
-    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
-        self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
-        self.made = not self.folder.exists()
-        self.lock = claim(self.folder)
-        try:
-            self._open()
-        except BaseException:
-            self.lock.release()
-            raise
-
-    def _open(self) -> None:
-        self.finished, self.extras = 0, -1
-        state = self.folder / STATE
-        if not state.is_file():
-            others = [p.name for p in self.folder.iterdir() if p.name != LOCK and not p.name.startswith((".", "state-", "layer-"))]
-            if others:
-                raise ValueError(f"'{self.folder}' holds other files ({others[0]}): give an empty or a new folder")
-            return
-        try:
-            read = json.loads(state.read_text(encoding="utf-8"))
-            before, self.finished, self.extras = read["identity"], int(read["finished"]), int(read["extras"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"'{state}' is damaged: {error}; remove the folder to start again") from error
-        differing = sorted(k for k in {*before, *self.identity} if before.get(k) != self.identity.get(k))
-        if differing:
-            raise ValueError(
-                f"'{self.folder}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again"
-            )
-
-    def write(self, layer: int, results: list[LayerImportances | None], extras: int) -> None:
-        """Keep one finished layer; the states behind it are there already."""
-        tensors: dict[str, Tensor] = {}
-        plain: list[Any] = []
-        for prompt, result in enumerate(results):
-            if result is None:
-                plain.append(None)
-                continue
-            for name, value in _tensors_of(result):
-                tensors[f"{prompt}.{name}"] = value.detach().cpu().contiguous().clone()
-            plain.append({"shape": result.shape, "counts": asdict(result.counts)})
-        _save(self.folder / f"layer-{layer:03d}.safetensors", tensors, {"prompts": json.dumps(plain)})
-        self.finished, self.extras = layer + 1, extras
-        write_text(self.folder / STATE, json.dumps({"identity": self.identity, "finished": self.finished, "extras": extras}))
-
-    def read(self, layer: int) -> list[LayerImportances | None]:
-        """The results of a finished layer, per prompt."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / f"layer-{layer:03d}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                plain = json.loads(file.metadata()["prompts"])
-            return [None if known is None else _result(prompt, known, tensors) for prompt, known in enumerate(plain)]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"'{path}' is damaged: {error}; remove the folder to start again") from error
-
-    def finish(self) -> None:
-        """Remove what was kept: the run is done."""
-        for path in (*self.folder.glob("layer-*.safetensors"), *self.folder.glob("state-*.safetensors"), self.folder / STATE):
-            path.unlink(missing_ok=True)
-        self.close()
-        with suppress(OSError):
-            (self.folder / LOCK).unlink(missing_ok=True)
-            if self.made or not any(self.folder.iterdir()):
-                self.folder.rmdir()
-
-    def close(self) -> None:
-        self.lock.release()
-
-
-def identity_of(model: nn.Module, prompts: list[list[int]], feed: Feed | None, **settings: Any) -> dict[str, Any]:
-    """What makes two runs the same."""
-    if feed is not None:
-        files = sorted({place.file for place in feed.source.places.values()})
-        weights: list[tuple[Any, ...]] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    else:  # a few numbers of every tensor
-        weights = [(n, p.detach().flatten()[:: max(1, p.numel() // 16)].double().cpu().tolist()) for n, p in model.named_parameters()]
-    return {
-        "format": FORMAT,
-        "model": str(model.config.model_type),  # type: ignore[union-attr]
-        "weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        **{name: str(value) for name, value in settings.items()},
-    }
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    except SafetensorError as error:
-        raise OSError(f"cannot write '{path}' ({sum(t.nbytes for t in tensors.values()) / 1e6:.0f} MB): {error}") from error
-
-
-def _tensors_of(result: LayerImportances) -> Iterator[tuple[str, Tensor]]:
-    for entry in fields(result):
-        value = getattr(result, entry.name)
-        if entry.name == "edges":
-            yield from (("edges index", value[0]), ("edges value", value[1]))
-        elif isinstance(value, NeuronImportances):
-            yield from ((f"neurons {f.name}", getattr(value, f.name)) for f in fields(value))
-        elif isinstance(value, Tensor):
-            yield entry.name, value
-
-
-def _result(prompt: int, known: dict[str, Any], tensors: dict[str, Tensor]) -> LayerImportances:
-    own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{prompt}.")}
-    edges = (own.pop("edges index"), own.pop("edges value"))
-    neurons = {name.removeprefix("neurons "): own.pop(name) for name in list(own) if name.startswith("neurons ")}
-    split = NeuronImportances(**neurons) if neurons else None
-    dense = own.pop("dense", None)
-    return LayerImportances(shape=known["shape"], counts=Counts(**known["counts"]), edges=edges, neurons=split, dense=dense, **own)
-
-
 def run(
     model: nn.Module,
     prompts: list[list[int]],
@@ -259,7 +85,7 @@ def run(
     blocks = blocks_of(model)
     found: list[list[LayerImportances]] = [[] for _ in prompts]
     together = [group_of(prompts, members, device) for members in groups]
-    states = States(store.folder if store else None, budget)
+    states = States(store.folder if store else None, budget, store.run if store else "")
     done = store.finished if store else 0
 
     def keep(results: list[LayerImportances | None]) -> None:

@@ -37,6 +37,7 @@ class Source(Protocol):
     label: str
     costly: bool  # does read() compute, beside reading?
     places: Places  # empty where unknown
+    files: list[Path]  # all of the checkpoint
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -98,7 +99,8 @@ class SafetensorsSource:
 
     def __init__(self, places: Places, label: str) -> None:
         self.places, self.label = places, label
-        self.sizes = {place.file: place.file.stat().st_size for place in places.values()}
+        self.files = sorted({place.file for place in places.values()})
+        self.sizes = {file: file.stat().st_size for file in self.files}
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
@@ -122,6 +124,7 @@ class LoadedSource:
 
     def __init__(self, weights: Mapping[str, Tensor], places: Places, label: str) -> None:
         self.weights, self.label = weights, label
+        self.files = sorted({place.file for place in places.values()})
         self.places = {name: place for name, place in places.items() if name in weights}
 
     def __contains__(self, name: str) -> bool:
@@ -148,7 +151,7 @@ class GgufSource:
         from gguf import GGUFReader
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, read_field
 
-        self.label, self.path, self.size = label, path, path.stat().st_size
+        self.label, self.path, self.size, self.files = label, path, path.stat().st_size, [path]
         reader = GGUFReader(path)
         architecture = read_field(reader, "general.architecture")[0]
         self.mapped = getattr(reader.data, "_mmap", None)

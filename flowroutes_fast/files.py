@@ -1,57 +1,158 @@
-"""Writing files so that none is ever half-written."""
+"""Writing files so that none is ever half-written, and knowing files by their content."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import re
+import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 LOCK = ".lock"
+_PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
+PIECE = 2**25  # bytes that a thread hashes at a time
+SETTLED = 2.0  # seconds after which a later change of a file shows in its times
+REMEMBERED = 2**26  # bytes from which a file's digest is kept on disk
+_digests: dict[str, str] = {}
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Call ``write`` with a temporary name in the same folder, then rename; an interruption leaves nothing behind.
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object], *, durable: bool = True) -> Path:
+    """Call ``write`` with a name in a folder of its own beside the target, then rename; an interruption leaves nothing under ``path``.
 
-    Raises ``OSError`` with the file's name when it cannot be written, for a full disk say.
+    ``durable``: its bytes are on the disk before it has its name, and the name before this returns. What a killed process leaves goes at
+    the next :func:`claim` of the folder. Raises ``OSError`` with the file's name when it cannot be written, for a full disk say.
     """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".partial"))
     except OSError as error:
-        raise OSError(f"cannot write into folder '{target.parent}': {error.strerror or error}") from error
-    os.close(handle)
-    temporary = Path(name)
+        raise OSError(f"cannot write into folder '{target.parent}': {said(error)}") from error
     try:
+        temporary = folder / target.name
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # with the mode that the umask leaves
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(mode)  # a library may have renamed a file of its own over it
+        if durable:
+            flush(temporary)
         temporary.replace(target)
+        if durable:
+            flush(target.parent)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}") from error
+        raise OSError(f"cannot write '{target}': {said(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(folder)
     return target
 
 
-def claim(folder: Path) -> Any:
-    """Make a run's folder and lock it for this process; ``.release()`` gives it back. ``ValueError`` if another process has it."""
-    from filelock import FileLock, Timeout
+def remove(folder: Path) -> None:
+    """A folder and all in it, as far as it can be removed."""
+    with suppress(OSError):
+        shutil.rmtree(folder, ignore_errors=True)
 
+
+def said(error: BaseException) -> str:
+    """What an exception says, in one line, without a number in front."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return text if isinstance(text, str) and text else type(error).__name__
+
+
+def flush(path: Path) -> None:
+    """A file's bytes, or a folder's names, are on the disk when this returns (where the system can say so of folders)."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without
+            raise
+    finally:
+        os.close(handle)
+
+
+class Lock:
+    """A folder's lock file, held by one process at a time; ``acquire()`` says whether it was free."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.handle = path, -1
+
+    def acquire(self) -> bool:
+        import fcntl
+
+        while True:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._named(handle):
+                    self.handle = handle
+                    return True
+            except BlockingIOError:
+                return False
+            finally:
+                if self.handle != handle:
+                    os.close(handle)
+
+    def _named(self, handle: int) -> bool:
+        """Has the file still its name? One that was removed meanwhile locks nothing."""
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            with suppress(OSError):
+                os.close(handle)
+
+
+def claim(folder: Path) -> Any:
+    """Make a run's folder and lock it for this process; ``.release()`` gives it back. ``ValueError`` if another process has it.
+
+    What killed processes left half-written in it is removed.
+    """
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is working in '{folder}'") from None
+        lock = _locked(folder / LOCK)
+        if lock is None:
+            raise ValueError(f"another process is working in '{folder}'")
+        for left in folder.iterdir():
+            if _PARTIAL.fullmatch(left.name):
+                remove(left)
+        return lock
     except OSError as error:
-        raise OSError(f"cannot work in folder '{folder}': {error.strerror or error}") from error
-    return lock
+        if lock is not None:
+            lock.release()
+        raise OSError(f"cannot work in folder '{folder}': {said(error)}") from error
+
+
+def _locked(path: Path) -> Any:
+    """The lock, held; None if another process has it."""
+    if os.name == "posix":
+        mine = Lock(path)
+        return mine if mine.acquire() else None
+    from filelock import FileLock, Timeout  # an open file keeps its name there
+
+    theirs = FileLock(path)
+    try:
+        theirs.acquire(timeout=0)
+    except Timeout:
+        return None
+    return theirs
 
 
 def check_writable(folder: Path) -> None:
@@ -61,8 +162,86 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"cannot write into folder '{folder}': {error.strerror or error}") from error
+        raise OSError(f"cannot write into folder '{folder}': {said(error)}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def temporary_folder(prefix: str) -> tuple[Path, Callable[[], None]]:
+    """A folder of this process below the system's temporary one, and what removes it. Those that killed processes left go now."""
+    try:
+        above = Path(tempfile.gettempdir())
+        for left in above.glob(f"{prefix}*/{LOCK}"):
+            with suppress(OSError):
+                if (lock := _locked(left)) is not None:
+                    remove(left.parent)
+                    lock.release()
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:
+        raise OSError(f"cannot work in the temporary folder '{tempfile.gettempdir()}': {said(error)}") from error
+    try:
+        lock = claim(folder)
+    except BaseException:
+        remove(folder)
+        raise
+
+    def finish() -> None:
+        remove(folder)
+        lock.release()
+
+    return folder, finish
+
+
+def state_of(file: Path) -> tuple[int, int, int, int, int]:
+    """(device, inode, size, mtime, ctime): as long as they stay, so does the content."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def digest_of(file: Path, remembered: Path | None = None) -> str:
+    """SHA-256 over the digests of a file's pieces. Every byte is read once (about 1 GB per second and core), and again after any change.
+
+    A file whose device, inode, size and times are as they were has the digest that it had: in this process and, with a folder
+    ``remembered``, for large files, in others. ``OSError`` names the file.
+    """
+    try:
+        before = state_of(file)
+        key = hashlib.sha256(repr(before).encode()).hexdigest()
+        kept = remembered / key if remembered is not None and before[2] >= REMEMBERED else None
+        if (found := _digests.get(key) or _remembered(kept)) is None:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                pieces = list(pool.map(lambda start: _piece(file, start), range(0, before[2], PIECE)))
+            found = hashlib.sha256(b"".join(pieces)).hexdigest()
+            if state_of(file) != before:
+                raise OSError("it changes while it is read")
+            if time.time_ns() - max(before[3:]) < SETTLED * 1e9:
+                return found  # changed just now: another change need not show in its times
+            if kept is not None:
+                with suppress(OSError):
+                    write_text(kept, found)
+        _digests[key] = found
+        return found
+    except OSError as error:
+        raise OSError(f"'{file}' cannot be read: {said(error)}") from error
+
+
+def _piece(file: Path, start: int) -> bytes:
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        found, left = hashlib.sha256(), PIECE
+        while left and (read := stream.read(min(left, 2**20))):
+            found.update(read)
+            left -= len(read)
+    return found.digest()
+
+
+def _remembered(kept: Path | None) -> str | None:
+    if kept is None:
+        return None
+    try:
+        text = kept.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None

@@ -8,11 +8,11 @@ A test names a :class:`Scenario` in an importable module and calls :func:`every_
             ...
         def run(self, folder):                 # in a process of its own, hit by the fault
             ...
-        def check(self, folder, outcome):      # in another one, undisturbed: assert that nothing is lost
+        def check(self, folder, outcome):      # undisturbed, in the same process or, if that was killed, in another: is nothing lost?
             ...
 
     def test_writing(tmp_path):
-        every_fault("test_writing:Writing", tmp_path)
+        every_fault("test_writing:Writing", tmp_path)   # in memory where the system has a folder there
 
 All processes of one call are forked from one that has prepared the scenario, so that each costs milliseconds: keep it free of threads
 (torch runs with one). Only operations on absolute paths below ``folder`` count; what the scenario must not lose goes there too.
@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import gc
 import importlib
 import json
 import os
@@ -104,6 +105,8 @@ def library() -> Path:
 
 def every_fault(scenario: str, folder: Path, faults: Any = tuple(FAULTS), argument: str = "", timeout: float = 240) -> list[Outcome]:
     """Run ``"module:Class"`` once per fault and file operation below ``folder``; fails with what :meth:`Scenario.check` said. Returns all outcomes."""
+    if os.access("/dev/shm", os.W_OK):  # fsync costs nothing there
+        folder = Path(tempfile.mkdtemp(prefix="faults-", dir="/dev/shm"))
     environment = os.environ | {
         "LD_PRELOAD": str(library()),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
@@ -111,7 +114,10 @@ def every_fault(scenario: str, folder: Path, faults: Any = tuple(FAULTS), argume
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [sys.executable, __file__, scenario, str(folder), ",".join(faults), str(library()), argument]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     outcomes = [Outcome(**json.loads(line[9:])) for line in done.stdout.splitlines() if line.startswith("@outcome ")]
     problems = [o for o in outcomes if o.problem]
     shown = "\n\n".join(f"{o.fault} at operation {o.number}, {o.operation}:\n{o.problem}" for o in problems[:5])
@@ -154,22 +160,42 @@ def _serve(name: str, folder: Path, faults: list[str], shim: ctypes.CDLL, argume
     scenario: Scenario = getattr(importlib.import_module(module), kind)(*([argument] if argument else []))
     scenario.prepare()
     shim.faults_hit.restype = ctypes.c_char_p
+    gc.collect()
+    gc.freeze()  # pages that are not touched are not copied
+    children = {}
+    for fault in faults:  # side by side
+        if not (child := os.fork()):
+            _loop(scenario, fault, folder, shim)
+        children[child] = fault
+    statuses = {children[child]: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
     for fault in faults:
-        for number in range(1, LIMIT):
-            here = folder / f"{fault.replace(' ', '-')}-{number}"
-            here.mkdir(parents=True)
-            outcome = _hit(scenario, here, Outcome(fault, number), shim)
-            if not outcome.operation:
-                break
-            _, killed = found = _in_a_child(lambda: _checked(scenario, here, outcome))  # noqa: B023
-            outcome.problem = f"check() was killed by signal {killed}" if killed else found[0] or ""
-            print("@outcome " + json.dumps(asdict(outcome)), flush=True)
-            shutil.rmtree(here, ignore_errors=True)
-        else:
-            raise SystemExit(f"{name} needs more than {LIMIT} file operations")
-        if outcome.error or outcome.killed:
-            raise SystemExit(f"a run without a fault failed: {outcome}")
-        shutil.rmtree(here, ignore_errors=True)
+        print(_outcomes(folder, fault).read_text(), end="", flush=True)
+    if any(statuses.values()):
+        raise SystemExit(f"{name}: {statuses}")
+
+
+def _outcomes(folder: Path, fault: str) -> Path:
+    return folder / f"{fault.replace(' ', '-')}.outcomes"
+
+
+def _loop(scenario: Scenario, fault: str, folder: Path, shim: ctypes.CDLL) -> None:
+    """One fault at every operation, and the end of this process."""
+    try:
+        with _outcomes(folder, fault).open("w") as out:
+            for number in range(1, LIMIT):
+                here = folder / f"{fault.replace(' ', '-')}-{number}"
+                here.mkdir(parents=True)
+                outcome = _hit(scenario, here, Outcome(fault, number), shim)
+                shutil.rmtree(here, ignore_errors=True)
+                if not outcome.operation:
+                    assert not outcome.error, f"a run without a fault failed: {outcome}"
+                    os._exit(0)
+                print("@outcome " + json.dumps(asdict(outcome)), file=out, flush=True)
+        raise AssertionError(f"more than {LIMIT} file operations")
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _hit(scenario: Scenario, folder: Path, outcome: Outcome, shim: ctypes.CDLL) -> Outcome:
@@ -185,17 +211,21 @@ def _hit(scenario: Scenario, folder: Path, outcome: Outcome, shim: ctypes.CDLL) 
         except BaseException as raised:
             error, message, trace = type(raised).__name__, str(raised), traceback.format_exc()
         shim.faults_disarm()
-        return {"error": error, "message": message, "trace": trace, "operation": shim.faults_hit().decode()}
+        outcome.error, outcome.message, outcome.trace, outcome.operation = error, message, trace, shim.faults_hit().decode()
+        if outcome.operation:
+            outcome.problem = _checked(scenario, folder, outcome)
+        return asdict(outcome)
 
     found, signal = _in_a_child(work)
     if signal:
         outcome.killed, outcome.operation = True, note.read_text()
-        if signal != SIGKILL or what != KILL:
-            raise SystemExit(f"the run was killed by signal {signal}: {outcome}")
+        assert signal == SIGKILL, f"the run was killed by signal {signal}: {outcome}"
+        assert what == KILL, f"the run was killed: {outcome}"
+        problem, signal = _in_a_child(lambda: _checked(scenario, folder, outcome))
+        outcome.problem = f"check() was killed by signal {signal}" if signal else problem
     else:
         assert found is not None, f"the run of {outcome} ended without a word"
-        for key, value in found.items():
-            setattr(outcome, key, value)
+        outcome = Outcome(**found)
     note.unlink(missing_ok=True)
     return outcome
 
