@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = 2**24  # numbers that are hashed at a time
-ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # what a PEFT layer keeps outside its tensors
+ADAPTER = ("active_adapters", "disable_adapters")  # what a PEFT layer says by properties
+PASSING = ("training", "gradient_checkpointing", "max_seq_len_cached", "name_or_path", "hf_device_map", "call_super_init", "dump_patches")
 UNSTABLE = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path")  # of a config: where a model comes from
 PROBE = "A probe: 3.14 naïve cafés,\n\n\tдом 東京 🙂 def f(x):  return x_1"
 SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "special_tokens_map", "legacy")
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over every number of every parameter and buffer with their names, shapes and dtypes, adapters and their settings included.
+    """SHA-256 over every number of every parameter and buffer with their names, shapes and dtypes, and over what modules keep beside them.
 
     Weights on disk (:func:`flowroutes_fast.open_streaming`, accelerate) come in a module at a time. The embedding and the unembedding count by
     their numbers alone: streamed, they keep the checkpoint's dtype.
@@ -39,7 +40,7 @@ def weights_digest(model: nn.Module) -> str:
                     kind = "" if id(module) in ends else str(tensor.dtype)
                     numbers = list(pool.map(_digest_of, _chunks(tensor, f"{name}.{key}")))
                     _add(found, [name, key, list(tensor.shape), kind, numbers])
-            _add(found, [name, {key: getattr(module, key) for key in ADAPTER if _is_plain(getattr(module, key, None))}])
+            _add(found, [name, _attributes(module)])
     return found.hexdigest()
 
 
@@ -76,6 +77,13 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for key, value in sorted({**saved, **computed}.items()):
         if isinstance(value, Tensor):
             yield from _parts(key, value.detach())
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps outside its tensors: an eps, a LoRA's scaling, which adapters are active."""
+    found = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in PASSING}
+    found |= {key: getattr(module, key) for key in ADAPTER if hasattr(module, key)}
+    return {key: value for key, value in sorted(found.items()) if _is_plain(value)}
 
 
 def _parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

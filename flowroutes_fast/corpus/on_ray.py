@@ -65,7 +65,7 @@ def corpus_on_ray(
         _fits(ray.cluster_resources(), workers, cpus, gpus)
         about = ray.remote(_about).options(num_cpus=cpus, num_gpus=gpus)
         settings, tokenizer = ray.get(about.remote(load, DEFAULTS | options))
-        if tokenizer is None:
+        if settings is None:
             raise TypeError("a corpus of texts needs a tokenizer")
 
         def rows(windows: Iterator[Window], bar: Any) -> Iterator[tuple[Window, list[Row]]]:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,12 +41,11 @@ from flowroutes_fast.corpus.tables import write_table as _write_table
 from flowroutes_fast.corpus.texts import Skipped, Text, read_texts, rereadable
 from flowroutes_fast.corpus.words import words
 from flowroutes_fast.errors import DamagedFile
-from flowroutes_fast.files import LOCK, claim, write_text
+from flowroutes_fast.files import LOCK, claim, said, write_text
 from flowroutes_fast.identity import config_digest, tokenizer_digest, weights_digest
 from flowroutes_fast.models.families import blocks_of, context_length, text_config
 from flowroutes_fast.trace import trace
 
-TEMPORARY = re.compile(rf"\.(?:{re.escape(STATE)}|{NAME.pattern})\..+")  # of a file that was being written
 OVERFLOW = ("truncate", "split")
 NO_TOKENS = "no tokens"  # why a text was left out
 CHARACTERS = 4  # of a token, about: for the time that is left alone
@@ -149,7 +147,7 @@ def settings_of(model: nn.Module, tokenizer: Any, **options: Any) -> Settings:
     longest = min(context, 1024) if options["max_tokens"] is None else options["max_tokens"]
     heads = max(int(getattr(config, "num_attention_heads", 1)), 1)
     name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)  # type: ignore[union-attr]
-    found = Settings(name, (len(blocks_of(model)), heads), **{**options, "max_tokens": longest}, **dict.fromkeys(IDENTITY, ""))
+    found = Settings(name, (len(blocks_of(model)), heads), **{**options, "max_tokens": longest, **dict.fromkeys(IDENTITY, "")})
     _check(found, context)
     return replace(found, weights=weights_digest(model), config=config_digest(model), tokenizer=tokenizer_digest(tokenizer))
 
@@ -312,7 +310,7 @@ class Folder:
         try:
             names = sorted(os.listdir(self.path))
         except OSError as error:
-            raise OSError(f"cannot read folder '{self.path}': {error.strerror or error}") from error
+            raise OSError(f"cannot read folder '{self.path}': {said(error)}") from error
         if STATE in names:
             known = read_state(self.path)
             self._compare(known)
@@ -341,9 +339,7 @@ class Folder:
             )
 
     def _left_behind(self, name: str) -> bool:
-        """Is this a file of a process that was killed: under a temporary name, of the window it was at, or sums of the window before?"""
-        if TEMPORARY.fullmatch(name):
-            return True
+        """Is this a file of a process that was killed: of the window it was at, or the sums of the one before?"""
         found = NAME.fullmatch(name)
         if found is None or name in (self.state.files or {}):
             return False
@@ -479,7 +475,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(f"cannot remove '{path}': {error.strerror or error}") from error
+        raise OSError(f"cannot remove '{path}': {said(error)}") from error
 
 
 def _tokenised(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from flowroutes_fast.corpus.statistics import ARRAYS, COUNTS, Statistics
 from flowroutes_fast.errors import DamagedFile
-from flowroutes_fast.files import write_atomically
+from flowroutes_fast.files import said, write_atomically
 
 FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 2
 STATE, SUMS = "run.json", "statistics.safetensors"
@@ -117,7 +117,7 @@ def read_bytes(path: Path, known: Stored | None) -> bytes:
     except FileNotFoundError:
         raise DamagedFile(f"'{path}' is missing: the run in '{path.parent}' wrote it") from None
     except OSError as error:
-        raise DamagedFile(f"'{path}' cannot be read: {error.strerror or error}") from error
+        raise DamagedFile(f"'{path}' cannot be read: {said(error)}") from error
     if known is not None and len(raw) != known.bytes:
         raise DamagedFile(f"'{path}' is damaged: it has {len(raw)} bytes, {known.bytes} were written")
     if known is not None and hashlib.sha256(raw).hexdigest() != known.sha256:
@@ -142,9 +142,12 @@ def read_state(folder: Path) -> State:
         FileNotFoundError: there is no run in the folder. DamagedFile: ``run.json`` is damaged, or of a later version.
     """
     file = folder / STATE
-    if not file.is_file():
-        raise FileNotFoundError(f"'{folder}' holds no corpus run ({STATE} is missing)")
-    raw = read_bytes(file, None)
+    try:
+        raw = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"'{folder}' holds no corpus run ({STATE} is missing)") from None
+    except OSError as error:
+        raise DamagedFile(f"'{file}' cannot be read: {said(error)}") from error
     return _checked(file, "cannot be read", lambda: _state(raw))
 
 

@@ -23,7 +23,7 @@ def columns_of(name: str, state: State) -> dict[str, tuple[str, float, float]]:
     s = state.settings
     layers, heads = s["shape"]
     texts, longest = state.progress.texts, s["max_tokens"] - 1
-    key = {"number": ("int64", 0, texts - 1), "piece": ("int32", 0, LARGEST)}
+    key: dict[str, tuple[str, float, float]] = {"number": ("int64", 0, texts - 1), "piece": ("int32", 0, LARGEST)}
     return {
         "texts": key | {
             "piece": ("int64", 0, LARGEST), "domain": ("string", 0, 0), "text": ("string", 0, 0), "tokens": ("int64", 1, longest + 1),
