@@ -55,7 +55,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """SHA-256 over a tokenizer's serialised form, or its vocabulary, its settings, and what it makes of a text in several scripts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        form = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
+        form: Any = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
     elif hasattr(tokenizer, "get_vocab"):
         form = tokenizer.get_vocab()
     else:
@@ -105,7 +105,7 @@ def _digest_of(chunk: Tensor) -> str:
     """Of half precision as float32: the same numbers give the same digest, and dtypes are noted beside it."""
     if chunk.is_floating_point() and chunk.itemsize == 2:
         chunk = chunk.float()
-    return hashlib.sha256(chunk.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(chunk.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _is_plain(value: Any) -> bool:

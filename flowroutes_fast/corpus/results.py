@@ -112,16 +112,14 @@ class Corpus:
         """Had this shard no text in that window? Runs of version 1 do not say it otherwise."""
         return not any(folder.glob(f"*-{window:06d}.parquet"))
 
-    def check_model(self, model: Any, tokenizer: Any = None) -> None:
-        """Is this the model (and the tokenizer) of the run? Its weights are read for that, all of them.
+    def check_model(self, model: Any, tokenizer: Any = None) -> bool:
+        """Is this the model (and the tokenizer) of the run? All its weights are read for that; False: the run, of version 1, cannot tell.
 
         Raises:
-            ValueError: it is not, naming what differs, or (of version 1) the run cannot tell.
+            ValueError: it is not, naming what differs.
         """
         if not self.settings["weights"]:
-            raise ValueError(
-                f"the run in '{self.folders[0]}' is of version 1 and keeps no digest of its model: it cannot be told whether this is it"
-            )
+            return False
         model = unwrap(model)
         found = {"weights": weights_digest(model), "config": config_digest(model)}
         if tokenizer is not None:
@@ -131,6 +129,13 @@ class Corpus:
             raise ValueError(
                 f"the model given is not that of the run in '{self.folders[0]}', {self.settings['model']} (differing: {', '.join(differing)})"
             )
+        return True
+
+    @property
+    def software(self) -> list[dict[str, str]]:
+        """The versions (of flowroutes_fast, torch, transformers) that worked on the run, each set once."""
+        every = [one for state in self.states for one in state.software]
+        return [one for n, one in enumerate(every) if one not in every[:n]]
 
     def _table(self, name: str) -> pd.DataFrame:
         parts = list(self.parts(name))
