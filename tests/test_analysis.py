@@ -287,12 +287,29 @@ def test_a_report(run, tmp_path):
     assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
 
 
+def test_a_report_on_another_model(run, tmp_path):
+    """Concepts and attention of other weights are no findings about this run."""
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-3
+    with pytest.raises(ValueError, match=r"not that of the run in .* \(differing: weights\)"):
+        analysis.analyze(run, tmp_path, model=model)
+    with pytest.raises(ValueError, match="differing: weights"):
+        analysis.attention_on(run, model, analysis.untouched(run, limit=1.0))
+    other = Tokenizer()
+    other.shift = 1
+    with pytest.raises(ValueError, match="differing: tokenizer"):
+        analysis.analyze(run, tmp_path, model=make("llama"), tokenizer=other)
+    assert not list(tmp_path.glob("*.html"))
+
+
 def test_a_report_of_what_was_kept(tmp_path):
     bare = fr.corpus(make("llama"), Tokenizer(), sentences(5), tmp_path / "run", positions=False, edges=False)
     text = analysis.analyze(bare, tmp_path / "out").read_text()
     assert "kept no positions" in text
     assert "one domain" in text
     assert "No model was given" in text
+    assert f"Traced with flowroutes_fast {fr.__version__}, torch {torch.__version__}" in text
 
 
 def test_a_report_of_little(tmp_path):
@@ -349,6 +366,7 @@ def test_tokens_are_escaped(run, tmp_path, monkeypatch):
     report = sys.modules["flowroutes_fast.analysis.report"]
     rows = [{"layer": 0, "head": 0, "rank": 0, "sign": 1, "sigma": 1.0, "share": 1.0, "tokens": ["<img src=x onerror=alert(1)>"]}]
     monkeypatch.setattr(report, "concepts", lambda *_, **__: analysis.Concepts(pd.DataFrame(rows)))
+    monkeypatch.setattr(report.Corpus, "check_model", lambda *_: True)
     text = analysis.analyze(run, tmp_path, model=object(), tagger=lambda text: [(0, 1, "X")], sample=100, permutations=5).read_text()
     assert "<img" not in text
     assert "&lt;img" in text

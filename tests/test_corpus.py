@@ -238,48 +238,6 @@ def test_damaged_results(model, tmp_path):
         fr.open_corpus(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["texts", "positions", "edges", "statistics", "run"])
-def test_a_full_disk(model, whole, tmp_path, monkeypatch, name):
-    """Whichever file does not fit any more: the error names it, nothing half-written stays, and the same call goes on."""
-    import errno
-
-    import pyarrow.parquet as pq
-    import safetensors.numpy
-    from safetensors import SafetensorError
-
-    from flowroutes_fast import files
-
-    def full(function, file, error):
-        def write(*args, **options):
-            if (
-                any(f".{file}" in str(a) and "/run/" in str(a) for a in args)
-                and sum("000000" in p.name for p in tmp_path.glob("run/*")) >= 1
-            ):
-                raise error
-            return function(*args, **options)
-
-        return write
-
-    no_space = OSError(errno.ENOSPC, "No space left on device")
-    run = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(pq, "write_table", full(pq.write_table, name, no_space))
-        patched.setattr(
-            safetensors.numpy, "save_file", full(safetensors.numpy.save_file, name, SafetensorError("I/O error: No space left on device"))
-        )
-        patched.setattr(files.Path, "write_text", full(files.Path.write_text, name, no_space))
-        if name == "texts":
-            run.mkdir()
-            (run / "texts-000000.parquet").write_bytes(b"")  # of a run that was killed
-        with pytest.raises(OSError, match=rf"cannot write .*{name}.*No space left on device.*the same call goes on"):
-            fr.corpus(model, Tokenizer(), TEXTS, run, window=5, batch_tokens=100)
-    assert not [p for p in run.iterdir() if p.name.startswith(".") and p.name != ".lock"]
-    again = fr.corpus(model, Tokenizer(), TEXTS, run, window=5, batch_tokens=100)
-    assert len(again.positions()) == len(whole.positions())
-    for domain in whole.domains:
-        np.testing.assert_array_equal(again.statistics[domain].total, whole.statistics[domain].total)
-
-
 def test_long_texts(model, tmp_path):
     texts = ["alpha beta gamma delta epsilon", "alpha", "eta theta iota kappa alpha"]
     cut = fr.corpus(model, Tokenizer(), texts, tmp_path / "cut", max_tokens=6)

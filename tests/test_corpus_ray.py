@@ -117,3 +117,36 @@ def test_bad_options(tmp_path):
         fr.corpus_on_ray("demo", TEXTS, tmp_path / "run", workers=0)
     with pytest.raises(TypeError, match="unknown option 'treshold'"):
         fr.corpus_on_ray("demo", TEXTS, tmp_path / "run", treshold=0.1)
+
+
+def test_every_worker_has_the_model_of_the_run(cluster, tmp_path):
+    """Another checkpoint at the same path on one of the machines: refused before any of its rows are written."""
+
+    def load(opened=tmp_path / "opened"):
+        import sys
+
+        sys.path.insert(0, HERE)
+        from test_corpus import Tokenizer, make
+
+        model = make("llama")
+        if opened.exists():  # all but the first process to open it
+            model.lm_head.weight.data[0, 0] += 1
+        opened.touch()
+        return model, Tokenizer()
+
+    with pytest.raises(RuntimeError, match=r"a worker failed: .*a worker's model is not the one that the run began with"):
+        fr.corpus_on_ray(load, TEXTS, tmp_path / "run", workers=1, **OPTIONS)
+    assert not list((tmp_path / "run").glob("*.parquet"))
+
+
+def test_other_texts_and_models_are_refused(cluster, whole, tmp_path):
+    found = fr.corpus_on_ray(loader(), TEXTS, tmp_path / "run", workers=1, **OPTIONS)
+    assert found.states[0].files == whole.states[0].files
+    for texts in (TEXTS[:-1], [*TEXTS, "more"], [TEXTS[1], TEXTS[0], *TEXTS[2:]], iter(TEXTS[:-1])):
+        with pytest.raises(ValueError, match="the texts are not those of the run"):
+            fr.corpus_on_ray(loader(), texts, tmp_path / "run", workers=1, **OPTIONS)
+    other = make("llama")
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="differing: weights"):
+        fr.corpus(other, Tokenizer(), TEXTS, tmp_path / "run", **OPTIONS)

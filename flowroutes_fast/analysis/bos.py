@@ -125,9 +125,13 @@ def attention_on(corpus: Corpus, model: Any, found: Untouched, texts: int = 50) 
     """The attention that lands on untouched positions, on first periods and on all others, from new forward passes over some of the texts.
 
     Texts are spread evenly over those with an untouched position; the last position, with none after it, does not count.
+
+    Raises:
+        ValueError: the model is not that of the run.
     """
     from flowroutes_fast.ablation import clean
 
+    corpus.check_model(model)
     keys = found.positions[["number", "piece"]].drop_duplicates()
     keys = keys.iloc[np.unique(np.linspace(0, len(keys) - 1, min(texts, len(keys))).astype(int))]
     wanted, kinds, names = pd.MultiIndex.from_frame(keys), ("untouched", "first_periods", "others"), ["number", "piece", "position"]

@@ -17,6 +17,7 @@ from flowroutes_fast.analysis.concepts import concepts
 from flowroutes_fast.analysis.domains import LEAST_TEXTS, domain_heads, domain_means, domain_overlap
 from flowroutes_fast.analysis.heads import positional_heads
 from flowroutes_fast.corpus.results import Corpus
+from flowroutes_fast.corpus.state import software
 from flowroutes_fast.files import check_writable, write_text
 
 SHOWN = 400  # rows of a table on the page; its file has all
@@ -59,13 +60,14 @@ def analyze(
         permutations: of the domain test. limit: of what an untouched position may take in, see :func:`flowroutes_fast.analysis.untouched`.
 
     Raises:
-        ValueError: a run without a text, an unknown domain. OSError: a folder that cannot be written to.
+        ValueError: a run without a text, an unknown domain, a model or tokenizer that is not the run's (by content). OSError: a folder that cannot be written to.
     """
     folder = Path(out)
     check_writable(folder)
     statistics = corpus.all_domains()
     if not statistics.texts:
         raise ValueError("this run has no text yet")
+    known = model is None or corpus.check_model(model, tokenizer)
     sections = [_components(corpus, folder), _positional(corpus, folder)]
     left_out = []
     if corpus.settings["positions"]:
@@ -84,6 +86,9 @@ def analyze(
         sections.append(_concepts(model, tokenizer, specific))
     left_out += [] if len(corpus.domains) > 1 else ["The run has one domain: nothing is compared."]
     left_out += [] if model is not None else ["No model was given: no concepts."]
+    left_out += (
+        [] if known else ["The run is of version 1, which noted no digest of its model: whether the model given is its own is not known."]
+    )
     left_out += [] if corpus.finished else ["The run is not finished: these are its texts so far."]
     return write_page(corpus, folder, sections, left_out)
 
@@ -100,8 +105,13 @@ def write_page(corpus: Corpus, folder: Path, sections: list[Section], left_out: 
         corpus=corpus, statistics=corpus.all_domains(), sections=sections, left_out=left_out, cell=_cell, rows=_rows, shown=SHOWN,
         tokens=sum(p.tokens for p in corpus.progress), truncated=sum(p.truncated for p in corpus.progress),
         skipped=sum(sum(p.skipped.values()) for p in corpus.progress),
+        traced_with=[_versions(one) for one in corpus.software], written_with=_versions(software()),
     )  # fmt: skip
     return write_text(folder / "report.html", page)
+
+
+def _versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _rows(table: pd.DataFrame, whole: bool) -> Any:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from flowroutes_fast.capture import unwrap
 from flowroutes_fast.corpus.run import Row, Settings, Window, run, settings_of, trace_items
+from flowroutes_fast.identity import config_digest, weights_digest
 
 Load = str | os.PathLike[str] | Callable[[], tuple[Any, Any]]
 LARGEST = 2**31 - 1  # bytes of one Arrow value
@@ -63,7 +65,7 @@ def corpus_on_ray(
         _fits(ray.cluster_resources(), workers, cpus, gpus)
         about = ray.remote(_about).options(num_cpus=cpus, num_gpus=gpus)
         settings, tokenizer = ray.get(about.remote(load, DEFAULTS | options))
-        if tokenizer is None:
+        if settings is None:
             raise TypeError("a corpus of texts needs a tokenizer")
 
         def rows(windows: Iterator[Window], bar: Any) -> Iterator[tuple[Window, list[Row]]]:
@@ -97,9 +99,10 @@ def _open(load: Load) -> tuple[Any, Any]:
     return load() if callable(load) else open_model(load)
 
 
-def _about(load: Load, options: dict[str, Any]) -> tuple[Settings, Any]:
+def _about(load: Load, options: dict[str, Any]) -> tuple[Settings | None, Any]:
     model, tokenizer = _open(load)
-    return settings_of(model, **options), tokenizer
+    model = unwrap(model)
+    return None if tokenizer is None else settings_of(model, tokenizer, **options), tokenizer
 
 
 class Worker:
@@ -109,7 +112,9 @@ class Worker:
         import torch
 
         torch.set_num_threads(threads)
-        self.model, self.settings = _open(load)[0], settings
+        self.model, self.settings = unwrap(_open(load)[0]), settings
+        if (weights_digest(self.model), config_digest(self.model)) != (settings.weights, settings.config):
+            raise ValueError("a worker's model is not the one that the run began with: is another checkpoint at its path on this machine?")
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow as pa

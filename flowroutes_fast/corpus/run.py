@@ -9,7 +9,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +20,35 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from flowroutes_fast.capture import unwrap
-from flowroutes_fast.corpus.statistics import ARRAYS, COUNTS, Statistics, observe
+from flowroutes_fast.corpus.state import (
+    FORMAT_VERSION,
+    IDENTITY,
+    NAME,
+    STATE,
+    SUMS,
+    TABLES,
+    Progress,
+    Settings,
+    State,
+    read_state,
+    read_sums,
+    software,
+    text_of,
+    write_sums,
+)  # fmt: skip
+from flowroutes_fast.corpus.statistics import Statistics, observe
+from flowroutes_fast.corpus.tables import write_table as _write_table
 from flowroutes_fast.corpus.texts import Skipped, Text, read_texts, rereadable
 from flowroutes_fast.corpus.words import words
-from flowroutes_fast.files import LOCK, claim, write_atomically, write_text
+from flowroutes_fast.errors import DamagedFile
+from flowroutes_fast.files import LOCK, claim, said, write_text
+from flowroutes_fast.identity import config_digest, tokenizer_digest, weights_digest
 from flowroutes_fast.models.families import blocks_of, context_length, text_config
 from flowroutes_fast.trace import trace
 
-FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 1
-STATE, SUMS = "run.json", "statistics.safetensors"
-TABLES = ("texts", "positions", "edges")
 OVERFLOW = ("truncate", "split")
 NO_TOKENS = "no tokens"  # why a text was left out
 CHARACTERS = 4  # of a token, about: for the time that is left alone
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What determines a corpus run's rows; a run in a folder goes on under the same settings only."""
-
-    model: str
-    shape: tuple[int, int]  # layers, heads
-    threshold: float
-    precision: str
-    floor: float
-    max_tokens: int
-    overflow: str
-    window: int
-    batch_tokens: int
-    positions: bool
-    edges: bool
-    shard: tuple[int, int]
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    windows: int = 0  # finished
-    texts: int = 0  # read, those of other shards included
-    rows: int = 0  # texts of this shard that were traced, pieces of long ones counted each
-    tokens: int = 0
-    truncated: int = 0  # texts
-    dropped: int = 0  # tokens of those
-    split: int = 0
-    seconds: float = 0.0  # of tracing and evaluating
-    digest: str = ""  # of all texts so far
-    finished: bool = False
-    skipped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,10 +99,13 @@ def corpus(
     """Trace every text and keep what the paper's corpus experiments need (its section 5).
 
     Texts are taken a window at a time, sorted by length and traced in padded batches. After each window its rows are written and the sums
-    brought up to date, so that the same call after a kill goes on there: no row is lost or doubled.
+    brought up to date, so that the same call after a kill goes on there: no row is lost or doubled. It goes on with the very same model,
+    tokenizer, options and texts only, by their content, not their names; a finished run is returned as it is.
 
     Args:
-        texts: see :func:`flowroutes_fast.corpus.texts.read_texts`; a mapping of domains to sources keeps statistics per domain.
+        texts: see :func:`flowroutes_fast.corpus.texts.read_texts`; a mapping of domains to sources keeps statistics per domain. What can be
+            read twice (no stream) is read once before, so that other, fewer or more texts than the run began with are refused at once; a
+            stream is compared as far as the run is.
         out: a new folder, or that of a run to go on with. One process at a time.
         threshold: importance above which a sub-edge counts as active and a route's edges are kept.
         precision, floor: as for :func:`flowroutes_fast.trace`.
@@ -136,14 +121,15 @@ def corpus(
         A :class:`Corpus` on the folder.
 
     Raises:
-        ValueError: no text at all, an unknown option, a folder that holds another run or other files, texts that are not those of the
-            run so far. OSError: a folder that cannot be written to, a full disk.
+        ValueError: no text at all, an unknown option, a folder that holds another run or other files (or has another process working in it),
+            texts that are not those of the run. DamagedFile (a ValueError): what the run wrote was changed. OSError: a folder that cannot be
+            written to, a full disk.
     """
     if tokenizer is None:
         raise TypeError("a corpus of texts needs a tokenizer")
     model = unwrap(model)
     settings = settings_of(
-        model, threshold=threshold, precision=precision, floor=floor, max_tokens=max_tokens, overflow=overflow, window=window,
+        model, tokenizer, threshold=threshold, precision=precision, floor=floor, max_tokens=max_tokens, overflow=overflow, window=window,
         batch_tokens=batch_tokens, positions=positions, edges=edges, shard=shard,
     )  # fmt: skip
 
@@ -154,16 +140,16 @@ def corpus(
     return run(settings, tokenizer, texts, out, rows, field=field, split=split, progress=progress)
 
 
-def settings_of(model: nn.Module, **options: Any) -> Settings:
-    """Settings of a run of ``model``; ``ValueError`` for those that make no sense."""
+def settings_of(model: nn.Module, tokenizer: Any, **options: Any) -> Settings:
+    """Settings of a run of ``model``; ``ValueError`` for those that make no sense, before its weights are read."""
     config = text_config(model)
     context = context_length(config) or 1024
     longest = min(context, 1024) if options["max_tokens"] is None else options["max_tokens"]
     heads = max(int(getattr(config, "num_attention_heads", 1)), 1)
     name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)  # type: ignore[union-attr]
-    found = Settings(name, (len(blocks_of(model)), heads), **{**options, "max_tokens": longest})
+    found = Settings(name, (len(blocks_of(model)), heads), **{**options, "max_tokens": longest, **dict.fromkeys(IDENTITY, "")})
     _check(found, context)
-    return found
+    return replace(found, weights=weights_digest(model), config=config_digest(model), tokenizer=tokenizer_digest(tokenizer))
 
 
 def run(
@@ -174,26 +160,35 @@ def run(
     from flowroutes_fast.corpus.results import Corpus
 
     skipped = Skipped()
-    source = read_texts(texts, field=field, split=split, skipped=skipped)
-    with Folder(out, settings) as folder:
+    with Folder(out, settings) as folder, _goes_on():
+        if rereadable(texts) or folder.progress.finished:
+            folder.survey(read_texts(texts, field=field, split=split, skipped=skipped), skipped)
         if folder.progress.finished:
             return Corpus(folder.path)
-        if progress and rereadable(texts):
-            folder.measure(read_texts(texts, field=field, split=split))
+        skipped = Skipped()
+        source = read_texts(texts, field=field, split=split, skipped=skipped)
         start = time.perf_counter()
         with tqdm(desc="tokens", unit="tok", unit_scale=True, disable=not progress, initial=folder.progress.tokens) as bar:
             for window, found in rows(_announced(folder.windows(source, tokenizer, skipped), bar), bar):
                 folder.progress.seconds += time.perf_counter() - start
-                try:
-                    folder.write(window, found)
-                except OSError as error:
-                    raise OSError(f"{error}; once that is mended, the same call goes on after the last window that was written") from error
+                folder.write(window, found)
                 start = time.perf_counter()
         if not folder.progress.texts:
             why = ", ".join(f"{count} {reason}" for reason, count in skipped.counts.items())
             raise ValueError("there is no text to trace" + (f" ({why})" if why else ""))
         folder.finish(skipped)
     return Corpus(folder.path)
+
+
+@contextmanager
+def _goes_on() -> Iterator[None]:
+    """Say of what the system refused that nothing is lost by it."""
+    try:
+        yield
+    except FileNotFoundError:  # of the texts
+        raise
+    except OSError as error:
+        raise OSError(f"{error}; once that is mended, the same call goes on after the last window that was written") from error
 
 
 def _announced(windows: Iterator[Window], bar: Any) -> Iterator[Window]:
@@ -291,8 +286,13 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str], settings: Settings) -> None:
         self.path, self.settings = Path(path), settings
-        self.progress, self.sums = Progress(), {}  # type: ignore[var-annotated]
+        self.state = State(json.loads(json.dumps(asdict(settings))))
+        self.sums: dict[str, Statistics] = {}
         self.characters: int | None = None  # of all this shard's texts, if they were counted
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
 
     def __enter__(self) -> Folder:
         self.lock = claim(self.path)
@@ -307,24 +307,83 @@ class Folder:
         self.lock.release()
 
     def _open(self) -> None:
-        state = self.path / STATE
-        if not state.is_file():
-            others = [p.name for p in self.path.iterdir() if p.name != LOCK and not p.name.startswith((".", *TABLES, SUMS))]
+        try:
+            names = sorted(os.listdir(self.path))
+        except OSError as error:
+            raise OSError(f"cannot read folder '{self.path}': {said(error)}") from error
+        if STATE in names:
+            known = read_state(self.path)
+            self._compare(known)
+            self.state, self.sums = known, read_sums(self.path, known)
+        else:
+            others = [name for name in names if name != LOCK and not name.startswith(".") and not self._left_behind(name)]
+            if others and NAME.fullmatch(others[0]):
+                raise DamagedFile(
+                    f"'{self.path / STATE}' is missing, and the folder holds windows of a run ({others[0]}): give a new folder"
+                )
             if others:
                 raise ValueError(f"'{self.path}' holds other files ({others[0]}): give an empty or a new folder")
-            return
-        known, self.progress = read_state(self.path)
-        wanted = json.loads(json.dumps(asdict(self.settings)))
-        differing = sorted(name for name in wanted if known.get(name) != wanted[name])
+        for name in filter(self._left_behind, names):
+            _remove(self.path / name)
+
+    def _compare(self, known: State) -> None:
+        """Is the run in the folder the one that is to go on?"""
+        if known.files is None:
+            raise ValueError(
+                f"the run in '{self.path}' is of version 1, which can be read; this release goes on with version {FORMAT_VERSION}: give a new folder"
+            )
+        differing = sorted(name for name, value in self.state.settings.items() if name != "model" and known.settings[name] != value)
         if differing:
             raise ValueError(
                 f"'{self.path}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again"
             )
-        self.sums = read_sums(self.path, self.settings.shape, self.progress.windows)
 
-    def measure(self, texts: Iterator[Text]) -> None:
-        """Count characters, so that tokens can be foretold."""
-        self.characters = sum(map(self._size, texts, itertools.count()))
+    def _left_behind(self, name: str) -> bool:
+        """Is this a file of a process that was killed: of the window it was at, or the sums of the one before?"""
+        found = NAME.fullmatch(name)
+        if found is None or name in (self.state.files or {}):
+            return False
+        done = self.progress.windows
+        return int(found[2]) == done if found[1] else int(found[3]) in (done - 1, done, done + 1)
+
+    def survey(self, source: Iterator[Text], skipped: Skipped) -> None:
+        """Read all of a source: are its texts those of the run, and how long is what is to come?"""
+        texts, self.characters = 0, 0
+        for _, group in self._compared(source):
+            self.characters += sum(map(self._size, group, itertools.count(texts)))
+            texts += len(group)
+        self.state.texts = texts
+        known = {reason: count for reason, count in self.progress.skipped.items() if reason != NO_TOKENS}
+        if self.progress.finished and known != dict(skipped.counts):
+            raise ValueError(
+                f"the run in '{self.path}' left out {known or 'nothing'}, of these texts {dict(skipped.counts) or 'nothing'} is: give a new folder"
+            )
+
+    def _compared(self, source: Iterator[Text]) -> Iterator[tuple[int, list[Text]]]:
+        """Windows of texts with their numbers, each compared with the run's, as far as those are known."""
+        s, digests, found, texts = self.state, self.state.digests, hashlib.sha256(), 0
+        for number, group in enumerate(_windows(source, self.settings.window)):
+            begin, texts = texts, texts + len(group)
+            for text in group:
+                found.update(json.dumps([text.domain, text.text]).encode())
+            if number == len(digests) and s.texts is None:
+                digests.append(found.hexdigest())
+            if number == len(digests) or digests[number] != found.hexdigest():
+                raise self._other_texts(begin, texts, s.known(number))
+            yield number, group
+        if texts < (known := s.known(len(digests))):
+            raise self._other_texts(texts, texts, known)
+
+    def _other_texts(self, begin: int, end: int, known: int) -> ValueError:
+        """Up to ``end``, where the run knows ``known`` texts, those from ``begin`` are not the run's."""
+        every = self.progress.texts if self.state.texts is None else self.state.texts
+        if end == known:
+            said = f"those with numbers {begin} to {end - 1} differ (in words, order or domain)"
+        else:
+            said = f"it has {every}, here are {'more' if end > known else f'{end} alone'}"
+        return ValueError(
+            f"the texts are not those of the run in '{self.path}': {said}; a run goes on with the same texts only, give a new folder for others"
+        )
 
     def _size(self, text: Text, number: int) -> int:
         """Characters that count: none of other shards' texts, of a text that is cut about as many as are traced."""
@@ -334,22 +393,20 @@ class Folder:
         return min(len(text.text), CHARACTERS * s.max_tokens) if s.overflow == "truncate" else len(text.text)
 
     def windows(self, source: Iterator[Text], tokenizer: Any, skipped: Skipped) -> Iterator[Window]:
-        """What is left to do; texts that were done before are compared with those of the run."""
-        s, done, digest, first, seen, tokens = self.settings, self.progress.windows, "", 0, 0, self.progress.tokens
+        """What is left to do; texts are compared with those of the run."""
+        done, first, seen, tokens = self.progress.windows, 0, 0, self.progress.tokens
         no_tokens = self.progress.skipped.get(NO_TOKENS, 0)
-        for number, group in enumerate(_windows(source, s.window)):
-            digest, begin, first = _digest(digest, group), first, first + len(group)
+        for number, group in self._compared(source):
+            begin, first = first, first + len(group)
             seen += sum(map(self._size, group, itertools.count(begin)))
             if number < done:
-                if number == done - 1 and digest != self.progress.digest:
-                    raise ValueError(f"the texts are not those of the run in '{self.path}': give a new folder, or remove it to start again")
                 continue
             items, counts = self._itemise(group, begin, tokenizer)
             no_tokens += counts.pop(NO_TOKENS)
             tokens += sum(len(item.ids) for item in items)
             expected = round(tokens / seen * self.characters) if self.characters and seen else None
             left_out = dict(skipped.counts) | ({NO_TOKENS: no_tokens} if no_tokens else {})
-            yield Window(number, len(group), items, digest, counts, left_out, expected)
+            yield Window(number, len(group), items, self.state.digests[number], counts, left_out, expected)
 
     def _itemise(self, group: list[Text], begin: int, tokenizer: Any) -> tuple[list[Item], dict[str, int]]:
         """This shard's texts as ids, cut or split to ``max_tokens``."""
@@ -386,36 +443,39 @@ class Folder:
         for name in ("positions", "edges"):
             if rows and getattr(self.settings, name):
                 tables[name] = pd.concat([row[name] for row in rows], ignore_index=True)
+        p, before = self.progress, f"{SUMS}.{self.progress.windows}"
+        files = {name: one for name, one in (self.state.files or {}).items() if name != before}
         for name, table in tables.items():
             if len(table):
-                _write_table(self.path / f"{name}-{self.progress.windows:06d}.parquet", table)
-        p = self.progress
+                file = f"{name}-{p.windows:06d}.parquet"
+                files[file] = _write_table(self.path / file, table)
         for name, count in window.counts.items():
             setattr(p, name, getattr(p, name) + count)
         p.digest, p.skipped = window.digest, window.skipped
         p.windows, p.texts = p.windows + 1, p.texts + window.texts
+        if self.sums:
+            files[f"{SUMS}.{p.windows}"] = write_sums(self.path / f"{SUMS}.{p.windows}", self.sums)
+        self.state.files = files
         self._write_state()
+        _remove(self.path / before)
 
     def finish(self, skipped: Skipped) -> None:
         known = self.progress.skipped
-        self.progress.finished = True
+        self.progress.finished, self.state.texts = True, self.progress.texts
         self.progress.skipped = dict(skipped.counts) | {k: v for k, v in known.items() if k == NO_TOKENS}
         self._write_state()
 
     def _write_state(self) -> None:
-        from safetensors.numpy import save_file
+        if (here := software()) not in self.state.software[-1:]:
+            self.state.software.append(here)
+        write_text(self.path / STATE, text_of(self.state))
 
-        names = sorted(self.sums)
-        tensors = {f"{n}.{key}": np.ascontiguousarray(getattr(self.sums[d], key)) for n, d in enumerate(names) for key in ARRAYS}
-        counts = {d: {key: getattr(self.sums[d], key) for key in COUNTS} for d in names}
-        windows = self.progress.windows
-        path = self.path / f"{SUMS}.{windows}"
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, {"counts": json.dumps(counts)}))
-        state = {"format": FORMAT, "version": FORMAT_VERSION, "settings": asdict(self.settings), "progress": asdict(self.progress)}
-        write_text(self.path / STATE, json.dumps(state, indent=1))
-        for old in self.path.glob(f"{SUMS}.*"):
-            if old != path:
-                old.unlink(missing_ok=True)
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot remove '{path}': {said(error)}") from error
 
 
 def _tokenised(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -426,62 +486,3 @@ def _tokenised(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, in
     ids = [int(i) for i in tokenizer(text)["input_ids"]]
     ends = [len(tokenizer.decode(ids[: n + 1], skip_special_tokens=True)) for n in range(len(ids))]
     return ids, [(a, min(b, len(text))) for a, b in itertools.pairwise([0, *ends])]
-
-
-def _digest(before: str, group: list[Text]) -> str:
-    found = hashlib.sha256(before.encode())
-    for text in group:
-        found.update(json.dumps([text.domain, text.text]).encode())
-    return found.hexdigest()
-
-
-def _write_table(path: Path, table: pd.DataFrame) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, Any] = {}
-    for name in table.columns:
-        first = table[name].iloc[0]
-        if isinstance(first, np.ndarray):
-            flat = pa.array(np.concatenate(table[name].to_list()))
-            columns[str(name)] = pa.FixedSizeListArray.from_arrays(flat, len(first))
-        else:
-            columns[str(name)] = pa.array(table[name])
-    try:
-        write_atomically(path, lambda temporary: pq.write_table(pa.table(columns), temporary, compression="zstd"))
-    except pa.ArrowException as error:
-        raise OSError(f"cannot write '{path}': {error}") from error
-
-
-def read_state(path: Path) -> tuple[dict[str, Any], Progress]:
-    """A run's settings and progress; ``ValueError`` if the folder holds none or a damaged one."""
-    file = path / STATE
-    if not file.is_file():
-        raise FileNotFoundError(f"'{path}' holds no corpus run ({STATE} is missing)")
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-        if read["format"] != FORMAT:
-            raise ValueError("it is no corpus run")
-        if read["version"] != FORMAT_VERSION:
-            raise ValueError(f"it is of version {read['version']}; this release reads version {FORMAT_VERSION}")
-        return read["settings"], Progress(**read["progress"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{file}' cannot be read: {error}") from error
-
-
-def read_sums(path: Path, shape: tuple[int, int], windows: int) -> dict[str, Statistics]:
-    """The running sums per domain as they were after ``windows`` windows."""
-    from safetensors import SafetensorError, safe_open
-
-    file = path / f"{SUMS}.{windows}"
-    try:
-        with safe_open(file, framework="np") as stored:
-            counts = json.loads(stored.metadata()["counts"])
-            found = {}
-            for number, domain in enumerate(sorted(counts)):
-                found[domain] = Statistics(tuple(shape), **counts[domain])  # type: ignore[arg-type]
-                for key in ARRAYS:
-                    setattr(found[domain], key, stored.get_tensor(f"{number}.{key}"))
-        return found
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{file}' is damaged or missing: {error}") from error
