@@ -103,6 +103,7 @@ def trace(
     floor = terminal.floor_of(floor, threshold if rule == "importance" else None, precision)
     fr = _package()
     from flowroutes_fast.files import check_writable
+    from flowroutes_fast.resume import discard
     from flowroutes_fast.trace import DEFAULT_THRESHOLDS
 
     if out is not None:
@@ -134,17 +135,20 @@ def trace(
             "model": result.model, "tokens": result.tokens, "prediction": [{"token": t, "probability": p} for t, p in result.prediction],
             "route": route.to_dict(), "certificate": result.certificate, "seconds": result.timings, "files": written,
         })  # fmt: skip
-        return
-    _report(result, route)
-    sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.heads.shape[-1]} heads · backend {result.backend} · {result.precision}"
-    share = result.timings["importances"] / max(result.timings["total"] - result.timings["importances"], 1e-9)
-    typer.echo(f"\n{sizes}")
-    typer.echo(
-        f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which importances "
-        f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
-    )
-    if written:
-        terminal.say("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
+    else:
+        _report(result, route)
+        sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.heads.shape[-1]} heads · backend {result.backend} · {result.precision}"
+        share = result.timings["importances"] / max(result.timings["total"] - result.timings["importances"], 1e-9)
+        typer.echo(f"\n{sizes}")
+        typer.echo(
+            f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which importances "
+            f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
+        )
+        if written:
+            terminal.say("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
+    if resume is not None:  # all that was asked for has been written
+        sys.stdout.flush()
+        discard(resume)
 
 
 def _package() -> Any:

@@ -91,8 +91,9 @@ def trace(
         neurons: also split every FFN into its neurons (``trace.neurons(layer)``).
         threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
         progress: show a bar over the layers (a streamed model takes its time).
-        resume: a new folder in which every finished layer is kept until the run is done. The same call after a kill goes on from the last
-            finished layer.
+        resume: a new folder in which every finished layer is kept. The same call after a kill goes on from the last finished layer, and
+            after the end returns the result at once; remove the folder when the result is saved (the command line does). It goes on only
+            with the same weights, options and prompts, by content.
 
     Raises:
         ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a model whose

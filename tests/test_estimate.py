@@ -218,5 +218,7 @@ def test_streaming_peak_of_a_process():
     def output(code):
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
 
-    estimated = int(output("import flowroutes_fast as fr; print(fr.estimate('demo', 256, memory='1GiB').total)"))
-    assert 0.75 < estimated / (1024 * int(output(_STREAM))) < 1.33
+    code = "import flowroutes_fast as fr; e = fr.estimate('demo', 256, memory='1GiB'); print(e.total, e.read)"
+    estimated, mapped = map(int, output(code).split())
+    peak = 1024 * int(output(_STREAM))
+    assert 0.75 * (peak - mapped) < estimated < 1.33 * peak  # the system keeps pages of the mapped file as it likes

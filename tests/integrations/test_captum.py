@@ -153,7 +153,7 @@ class TestWithCaptum:
 
     def test_bad_input(self):
         model, tokenizer = tiny(), words()
-        with pytest.raises(ValueError, match="text is empty"):
+        with pytest.raises(ValueError, match="gives no tokens"):
             adapter.attribute(model, tokenizer, " ", "a")
         with pytest.raises(ValueError, match="target has no tokens"):
             adapter.attribute(model, tokenizer, PROMPT, "")
