@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowroutes_fast.ambient import neutral
-from flowroutes_fast.conservation import Conservation
+from flowroutes_fast.conservation import Conservation, recomputes
 from flowroutes_fast.models.causes import causes, foreign_classes, modes, replaced_functions, written_elsewhere
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.precision import coarsest_dtype
@@ -105,6 +105,8 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             kept["calls"] = kept.get("calls", 0) + 1
             kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs, mixed=found[0])
             kept.update(function=implementation, foreign=written_elsewhere(original))
+            if implementation == "eager" and query.dtype in (torch.bfloat16, torch.float16) and isinstance(found[1], Tensor):
+                kept["weights"] = found[1]  # of scores rounded to few bits: where they are large, no one else has these
         return found
 
     return attention
@@ -357,6 +359,12 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
         neurons=neurons, neuron_rows=neuron_rows, neuron_gain=neuron_gain, mixed=mixed, attention_function=function,
         weight=kept.get("weight"),
     )  # fmt: skip
+
+
+def _given_weights(layer: Layer, pattern: Tensor) -> Layer:
+    """The layer with attention weights ``[head, query, key]`` that the model gave, instead of queries and keys."""
+    query, key = (pattern.new_zeros((n, pattern.shape[1], 1), dtype=torch.float32) for n in (len(pattern), len(layer.value)))  # type: ignore[arg-type]
+    return replace(layer, query=query, key=key, mask=pattern.float().log(), scaling=1.0, softcap=0.0, window=0)
 
 
 def rows_of(layer: Layer, rows: Tensor) -> Layer:
@@ -629,6 +637,8 @@ def watched(
         kept["weight"] = functools.cache(lambda: block.w_o(len(kept["query"][0]) if "query" in kept else len(kept["pattern"][0])))
         for item, span in enumerate(spans):
             layer = _finish(block, kept, item, span)
+            if "weights" in kept and layer.sinks is None and not recomputes(layer):
+                layer = _given_weights(layer, kept["weights"][item, :, span, span])
             check(layer, computing)
             on_item(item, layer)
         check.leaves(group, kept["left"])

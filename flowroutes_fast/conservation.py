@@ -61,9 +61,7 @@ class Conservation:
         rows, channels = self._places(layer.resid_post)
         weights = None
         if layer.mixed is not None:
-            weights = weights_error(
-                layer, None if layer.attention_function not in KNOWN else rows if not self.thorough else self._few(layer)
-            )
+            weights = weights_error(layer, self._rows_of_weights(layer))
         self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, _sums(layer, rows, channels), weights))
         if self.thorough and layer.resid_post.device.type == "cpu":
             self.judge(layer)
@@ -75,6 +73,12 @@ class Conservation:
             rows = _spread(tokens, tokens if self.thorough else ROWS, state.device)
             self.chosen[key] = rows, _drawn(width, width if self.thorough else CHANNELS, state.device)
         return self.chosen[key]
+
+    def _rows_of_weights(self, layer: Layer) -> Tensor | None:
+        """Positions whose attention weights are looked at; None for all, of all heads."""
+        if layer.attention_function not in KNOWN:
+            return None
+        return self._few(layer) if self.thorough else self._places(layer.resid_post)[0]
 
     def _few(self, layer: Layer) -> Tensor:
         return _spread(len(layer.resid_post), 4 * ROWS, layer.resid_post.device)
@@ -163,6 +167,11 @@ def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
     bias = 0 if block.output_bias is None else block.output_bias.to(mixed.device)[channels]
     added = (added + bias) * scale if block.post_norm is not None else added * scale + bias
     return added * layer.scale if layer.out_scale is None else added * (layer.out_scale[channels] * layer.scale)
+
+
+def recomputes(layer: Layer) -> bool:
+    """Whether attention weights computed again from queries and keys are all those of the model, up to the rounding of their type."""
+    return float(weights_error(layer, None)) <= TOLERANCE[layer.query.dtype]  # type: ignore[union-attr]
 
 
 def weights_error(layer: Layer, rows: Tensor | None) -> Tensor:

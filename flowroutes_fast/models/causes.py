@@ -142,6 +142,8 @@ def replaced_functions(blocks: list[Block]) -> Iterator[str]:
     homes.add("transformers.integrations.sdpa_attention")
     for home in sorted(home for home in homes if home.startswith("transformers.") and home in sys.modules):
         for name, function in vars(sys.modules[home]).items():
+            if name.startswith("__"):  # what torch.compile has made of the module's functions
+                continue
             if isinstance(function, types.FunctionType) and (written := _foreign(function)):
                 yield f"{name} (by {written})"
 
