@@ -148,14 +148,16 @@ def _miss(parts: Tensor) -> Tensor:
 def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
     """What attention adds to the state ``[row, channel]``, from what the attention function returned."""
     block = layer.block
-    mixed = layer.mixed[rows].float()  # type: ignore[index]
+    mixed = layer.mixed.index_select(0, rows).float()  # type: ignore[union-attr]
     if layer.gate is not None:
         mixed = mixed * layer.gate[rows].flatten(1)
     if layer.in_scale is not None:
         mixed = mixed * layer.in_scale
-    added = mixed @ layer.output_weight().permute(2, 0, 1).reshape(layer.resid_post.shape[1], -1)[channels].to(mixed.device).T
+    weight = layer.output_weight().permute(2, 0, 1).reshape(layer.resid_post.shape[1], -1)  # a view where W_O views a linear layer
+    added = mixed @ weight.index_select(0, channels.to(weight.device)).to(mixed.device).T
     scale = 1.0 if layer.row_scale is None else layer.row_scale[rows, None]
-    bias = 0 if block.output_bias is None else block.output_bias.to(mixed.device)[channels]
+    bias = block.output_bias
+    bias = 0 if bias is None else bias.to(mixed.device)[channels]
     added = (added + bias) * scale if block.post_norm is not None else added * scale + bias
     return added * layer.scale if layer.out_scale is None else added * (layer.out_scale[channels] * layer.scale)
 

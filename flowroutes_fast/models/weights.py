@@ -36,13 +36,15 @@ def plain(module: Any) -> Any:
 
 def effective_weight(module: Any, layer: int) -> Tensor:
     """The weight ``[out, in]`` that the module multiplies by, float32, with active adapters; ``ValueError`` if there is no such weight."""
-    return _read(module, layer)[0]
+    return module.weight.detach().float() if _is_untouched(module) else _read(module, layer)[0]
 
 
 def effective_bias(module: Any, layer: int = -1) -> Tensor | None:
     """What the module adds ``[out]``, float32, with active adapters; None if nothing. ``ValueError`` if it cannot be asked."""
     if module is None:
         return None
+    if _is_untouched(module):
+        return None if module.bias is None else module.bias.detach().float().clone()
     stand_in = quiet(module)
     with _undisturbed():
         if _is_linear(stand_in):
@@ -50,6 +52,18 @@ def effective_bias(module: Any, layer: int = -1) -> Tensor | None:
                 return None if stand_in.bias is None else stand_in.bias.detach().float().clone()
         bias = _Answers(stand_in, layer).bias
     return bias if bias.any() else None
+
+
+def _is_untouched(module: Any) -> bool:
+    """PyTorch's own linear layer with nothing on it, told in microseconds: it is asked for every layer of every pass."""
+    if type(module) is not nn.Linear or not module.__dict__.keys().isdisjoint(("forward", "_hf_hook", "_old_forward")) or module._forward_pre_hooks:
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return type(weight) is nn.Parameter and _is_readable(weight) and (bias is None or (type(bias) is nn.Parameter and _is_readable(bias)))
+
+
+def _is_readable(t: Tensor) -> bool:
+    return t.is_floating_point() and t.element_size() > 1 and not t.is_meta and t.layout == torch.strided
 
 
 def check_adapters(model: nn.Module) -> None:
