@@ -359,6 +359,52 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch):
     assert {(tmp_path / name).stat().st_mode for name in ("plain", "text", "x.safetensors")} == {plain.stat().st_mode}
 
 
+def test_what_stands_where_a_file_is_written(tmp_path):
+    """Links stay links, a file keeps its mode, devices and pipes stay what they are; long names in any script."""
+    kept, link = tmp_path / "kept", tmp_path / "link"
+    kept.write_text("old")
+    kept.chmod(0o600)
+    link.symlink_to("kept")
+    assert files.write_text(link, "new") == link
+    assert (link.is_symlink(), kept.read_text(), kept.stat().st_mode & 0o777) == (True, "new", 0o600)
+    (tmp_path / "dangling").symlink_to("made")
+    files.write_text(tmp_path / "dangling", "x")
+    assert (tmp_path / "made").read_text() == "x"
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, why in (("loop", "symbolic links"), ("pipe", "a pipe or a device"), ("folder", "directory")):
+        with pytest.raises(OSError, match=f"cannot write '{tmp_path / name}': .*{why}"):
+            files.write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo()
+    files.write_text(tmp_path / f"{'日' * 80}.txt", "x")
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".partial"]
+
+
+def test_one_process_at_a_time_puts_a_copy_into_the_cache(tmp_path):
+    inside = []
+
+    def work():
+        with files.only_one(tmp_path / ".lock"):
+            inside.append(1)
+            assert sum(inside) == 1
+            inside.append(-1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(inside), sum(inside)) == (8, 0)
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for name in ("FLOWROUTES_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert str(resume.cache_folder()) == "/.cache/flowroutes_fast"
+
+
 def test_digests_of_files(tmp_path, monkeypatch):
     file, kept = tmp_path / "file", tmp_path / "digests"
     file.write_bytes(bytes(3 * 10**5))

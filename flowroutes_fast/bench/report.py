@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flowroutes_fast.files import write_atomically
+
 KERNELS = ("certified", "bound", "signed", "exact")
 
 
@@ -58,8 +60,7 @@ def plots(report: dict[str, Any], stem: Path) -> list[Path]:
             picture = figure.Figure(figsize=(7, 4.2), layout="constrained")
             draw(picture.subplots(), report[name])
             path = stem.with_name(f"{stem.name}-{name.replace('_', '-')}.png")
-            picture.savefig(path, dpi=130)
-            written.append(path)
+            written.append(write_atomically(path, lambda temporary, picture=picture: picture.savefig(temporary, dpi=130)))
     return written
 
 
