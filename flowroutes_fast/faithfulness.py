@@ -16,7 +16,7 @@ from flowroutes_fast.ambient import neutral
 from flowroutes_fast.capture import Layer, capture
 from flowroutes_fast.layer import attention_of, parts_of
 from flowroutes_fast.mass import push
-from flowroutes_fast.prompts import token_ids
+from flowroutes_fast.prompts import check_tokens_alone, token_ids
 from flowroutes_fast.reference import sign_flow
 from flowroutes_fast.trace import trace
 
@@ -117,6 +117,7 @@ def verify(
     _check(ablation, means)
     if random < 0:
         raise ValueError(f"random must be a number of draws, got {random}")
+    check_tokens_alone(route, "it cannot be verified on the tokens alone")
     ids = list(route.token_ids if ids is None else ids)
     if not ids:
         raise ValueError("this route holds no token ids; pass ids=, those of its prompt")

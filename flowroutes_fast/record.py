@@ -40,6 +40,8 @@ class Trace:
         measure: ``"proximity"`` or ``"signed"``; precision: ``"certified"`` or ``"exact"``.
         prediction: most probable next tokens after the last position, with probabilities.
         timings: seconds of the whole traced pass (``"total"``) and of our part of it (``"importances"``).
+        inputs: what the model was given beside the tokens (images), ``{name: digest}``; a trace does not keep it, so that what runs the
+            model again on the tokens alone (``to_html(model=)``, ``Route.verify``) is refused.
     """
 
     tokens: list[str]
@@ -67,6 +69,7 @@ class Trace:
     mixers: list[str] = field(default_factory=list)
     prediction: list[tuple[str, float]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     dense: list[Tensor] | None = field(default=None, repr=False)  # per layer [head, query, key]
     sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # per layer: index [3, n], importance [n]
     neuron_parts: list[NeuronImportances] | None = field(default=None, repr=False)  # per layer

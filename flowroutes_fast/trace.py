@@ -27,7 +27,7 @@ from flowroutes_fast.models.families import blocks_of, rotary_regime, text_confi
 from flowroutes_fast.models.heads import predicts
 from flowroutes_fast.models.weights import check_adapters
 from flowroutes_fast.ops import choose_backend
-from flowroutes_fast.prompts import read_prompts
+from flowroutes_fast.prompts import digests, read_prompts
 from flowroutes_fast.record import Settle, Trace
 from flowroutes_fast.streaming import Stream, stream_of
 from flowroutes_fast.tokens import token_texts
@@ -164,7 +164,7 @@ def trace(
     traces = [
         _record(
             found, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
-            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours},
+            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours}, inputs=digests(given.inputs),
             settle=_settler(weak, ids, row, replace(options, neurons=False), given.inputs) if precision == "certified" else None,
         )
         for found, ids, row, logits in zip(results, prompts, rows, outputs, strict=True)

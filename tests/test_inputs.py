@@ -134,6 +134,97 @@ def test_token_types_are_used_where_the_model_takes_them():
         fr.trace(model, None, {"input_ids": torch.tensor([IDS, IDS]), "token_type_ids": torch.ones(2, 8, dtype=torch.long)})
 
 
+LEFT, MASK = [0, 0, 0, *IDS], [0] * 3 + [1] * 8
+
+
+@pytest.mark.parametrize("mask", [MASK, [MASK], torch.tensor([MASK]).bool(), torch.tensor(MASK).float(), np.array([MASK], np.int8)])
+@pytest.mark.parametrize("ids", [LEFT, [LEFT], np.array(LEFT), torch.tensor([LEFT])])
+def test_padding_of_one_prompt(ids, mask):
+    found = fr.trace(tiny(), None, {"input_ids": ids, "attention_mask": mask})
+    same(fr.trace(tiny(), None, IDS), found[0] if isinstance(found, list) else found)
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        ([[1, 1, 1, 1, 2, 2, 2, 2]], "also holds 2: documents"),
+        ([[0.5] * 8], "also holds 0.5"),
+        ([[-1e9] * 3 + [0.0] * 5], "also holds -1000000000.0"),
+        ([[float("nan")] * 8], "also holds nan"),
+        ([[1, 1, 1, 0, 1, 1, 1, 1]], "holes"),
+        ([[0] * 8], "padding only"),
+        ([1] * 7, "shape"),
+        ([[1] * 8] * 2, "shape"),
+        (torch.ones(1, 1, 8, 8), "shape"),
+        (torch.ones(1, 8, device="meta"), "meta device"),
+        ([[1], [1, 1]], "must be an array"),
+        ({"full_attention": None}, "must be an array"),
+        ("11111111", "must be an array"),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("ids", [IDS, [IDS]])
+def test_masks_that_are_none(mask, says, inside, ids):
+    with pytest.raises(ValueError, match=says):
+        fr.trace(tiny(), None, {"input_ids": ids, "attention_mask": mask}) if inside else fr.trace(tiny(), None, ids, attention_mask=mask)
+
+
+def test_two_masks_that_differ():
+    given = {"input_ids": [LEFT], "attention_mask": [[1] * 11]}
+    with pytest.raises(ValueError, match="another 'attention_mask'"):
+        fr.trace(tiny(), None, given, attention_mask=[MASK])
+    same(fr.trace(tiny(), None, IDS), fr.trace(tiny(), None, given | {"attention_mask": [MASK]}, attention_mask=[MASK])[0])
+
+
+def test_positions_are_those_of_the_trace():
+    """gpt2's positions are learned: counting the padding gives other states."""
+    model = tiny("gpt2", n_embd=48, n_layer=2, n_head=4)
+    given = {"input_ids": [LEFT], "attention_mask": [MASK]}
+    same(fr.trace(model, None, IDS), fr.trace(model, None, given | {"position_ids": [[1, 1, 1, *range(8)]]})[0], 1e-6)
+    for positions in ([list(range(11))], list(range(8)), [list(range(8))], torch.arange(11).expand(3, 1, 11)):
+        with pytest.raises(ValueError, match="'position_ids' is not used"):
+            fr.trace(model, None, given | {"position_ids": positions})
+
+
+def test_token_types_go_without_their_padding():
+    model = tiny("gpt2", n_embd=48, n_layer=2, n_head=4)
+    types = [1] * 4 + [2] * 4
+    expected = fr.trace(model, None, {"input_ids": [IDS], "token_type_ids": [types]})[0]
+    given = {"input_ids": [LEFT], "attention_mask": [MASK]}
+    same(expected, fr.trace(model, None, given | {"token_type_ids": [[5, 5, 5, *types]]})[0])
+    for wrong, says in (([types], "has shape"), ([[0.5] * 11], "must hold integers")):
+        with pytest.raises(ValueError, match=f"'token_type_ids' {says}"):
+            fr.trace(model, None, given | {"token_type_ids": wrong})
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(8, dtype=torch.long, device="meta"), torch.zeros(1, 8, dtype=torch.long, device="meta")])
+def test_ids_without_numbers(ids):
+    with pytest.raises(ValueError, match="meta device"):
+        fr.trace(tiny(), None, ids)
+
+
+def test_what_runs_the_model_again_needs_what_it_was_given(tmp_path):
+    """A trace does not keep the image: neither page details nor an ablation may be made from the tokens alone."""
+    model = llava()
+    given = {"input_ids": torch.tensor([[5, 100, 100, 100, 100, 7, 8, 9]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    (trace,) = fr.trace(model, None, given)
+    (signed,) = fr.trace(model, None, given | {"pixel_values": given["pixel_values"] + 1}, measure="signed")
+    assert list(trace.inputs) == ["pixel_values"]
+    kept = fr.load_trace(trace.save(tmp_path / "trace.safetensors"))
+    route = trace.route(threshold=0.02)
+    again = fr.load_route(route.save(tmp_path / "route.json"))
+    assert trace.inputs == kept.inputs == route.inputs == again.inputs != signed.inputs
+    for one in (trace, kept):
+        with pytest.raises(ValueError, match="'pixel_values', which the trace does not keep"):
+            one.to_html(tmp_path / "page.html", model=model)
+    for one in (route, again):
+        with pytest.raises(ValueError, match="'pixel_values', which the route does not keep"):
+            one.verify(model)
+    with pytest.raises(ValueError, match="another prompt"):
+        trace.to_html(tmp_path / "page.html", signed=signed)
+    trace.to_html(tmp_path / "page.html")
+
+
 def llava():
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
