@@ -26,10 +26,15 @@ def neutral() -> Iterator[None]:
     """Run the block as in a fresh process: autocast off, new tensors in float32 on the CPU unless asked otherwise; then all is as before.
 
     This thread alone is concerned. Costs a few microseconds where nothing is switched on; may be nested.
+
+    Raises:
+        ValueError: inside FakeTensorMode, where tensors have no numbers.
     """
     if _ordinary():
         yield
         return
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise ValueError("a FakeTensorMode is active, in which tensors are fake: they have shapes and no numbers; call this outside it")
     with ExitStack() as stack:
         for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
             torch.set_autocast_enabled(kind, False)
@@ -54,6 +59,7 @@ def _ordinary() -> bool:
         or torch._C._len_torch_function_stack()
         or torch.get_default_dtype() != torch.float32
         or torch.is_inference_mode_enabled()
+        or torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -77,6 +83,18 @@ def in_neutral(function: Callable[P, R]) -> Callable[P, R]:
             if "can't allocate memory" in str(error):
                 raise MemoryError(str(error).splitlines()[0]) from error
             raise
+
+    return run
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs as it is where torch.compile meets it, between two compiled parts of its caller."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
 
     return run
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flowroutes_fast.ambient import neutral
 from flowroutes_fast.conservation import Conservation
-from flowroutes_fast.models.causes import causes
+from flowroutes_fast.models.causes import causes, foreign_classes, modes, replaced_functions, written_elsewhere
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.precision import coarsest_dtype
 
@@ -38,6 +38,7 @@ class _Here(threading.local):
         self.implementation: dict[int, str] = {}  # id(config) -> name of its attention function
         self.kept: dict[int, dict[str, Any]] = {}  # id(attention module) -> what its current call leaves
         self.masks: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}  # masks of this pass, read once for all layers
+        self.depth = 0  # passes that are watched: a hook of the user's may start one within another
 
 
 _here = _Here()
@@ -93,7 +94,8 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):  # type: ignore[no-untyped-def]
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+        eager = next((f for home in homes if (f := getattr(home, "eager_attention_forward", None)) is not None), None)
         original = ALL_ATTENTION_FUNCTIONS.get(implementation, eager) if implementation != "eager" else eager
         if original is None:
             raise RuntimeError(f"{type(module).__name__} has no {implementation!r} attention function")
@@ -101,7 +103,8 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         kept = _here.kept.get(id(module))
         if kept is not None:
             kept["calls"] = kept.get("calls", 0) + 1
-            kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs, mixed=found[0], function=implementation)
+            kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs, mixed=found[0])
+            kept.update(function=implementation, foreign=written_elsewhere(original))
         return found
 
     return attention
@@ -163,12 +166,19 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _as_written() -> Any:
+@contextmanager
+def _as_written() -> Iterator[None]:
     """Whatever torch.compile has made of the model or its parts runs as it was written, so that hooks are called and attention is asked for.
 
-    Process-wide while it lasts: compiled functions of other threads run uncompiled meanwhile, with the same results.
+    Process-wide while it lasts: compiled functions of other threads run uncompiled meanwhile, with the same results, and what they compile
+    waits, so that no hook of ours gets into it.
     """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    lock = getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", nullcontext())
+    with lock, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def only_here(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +230,9 @@ def _additive(kept: dict[str, Any], block: Block, item: int, span: slice) -> Ten
         if tokens > 1 and (not causal or (mask is None and kept["function"] in ("eager", "flex_attention"))):
             raise TwoSided(block)
         return None
-    key = (id(mask), item, span.start, span.stop)
+    if not blockwise and mask.is_inference():
+        return _read_mask(mask, block, item, span, tokens, blockwise)
+    key = (id(mask), 0 if blockwise else mask._version, item, span.start, span.stop)  # a hook may write to it between layers
     if key not in _here.masks:
         _here.masks[key] = (mask, _read_mask(mask, block, item, span, tokens, blockwise))  # the mask stays alive: its id is its own
     return _here.masks[key][1]
@@ -252,6 +264,16 @@ class TwoSided(ValueError):
         super().__init__(
             f"layer {block.index}: the attention of this {block.family.name} model is two-sided (positions see later ones); information flow "
             "routes are defined for decoders, where positions see only what came before"
+        )
+
+
+class RanAgain(ValueError):
+    """A block that runs more than once, or on something else than the prompt."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(
+            f"layer {block.index} runs more than once in this forward pass, or on other tokens than the prompt's: a hook or replaced forward "
+            "that runs the model again cannot be traced; remove it, or let it run a copy of the model"
         )
 
 
@@ -296,7 +318,7 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
         scaling = options.get("scaling")
         scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         mask = _additive(kept, block, item, span)
-        mixed, function = row("mixed").flatten(1), kept["function"]
+        mixed, function = row("mixed").flatten(1), kept["function"] + (" (replaced)" if kept["foreign"] else "")
         softcap = float(options.get("softcap") or 0.0)
         window = int(options.get("sliding_window") or 0) if mask is None else 0
         sinks = options.get("s_aux")
@@ -376,7 +398,12 @@ def _times(x: Tensor, factor: float) -> Tensor:
 
 def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[], None], handles: list[Any]) -> None:
     """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished."""
-    family = block.family
+    family, depth = block.family, _here.depth
+    ran: list[bool] = []
+
+    def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+        hook = only_here(hook)
+        return lambda *args: hook(*args) if _here.depth == depth else None  # not in a pass that a hook of the user's starts
 
     def put(name: str, found: Tensor) -> None:
         if found.dim() == 2:  # [batch * token, d]
@@ -384,10 +411,10 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
         kept[name] = found
 
     def before(module: nn.Module, hook: Callable[..., Any]) -> None:
-        handles.append(module.register_forward_pre_hook(only_here(hook), with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(here(hook), with_kwargs=True))
 
     def after(module: nn.Module, hook: Callable[..., Any]) -> None:
-        handles.append(module.register_forward_hook(only_here(hook)))
+        handles.append(module.register_forward_hook(here(hook)))
 
     def enters(module: nn.Module | None, name: str) -> None:
         if module is not None:
@@ -398,6 +425,9 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
             after(module, lambda m, args, out: put(name, _tensor(out).clone() if copy else _tensor(out)))
 
     def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if ran:
+            raise RanAgain(block)
+        ran.append(True)
         kept.clear()
         kept["state"] = _first(args, kwargs)
 
@@ -485,7 +515,14 @@ def capture(
 
 def checker(model: nn.Module, blocks: list[Block]) -> Conservation:
     """The check of one forward pass through all blocks; thorough where something may act on single positions, and for a model's first."""
-    thorough = model not in _seen or any(_meddled(block.module) for block in blocks)
+    _check_distinct(blocks)
+    foreign = foreign_classes(blocks)
+    thorough = (
+        model not in _seen
+        or any(_meddled(block.module, foreign) for block in blocks)
+        or any(True for _ in modes())
+        or any(True for _ in replaced_functions(blocks))
+    )
     _seen.add(model)
     return Conservation(len(blocks), coarsest_dtype, lambda block: causes(model, block), thorough)
 
@@ -493,13 +530,26 @@ def checker(model: nn.Module, blocks: list[Block]) -> Conservation:
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _meddled(block: nn.Module) -> bool:
-    """Do hooks or replaced forwards act within a block?"""
+def _check_distinct(blocks: list[Block]) -> None:
+    """``ValueError`` where two layers are one module, or share their attention: what each did could not be told apart."""
+    owner: dict[int, int] = {}
+    for block in blocks:
+        for module in {id(m): m for m in (block.module, block.attention) if m is not None}.values():
+            if (first := owner.setdefault(id(module), block.index)) != block.index:
+                raise ValueError(
+                    f"layers {first} and {block.index} share one {type(module).__name__}, which runs more than once in a forward pass: give each "
+                    "its own module (copy.deepcopy) to trace this model"
+                )
+
+
+def _meddled(block: nn.Module, foreign: set[type]) -> bool:
+    """Do hooks, replaced forwards or code of others (modules of the classes ``foreign``) act within a block?"""
     hooks = nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return True
     return any(
-        m._forward_hooks or m._forward_pre_hooks or ("forward" in m.__dict__ and not hasattr(m, "_hf_hook")) for m in block.modules()
+        m._forward_hooks or m._forward_pre_hooks or type(m) in foreign or ("forward" in m.__dict__ and not hasattr(m, "_hf_hook"))
+        for m in block.modules()
     )
 
 
@@ -542,10 +592,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def prepared(model: nn.Module, blocks: list[Block]) -> Iterator[None]:
     """A model that can be watched: :func:`undisturbed`, without gradients, attention through our wrapper."""
     with undisturbed(model), torch.no_grad(), _attention_interface(model, blocks):
+        outer = _here.kept, _here.masks
+        _here.kept, _here.masks = {}, {}
+        _here.depth += 1
         try:
             yield
         finally:
-            _here.masks.clear()
+            _here.depth -= 1
+            _here.kept, _here.masks = outer
 
 
 @contextmanager
@@ -564,11 +618,18 @@ def watched(
     kept: dict[str, Any] = {}
 
     def done() -> None:
+        if kept["state"].shape[0] != len(spans) or kept["state"].shape[1] < max(span.stop for span in spans):
+            raise RanAgain(block)
+        computing = _autocast_to(kept["left"].device.type)
+        with neutral(), torch.no_grad():  # the model's own code may have switched something on
+            hand_on(computing)
+
+    def hand_on(computing: torch.dtype | None) -> None:
         check.enters(group, block, kept["state"])
         kept["weight"] = functools.cache(lambda: block.w_o(len(kept["query"][0]) if "query" in kept else len(kept["pattern"][0])))
         for item, span in enumerate(spans):
             layer = _finish(block, kept, item, span)
-            check(layer)
+            check(layer, computing)
             on_item(item, layer)
         check.leaves(group, kept["left"])
         kept.clear()
@@ -583,6 +644,11 @@ def watched(
         for handle in handles:
             handle.remove()
         _here.kept.pop(id(block.attention), None)
+
+
+def _autocast_to(device: str) -> torch.dtype | None:
+    """The type that the model's own code lets products be computed in (its forward wrapped in autocast), or None."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def span_of(mask: Tensor) -> slice:

@@ -9,6 +9,7 @@ something may act on single ones (hooks, replaced forwards, foreign attention fu
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,11 @@ class Conservation:
         self.open: list[_Sample] = []
         self.chosen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, layer: Layer) -> None:
-        """Take what has to be compared from a layer; everything together is compared in :meth:`judge`."""
+    def __call__(self, layer: Layer, computing: torch.dtype | None = None) -> None:
+        """Take what has to be compared from a layer; everything together is compared in :meth:`judge`.
+
+        ``computing``: the type that the model computed in, where it is not that of its states.
+        """
         self.seen.add(layer.index)
         rows, channels = self._places(layer.resid_post)
         weights = None
@@ -60,7 +64,7 @@ class Conservation:
             weights = weights_error(
                 layer, None if layer.attention_function not in KNOWN else rows if not self.thorough else self._few(layer)
             )
-        self.open.append(_Sample(layer.block, layer.resid_post.dtype, _sums(layer, rows, channels), weights))
+        self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, _sums(layer, rows, channels), weights))
         if self.thorough and layer.resid_post.device.type == "cpu":
             self.judge(layer)
 
@@ -79,13 +83,14 @@ class Conservation:
         """The whole state that enters a block; ``ValueError`` unless it is the one that left the block before."""
         before = self.left.pop(sequence, None)
         if before is None or (state is before[0] and state._version == before[1]):
-            return
+            return  # (a copy is never the state itself)
         if state.shape == before[0].shape and (state is not before[0]) and torch.equal(state, before[0].to(state.device, state.dtype)):
             return
         raise ValueError(_message(block, "entered", 1.0, 0.0, state.dtype, self.explain(block)))
 
     def leaves(self, sequence: Any, state: Tensor) -> None:
-        self.left[sequence] = (state, state._version)
+        """Note it; tensors of inference mode do not count how often they are written to, so that a copy is kept."""
+        self.left[sequence] = (state.clone(), 0) if state.is_inference() else (state, state._version)
 
     def finish(self) -> None:
         """The whole pass has run: was every layer seen, and did all add up?"""
@@ -211,8 +216,8 @@ def _spread(count: int, most: int, device: torch.device) -> Tensor:
 
 
 def _drawn(count: int, most: int, device: torch.device) -> Tensor:
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    return torch.randperm(count, generator=generator, device="cpu")[:most].sort().values.to(device)
+    drawn = sorted(random.Random(0).sample(range(count), min(count, most)))
+    return torch.tensor(drawn, device=device, dtype=torch.int64)
 
 
 def _message(block: Any, where: str, error: float, allowed: float, dtype: torch.dtype, causes: list[str]) -> str:

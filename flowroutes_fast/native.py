@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+FINITE = ("scale", "softcap")  # of the numbers that native operations take
 _isa: ContextVar[str] = ContextVar("instruction set", default="auto")
 
 
@@ -80,6 +82,9 @@ def address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype 
         at = 0
     if not at and tensor.numel():
         raise TypeError(f"{name} is a {type(tensor).__name__} without memory of its own: the native kernels take real tensors")
+    last = tensor.storage_offset() + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() and tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size():
+        raise ValueError(f"{name} has a storage of {tensor.untyped_storage().nbytes()} bytes, too few for shape {list(tensor.shape)}")
     return at
 
 
@@ -119,6 +124,9 @@ class Arguments(dict[str, Any]):
         Raises:
             RuntimeError: no extension. ValueError: arguments that do not fit. IndexError: an index outside. MemoryError.
         """
+        for name, number in self.items():
+            if isinstance(number, float) and (math.isnan(number) or (name in FINITE and math.isinf(number))):
+                raise ValueError(f"{name} must be a {'finite ' if name in FINITE else ''}number, got {number}")
         return getattr(extension(), operation)(dict(self), isa=_isa.get())
 
 

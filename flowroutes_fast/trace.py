@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flowroutes_fast import by_layer
-from flowroutes_fast.ambient import in_neutral
+from flowroutes_fast.ambient import in_neutral, uncompiled
 from flowroutes_fast.by_layer import Store, identity_of
 from flowroutes_fast.capture import Layer, capture, last_logits, rows_of, unwrap
 from flowroutes_fast.certify import MEASURES, Counts
@@ -43,6 +43,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, tor
 Exact = dict[int, np.ndarray]
 
 
+@uncompiled
 @in_neutral
 def trace(
     model: nn.Module,

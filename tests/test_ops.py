@@ -466,3 +466,29 @@ def test_cuda_without_triton_is_not_available(monkeypatch):
     monkeypatch.setattr("flowroutes_fast.cuda.missing", lambda: None)
     monkeypatch.setattr(ops, "_triton_missing", lambda: "triton cannot be imported")
     assert ops.backend_status()["cuda"] == "its bounds are Triton's: triton cannot be imported"
+
+
+def test_numbers_that_are_none_and_short_storages_are_refused():
+    g = torch.Generator().manual_seed(0)
+    shapes = ((4, 7, 8), (2, 9, 8), (2, 9, 5), (4, 5, 33), (7, 33), (7,))
+    layer = [torch.randn(shape, generator=g) for shape in shapes]
+
+    def run(scaling=0.3, softcap=0.0, floor=0.0):
+        return torch.ops.flowroutes.attention_layer(*layer, None, None, scaling, softcap, 0, True, floor, "cpu")
+
+    run()
+    for name, value, says in (
+        ("floor", float("nan"), "floor"),
+        ("scaling", float("nan"), "scale"),
+        ("scaling", float("inf"), "scale"),
+        ("softcap", float("inf"), "softcap"),
+        ("softcap", float("nan"), "softcap"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run(**{name: value})
+    whole = torch.randn(6, 33, generator=g)
+    for rest in (0, 64):
+        part = torch.randn(6, 33, generator=g)
+        _ = part.untyped_storage().resize_(rest)
+        with pytest.raises((ValueError, TypeError), match=r"memory|storage"):
+            ops.part_proximity(part, whole, backend="cpu")

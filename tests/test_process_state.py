@@ -1,5 +1,6 @@
 """A trace says what the model computes, whatever state the process is in: settings, compiled code, other threads, hooks, adapters."""
 
+import functools
 import threading
 import time
 import warnings
@@ -160,6 +161,9 @@ class Serving:
             self.runs += 1
 
     def __exit__(self, *exc):
+        deadline = time.monotonic() + 30
+        while self.runs < 4 and not self.failed and time.monotonic() < deadline:
+            time.sleep(0.01)
         self.stopped = True
         self.thread.join()
         assert not self.failed, self.failed[:3]
@@ -414,3 +418,226 @@ def test_ablated_runs_keep_threads_apart():
     with Serving(model, LONG[:50]):
         while time.perf_counter() - start < 0.3:
             assert torch.equal(ablation.clean(model, IDS).logits, run.logits)
+
+
+def on_row(own, row=5, factor=3.0):
+    """A method that does as ``own`` but for one position."""
+
+    @functools.wraps(own)
+    def method(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        first = (out[0] if isinstance(out, tuple) else out).clone()
+        first[:, row] *= factor
+        return (first, *out[1:]) if isinstance(out, tuple) else first
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "says"),
+    [
+        ("LlamaAttention", "forward", "replaced forward methods: LlamaAttention"),
+        ("LlamaAttention", "__call__", "replaced forward methods: LlamaAttention.__call__"),
+        ("LlamaDecoderLayer", "forward", "replaced forward methods: LlamaDecoderLayer"),
+    ],
+)
+def test_replaced_methods_of_classes_act_on_single_positions(kind, method, says, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    model = tiny()
+    fr.trace(model, None, LONG[:40])
+    kind = getattr(modeling_llama, kind)
+    monkeypatch.setattr(kind, method, on_row(getattr(kind, method)), raising=False)
+    with pytest.raises(ValueError, match=says):
+        fr.trace(model, None, LONG[:40])
+
+
+def one_pair_cut(function, layout):
+    """An attention function that leaves out one head at one position."""
+
+    def attention(*args, **kwargs):
+        found = function(*args, **kwargs)
+        out = (found[0] if isinstance(found, tuple) else found).clone()
+        out[(slice(None), 5, 3) if layout == "token, head" else (slice(None), 3, 5)] = 0
+        return (out, *found[1:]) if isinstance(found, tuple) else out
+
+    return attention
+
+
+@pytest.mark.parametrize("what", ["registered sdpa", "torch's sdpa", "eager"])
+def test_attention_functions_under_a_known_name(what, monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama import modeling_llama
+
+    model = tiny()
+    model.set_attn_implementation("eager" if what == "eager" else "sdpa")
+    fr.trace(model, None, LONG[:40])
+    if what == "registered sdpa":
+        changed = one_pair_cut(ALL_ATTENTION_FUNCTIONS["sdpa"], "token, head")
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", changed)
+    elif what == "eager":
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", one_pair_cut(modeling_llama.eager_attention_forward, "token, head"))
+    else:
+        own = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", one_pair_cut(own, "head, token"))
+    with pytest.raises(ValueError, match=r"recomputed are not those.*replaced functions"):
+        fr.trace(model, None, LONG[:40])
+
+
+@pytest.mark.parametrize("kind", ["function", "dispatch"])
+def test_modes_that_take_calls(kind):
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OfFunctions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            return cut(found) if func is torch.nn.functional.scaled_dot_product_attention else found
+
+    class OfDispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            return (cut(found[0]), *found[1:]) if "scaled_dot_product" in str(func) else found
+
+    def cut(out):
+        if meddling:
+            out = out.clone()
+            out[:, 3, 5] = 0
+        return out
+
+    model, meddling = tiny(), False
+    mode = OfFunctions if kind == "function" else OfDispatch
+    expected = fr.trace(model, None, LONG[:40])
+    with mode():
+        same(expected, fr.trace(model, None, LONG[:40]))
+    meddling = True
+    with mode(), pytest.raises(ValueError, match="modes that take PyTorch's calls: Of"):
+        fr.trace(model, None, LONG[:40])
+
+
+def test_fake_tensors_are_refused_by_name():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = tiny()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="FakeTensorMode"):
+        fr.trace(model, None, IDS)
+
+
+def test_inside_torch_transforms_and_compiled_callers():
+    model = tiny()
+    expected = float(fr.trace(model, None, IDS).heads.sum())
+
+    def total(x):
+        return x * fr.trace(model, None, IDS).heads.sum()
+
+    assert float(torch.func.grad(total)(torch.tensor(1.0))) == expected
+    assert torch.vmap(total)(torch.ones(2)).tolist() == [expected] * 2
+    assert float(torch.compile(total, backend="eager")(torch.tensor(1.0))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_attention_class_of_ones_own_keeps_the_eager_function():
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Mine(LlamaAttention):
+        pass
+
+    model = tiny()
+    model.set_attn_implementation("eager")
+    expected = fr.trace(model, None, IDS)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Mine
+    same(expected, fr.trace(model, None, IDS))
+
+
+@pytest.mark.parametrize("where", ["model", "model.layers.1"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad, lambda: torch.device("meta")])
+def test_modes_inside_a_forward(where, mode):
+    model = tiny()
+    expected = fr.trace(model, None, LONG[:40])
+    module = model.get_submodule(where)
+    own = module.forward
+
+    def forward(*args, **kwargs):
+        with mode():
+            return own(*args, **kwargs)
+
+    module.forward = forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(expected, fr.trace(model, None, LONG[:40]))
+
+
+@pytest.mark.parametrize("traced_before", [True, False])
+def test_autocast_inside_a_forward(traced_before):
+    """As accelerate prepares models: the model computes in bfloat16, our computations do not."""
+    model = tiny()
+    expected = fr.trace(model, None, LONG[:40])
+    model = model if traced_before else tiny()
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    found = fr.trace(model, None, LONG[:40])
+    same(found, fr.trace(model, None, LONG[:40], precision="exact", backend="reference"), 2e-2)
+    assert 0 < (found.heads - expected.heads).abs().max() < 0.05
+
+
+def test_masks_that_a_hook_writes_to():
+    """Attention knocked out in place from one layer on, or in a copy for one: what each layer was given counts."""
+
+    def knock(copy):
+        model = tiny()
+        model.set_attn_implementation("eager")
+
+        def before(module, args, kwargs):
+            mask = kwargs["attention_mask"].clone() if copy else kwargs["attention_mask"]
+            mask[:, :, 20, 3] = torch.finfo(mask.dtype).min
+            return args, kwargs | {"attention_mask": mask}
+
+        for layer in model.model.layers[1:] if copy else model.model.layers[1:2]:
+            layer.self_attn.register_forward_pre_hook(before, with_kwargs=True)
+        return fr.trace(model, None, LONG[:40])
+
+    same(knock(True), knock(False))
+
+
+def test_traces_within_a_pass():
+    """A hook that traces the model again, or another one that shares its blocks, disturbs neither trace."""
+    model, other = tiny(), tiny()
+    other.model.layers = model.model.layers
+    expected, short = fr.trace(model, None, LONG[:40]), fr.trace(other, None, IDS)
+    inner, waiting = [], [other, model]
+
+    def hook(module, args, out):
+        if waiting:
+            inner.append(fr.trace(waiting.pop(), None, IDS))  # the first of them holds the second
+
+    model.model.layers[1].mlp.register_forward_hook(hook)
+    same(expected, fr.trace(model, None, LONG[:40]))
+    assert len(inner) == 2
+    for one in inner:
+        same(short, one)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("tokens", [8, 40])
+def test_a_pass_within_a_pass_is_refused_by_name(where, tokens):
+    model, busy = tiny(), []
+
+    def hook(module, args, out):
+        if not busy:
+            busy.append(True)
+            model(input_ids=torch.tensor([LONG[:tokens]]))
+            busy.clear()
+
+    model.get_submodule(where).register_forward_hook(hook)
+    with pytest.raises(ValueError, match="runs the model again"):
+        fr.trace(model, None, LONG[:40])
+
+
+@pytest.mark.parametrize("what", ["block", "attention"])
+def test_layers_that_are_one_module(what):
+    model = tiny()
+    if what == "block":
+        model.model.layers[2] = model.model.layers[1]
+    else:
+        model.model.layers[2].self_attn = model.model.layers[1].self_attn
+    with pytest.raises(ValueError, match="layers 1 and 2 share one Llama"):
+        fr.trace(model, None, IDS)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from flowroutes_fast.models.families import Block
 from flowroutes_fast.models.rounding import stores_few_bits
 from flowroutes_fast.models.weights import is_adapter, named
 
 HARMLESS = ("flowroutes_fast", "accelerate", "transformers", "torch.nn.utils")  # whose hooks change no output that we do not see
+LIBRARIES = (  # whose code does alike at all positions
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flowroutes_fast", "flash_attn", "causal_conv1d", "mamba_ssm", "fla", "kernels",
+)  # fmt: skip
+CALLED = ("forward", "__call__", "_wrapped_call_impl", "_call_impl")  # methods that a call of a module goes through
 MOST = 3  # examples of a kind
 
 
@@ -27,6 +36,8 @@ def causes(model: nn.Module, block: Block, mask: Tensor | None = None) -> list[s
         _products(block),
         _several("forward hooks", _hooks(model, block)),
         _several("replaced forward methods", _patched(block)),
+        _several("replaced functions", replaced_functions([block])),
+        _several("modes that take PyTorch's calls", modes()),
         _several("adapters", _adapters(block)),
         _several("quantised layers", _quantised(block)),
         _several("dropout that is switched on", _dropout(block)),
@@ -81,10 +92,71 @@ def _patched(block: Block) -> Iterator[str]:
     for name, module in block.module.named_modules():
         if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
             yield f"{name or 'the block'} (on the module)"
-        owner = next((kind for kind in type(module).__mro__ if "forward" in kind.__dict__), nn.Module)
-        written = getattr(owner.__dict__.get("forward"), "__module__", None) or owner.__module__
-        if written.split(".")[0] not in (owner.__module__.split(".")[0], "torch"):
-            yield f"{owner.__name__} (by {written})"
+        for method in CALLED:
+            owner = next((kind for kind in type(module).__mro__ if method in kind.__dict__), nn.Module)
+            written = _foreign(getattr(owner, method, None), owner.__module__)
+            if written:
+                yield f"{owner.__name__}{'' if method == 'forward' else '.' + method} (by {written})"
+
+
+def written_elsewhere(function: Any) -> bool:
+    """Whether a function is, or wraps or is wrapped by, one that is not of PyTorch, transformers or the libraries that serve them."""
+    return bool(_foreign(function))
+
+
+def _foreign(function: Any, home: str = "torch") -> str:
+    """The first module that a function or what it wraps was written in and that is neither of LIBRARIES nor of ``home``'s package."""
+    known = (*LIBRARIES, home.split(".")[0])
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if isinstance(function, types.FunctionType):
+            written = str(function.__globals__.get("__name__"))
+        elif isinstance(function, (types.BuiltinFunctionType, types.MethodDescriptorType)):
+            return ""
+        else:
+            written = _module_of(function)
+        if (root := written.split(".")[0]) not in known and root not in sys.stdlib_module_names:
+            return written
+        function = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
+    return ""
+
+
+def foreign_classes(blocks: list[Block]) -> set[type]:
+    """Classes of modules in these blocks that other code than the libraries' runs in."""
+    kinds = {type(module) for block in blocks for module in block.module.modules()}
+    return {kind for kind in kinds if any(written_elsewhere(getattr(kind, method, None)) for method in CALLED)}
+
+
+def replaced_functions(blocks: list[Block]) -> Iterator[str]:
+    """Functions that the model's code or attention calls and that something has put in the place of the libraries' own."""
+    calls = torch.nn.functional
+    for owner, names in ((calls, ("scaled_dot_product_attention", "softmax", "linear")), (torch, ("matmul", "softmax", "bmm"))):
+        for name in names:
+            if written := _foreign(getattr(owner, name)):
+                yield f"{name} (by {written})"
+    for config in {id(c): c for block in blocks if (c := getattr(block.attention, "config", None)) is not None}.values():
+        name = str(getattr(config, "_attn_implementation", "") or "").removeprefix("flowroutes_capture_")
+        if written := _foreign(_attention_functions().get(name)):
+            yield f"the attention function {name!r} (by {written})"
+    homes = {kind.__module__ for block in blocks for m in (block.module, block.attention) if m is not None for kind in type(m).__mro__}
+    homes.add("transformers.integrations.sdpa_attention")
+    for home in sorted(home for home in homes if home.startswith("transformers.") and home in sys.modules):
+        for name, function in vars(sys.modules[home]).items():
+            if isinstance(function, types.FunctionType) and (written := _foreign(function)):
+                yield f"{name} (by {written})"
+
+
+def _attention_functions() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def modes() -> Iterator[str]:
+    """Names of the modes of the user's that see every call of PyTorch on this thread."""
+    for mode in [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]:
+        if not isinstance(mode, DeviceContext) and not type(mode).__module__.startswith("flowroutes_fast."):
+            yield type(mode).__name__
 
 
 def _adapters(block: Block) -> Iterator[str]:
