@@ -194,7 +194,8 @@ inline float proximity(const float* z, const float* y, int64_t d) {
         const float w = std::signbit(y[c]) ? -z[c] : z[c];
         total += std::min(w, 2.f * std::fabs(y[c]) - w);
     }
-    return std::max(0.f, total + sum(acc));
+    total += sum(acc);
+    return total < 0.f ? 0.f : total;  // NaN stays NaN
 }
 
 void parts(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d, int threads) {

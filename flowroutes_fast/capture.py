@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowroutes_fast.ambient import neutral
-from flowroutes_fast.conservation import Conservation
+from flowroutes_fast.conservation import Conservation, recomputes
 from flowroutes_fast.models.causes import causes, foreign_classes, modes, replaced_functions, written_elsewhere
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.precision import coarsest_dtype
@@ -105,6 +105,8 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             kept["calls"] = kept.get("calls", 0) + 1
             kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs, mixed=found[0])
             kept.update(function=implementation, foreign=written_elsewhere(original))
+            if implementation == "eager" and query.dtype in (torch.bfloat16, torch.float16) and isinstance(found[1], Tensor):
+                kept["weights"] = found[1]  # of scores rounded to few bits: where they are large, no one else has these
         return found
 
     return attention
@@ -359,6 +361,12 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
     )  # fmt: skip
 
 
+def _given_weights(layer: Layer, pattern: Tensor) -> Layer:
+    """The layer with attention weights ``[head, query, key]`` that the model gave, instead of queries and keys."""
+    query, key = (pattern.new_zeros((n, pattern.shape[1], 1), dtype=torch.float32) for n in (len(pattern), len(layer.value)))  # type: ignore[arg-type]
+    return replace(layer, query=query, key=key, mask=pattern.float().log(), scaling=1.0, softcap=0.0, window=0)
+
+
 def rows_of(layer: Layer, rows: Tensor) -> Layer:
     """The same layer with the query positions ``rows`` (sorted) alone; keys and values stay."""
     n_key = len(layer.resid_post)
@@ -508,9 +516,20 @@ def capture(
     with prepared(model, blocks), ExitStack() as stack:
         for block in blocks:
             stack.enter_context(watched(block, spans, neurons, give, check))
-        output = model(input_ids=input_ids, **options)
+        output = _called(model, input_ids, options, inputs or {})
     check.finish()
     return output
+
+
+def _called(model: nn.Module, input_ids: Tensor, options: dict[str, Any], inputs: dict[str, Tensor]) -> Any:
+    """The model's output; ``ValueError`` naming what it was given beside the ids if it fails with it."""
+    try:
+        return model(input_ids=input_ids, **options)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        if not inputs or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise
+        given = ", ".join(f"{name!r} {list(tensor.shape)}" for name, tensor in inputs.items())
+        raise ValueError(f"{type(model).__name__} fails with {given}: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def checker(model: nn.Module, blocks: list[Block]) -> Conservation:
@@ -584,8 +603,33 @@ def forward_options(model: nn.Module, attention_mask: Tensor | None, logits_to_k
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, run as it was written, whatever the process has switched on. One thread at a time."""
-    with _lock, neutral(), _evaluation_mode(model), _as_written():
+    with _lock, neutral(), _evaluation_mode(model), _as_written(), _rotations_of_their_own(model):
         yield
+
+
+@contextmanager
+def _rotations_of_their_own(model: nn.Module) -> Iterator[None]:
+    """Every pass is rotated as in a fresh model: dynamic rotary embeddings otherwise keep the frequencies of the longest prompt so far."""
+    rotary = [m for m in model.modules() if hasattr(m, "max_seq_len_cached") and "dynamic" in str(getattr(m, "rope_type", ""))]
+    before = [(m, dict(m._buffers), {n: v for n, v in vars(m).items() if n.endswith("max_seq_len_cached")}) for m in rotary]
+    handles = [m.register_forward_pre_hook(only_here(lambda module, args: _reset(module))) for m in rotary]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, buffers, lengths in before:
+            module._buffers.update(buffers)
+            vars(module).update(lengths)
+
+
+def _reset(rotary: Any) -> None:
+    for name, buffer in list(rotary._buffers.items()):
+        first = getattr(rotary, name.removesuffix("inv_freq") + "original_inv_freq", None) if name.endswith("inv_freq") else None
+        if first is not None and buffer is not None:
+            rotary._buffers[name] = first.to(buffer.device)
+    for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
+        setattr(rotary, name, rotary.original_max_seq_len)
 
 
 @contextmanager
@@ -629,6 +673,8 @@ def watched(
         kept["weight"] = functools.cache(lambda: block.w_o(len(kept["query"][0]) if "query" in kept else len(kept["pattern"][0])))
         for item, span in enumerate(spans):
             layer = _finish(block, kept, item, span)
+            if "weights" in kept and layer.sinks is None and not recomputes(layer):
+                layer = _given_weights(layer, kept["weights"][item, :, span, span])
             check(layer, computing)
             on_item(item, layer)
         check.leaves(group, kept["left"])

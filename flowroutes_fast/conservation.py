@@ -38,7 +38,7 @@ class _Sample:
 
     block: Block
     dtype: torch.dtype
-    sums: list[tuple[str, Tensor]]  # per node: the state with a minus sign, and its parts [part, row, channel]
+    sums: list[tuple[str, Tensor]]  # per node: the state and its parts [1 + part, row, channel]
     weights: Tensor | None
 
 
@@ -61,9 +61,7 @@ class Conservation:
         rows, channels = self._places(layer.resid_post)
         weights = None
         if layer.mixed is not None:
-            weights = weights_error(
-                layer, None if layer.attention_function not in KNOWN else rows if not self.thorough else self._few(layer)
-            )
+            weights = weights_error(layer, self._rows_of_weights(layer))
         self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, _sums(layer, rows, channels), weights))
         if self.thorough and layer.resid_post.device.type == "cpu":
             self.judge(layer)
@@ -75,6 +73,12 @@ class Conservation:
             rows = _spread(tokens, tokens if self.thorough else ROWS, state.device)
             self.chosen[key] = rows, _drawn(width, width if self.thorough else CHANNELS, state.device)
         return self.chosen[key]
+
+    def _rows_of_weights(self, layer: Layer) -> Tensor | None:
+        """Positions whose attention weights are looked at; None for all, of all heads."""
+        if layer.attention_function not in KNOWN:
+            return None
+        return self._few(layer) if self.thorough else self._places(layer.resid_post)[0]
 
     def _few(self, layer: Layer) -> Tensor:
         return _spread(len(layer.resid_post), 4 * ROWS, layer.resid_post.device)
@@ -121,13 +125,14 @@ class Conservation:
 
 
 def _sums(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, Tensor]]:
-    """Per node its state, with a minus sign, and its parts, as (where, ``[1 + part, row, channel]``)."""
+    """Per node its state and its parts, as (where, ``[1 + part, row, channel]``)."""
+    flat = rows[:, None] * layer.resid_post.shape[1] + channels
 
     def at(part: Tensor) -> Tensor:
-        return part.index_select(0, rows).index_select(1, channels).float()
+        return torch.take(part, flat).float()
 
     after, ffn = at(layer.resid_post if layer.resid_mid is None else layer.resid_mid), at(layer.ffn_out)
-    parts = [after.neg(), at(layer.residual)]
+    parts = [after, at(layer.residual)]
     if layer.mixer_out is not None:
         parts.append(at(layer.mixer_out))
     if layer.mixed is not None:
@@ -135,7 +140,7 @@ def _sums(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, Tenso
     if layer.through is None:
         return [("attention", torch.stack([*parts, ffn]))]
     through = after if layer.through is layer.resid_mid else at(layer.through)
-    return [("attention", torch.stack(parts)), ("ffn", torch.stack([at(layer.resid_post).neg_(), through, ffn]))]
+    return [("attention", torch.stack(parts)), ("ffn", torch.stack([at(layer.resid_post), through, ffn]))]
 
 
 def _miss(parts: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ def _miss(parts: Tensor) -> Tensor:
     """
     size = parts[:, 0].square().mean(1).sqrt()  # [layer, channel]
     size = torch.maximum(size, size.amax(1, keepdim=True) * SMALLEST).clamp_min(1e-30)[:, None]
-    missing = torch.linalg.vector_norm(parts.sum(1) / size, dim=-1)
+    missing = torch.linalg.vector_norm((parts[:, 1:].sum(1) - parts[:, 0]) / size, dim=-1)
     sizes = torch.linalg.vector_norm(parts / size[:, None], dim=-1).sum(1)
     return (missing / sizes.clamp_min(1e-30)).amax(1)
 
@@ -162,9 +167,14 @@ def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
     added = mixed @ weight.index_select(0, channels.to(weight.device)).to(mixed.device).T
     scale = 1.0 if layer.row_scale is None else layer.row_scale[rows, None]
     bias = block.output_bias
-    bias = 0 if bias is None else bias.to(mixed.device)[channels]
-    added = (added + bias) * scale if block.post_norm is not None else added * scale + bias
+    constant = 0 if bias is None else bias.to(mixed.device)[channels]
+    added = (added + constant) * scale if block.post_norm is not None else added * scale + constant
     return added * layer.scale if layer.out_scale is None else added * (layer.out_scale[channels] * layer.scale)
+
+
+def recomputes(layer: Layer) -> bool:
+    """Whether attention weights computed again from queries and keys are all those of the model, up to the rounding of their type."""
+    return float(weights_error(layer, None)) <= TOLERANCE[layer.query.dtype]  # type: ignore[union-attr]
 
 
 def weights_error(layer: Layer, rows: Tensor | None) -> Tensor:

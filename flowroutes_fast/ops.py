@@ -114,6 +114,8 @@ def as_tensor(given: Any, name: str = "the array") -> Tensor:
         return given
     if not hasattr(given, "__dlpack__"):
         raise TypeError(f"{name} must be a torch.Tensor or an array that supports DLPack (NumPy, JAX, CuPy), got {type(given).__name__}")
+    if hasattr(given, "filled") and hasattr(given, "mask"):  # numpy.ma: DLPack would forget the mask
+        raise TypeError(f"{name} is a masked array, whose mask would be lost: give .filled(value)")
     strides = getattr(given, "strides", None)
     if isinstance(strides, tuple) and any(step < 0 for step in strides):  # PyTorch ends the process on these
         given = given.copy()
@@ -191,9 +193,9 @@ def _check_states(**named: Tensor) -> None:
     for name, tensor in named.items():
         if tensor.dtype not in _FLOAT:
             raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+        _check_real(name, tensor)
         if not tensor.dim() or not tensor.shape[-1]:
             raise ValueError(f"{name} must be [..., d_model], got shape {tuple(tensor.shape)}")
-        _check_real(name, tensor)
 
 
 def _check_components(outputs: Tensor, state: Tensor) -> None:
@@ -208,12 +210,12 @@ def _check_real(name: str, tensor: Tensor) -> None:
         return
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         raise ValueError(f"{name} is a {'meta' if tensor.is_meta else 'fake'} tensor: it has a shape and no numbers")
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}: call .to_dense()")
 
 
 def check_threads(threads: int) -> None:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads < 2**31:
         raise ValueError(f"threads must be a whole number, zero for OpenMP's default, got {threads!r}")
 
 

@@ -20,6 +20,7 @@ from flowroutes_fast.files import write_text
 from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
 
+CHANGED = 0.05  # of a normaliser: above what rounding to bfloat16 does between two passes
 Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
 
 
@@ -305,6 +306,11 @@ class Trace:
                 f"at threshold {threshold} this trace leaves {sum(map(len, rows.values()))} rows open (first met: layer {found.layer}, position "
                 f"{found.queries[0]}) and its model is gone (a trace from a file or another process has none); trace again with thresholds=[{threshold}], or use one of {list(self.thresholds)}"
             )
+        for layer, queries in rows.items():
+            at = torch.from_numpy(queries)
+            exact, low, high = settled[layer].low[at], self.normaliser_low[layer, at], self.normaliser_high[layer, at]
+            if not bool(((exact >= low * (1 - CHANGED)) & (exact <= high * (1 + CHANGED))).all()):
+                raise ValueError("the model does not compute what it did when it was traced: trace again")
         fields = {
             "heads": "heads", "heads_low": "heads_low", "heads_high": "heads_high", "normaliser_low": "low", "normaliser_high": "high",
             "attention_residual": "attention_residual", "attention_bias": "bias", "mixer": "mixer", "ffn": "ffn", "ffn_residual": "ffn_residual",

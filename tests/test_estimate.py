@@ -52,7 +52,7 @@ def _child(code):
 def test_little_address_space_is_refused(monkeypatch):
     """Threads that libraries start then would end the process."""
     monkeypatch.setattr(module, "_address_space", lambda: 100 * 2**20)
-    with pytest.raises(MemoryError, match="the address space of this process is limited .*: 105 MB are left"):
+    with pytest.raises(MemoryError, match=r"the address space of this process is limited .*: 105 MB are left"):
         check_memory(tiny("llama"), 3, Options())
 
 

@@ -86,6 +86,78 @@ def test_a_batch_equals_single_runs(kind, resume, tmp_path):
         assert (single.heads - one.heads).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_dynamic_rotations_are_those_of_a_fresh_model(by_layer, resume, tmp_path):
+    """Beyond its training length a model is stretched by the prompt's own length, not by that of the longest prompt so far."""
+    own = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+    def make():
+        if not by_layer:
+            return tiny(max_position_embeddings=16, rope_parameters=own)
+        ropes = {"full_attention": own, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        kinds = ["sliding_attention", "full_attention", "full_attention"]
+        return tiny("gemma3_text", head_dim=12, max_position_embeddings=16, rope_parameters=ropes, layer_types=kinds, sliding_window=9)
+
+    prompts = [LONG[:40], LONG[3:20], LONG[5:21], LONG[:64], LONG[2:10]]
+    model = make()
+    together = fr.trace(model, None, prompts, resume=tmp_path / "run" if resume else None)
+    for ids, one in zip(prompts, together, strict=True):
+        expected = fr.trace(make(), None, ids)
+        assert (expected.heads - one.heads).abs().max() < 1e-5
+        assert (expected.heads - fr.trace(model, None, ids).heads).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="context holds 64"):
+        fr.trace(model, None, LONG[:65])
+
+
+def test_a_models_rotations_come_back():
+    model = tiny(max_position_embeddings=16, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    with torch.no_grad():
+        model(torch.tensor([LONG[:40]]))
+        before = model(torch.tensor([LONG[:20]])).logits
+        fr.trace(model, None, LONG[:60])
+        assert torch.equal(model(torch.tensor([LONG[:20]])).logits, before)
+
+
+def test_routes_of_other_rotations_are_not_verified():
+    model = tiny(rope_parameters=rope("longrope"))
+    trace = fr.trace(model, None, LONG[:40])
+    trace.route(threshold=0.02).verify(model, random=0)
+    with pytest.raises(ValueError, match="changes with the prompt's length"):
+        trace.route(7, threshold=0.02).verify(model)
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "adapter"])
+def test_rows_are_not_settled_by_a_changed_model(how):
+    """Rows of two models would be mixed in one route."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False)).eval()
+    trace = fr.trace(model, None, LONG, tolerance=0.3, thresholds=())
+    fr.trace(model, None, LONG[:9])
+    trace.route(threshold=0.003)
+    assert trace.work["exhausted"] > 0  # settled by the model as it was
+    weight = model.base_model.model.model.layers[0].self_attn.o_proj.base_layer.weight
+    if how == "in place":
+        with torch.no_grad():
+            weight[0, 0] += 0.01
+    elif how == "data":
+        weight.data.mul_(3)
+    else:
+        model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="trace again"):
+        trace.route(threshold=0.0021)
+
+
+def test_inputs_that_the_model_fails_with():
+    from transformers import GPT2Config, GPT2DoubleHeadsModel
+
+    model = GPT2DoubleHeadsModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=101, n_positions=64, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(ValueError, match=r"GPT2DoubleHeadsModel fails with 'mc_token_ids' \[1, 1\]"):
+        fr.trace(model, None, {"input_ids": [IDS], "mc_token_ids": [[7]]})
+    assert model.training
+
+
 def test_longrope_differs_beyond_its_limit():
     """The prompts above really are rotated in two ways."""
     model = tiny(rope_parameters=rope("longrope"))
@@ -403,3 +475,61 @@ def test_answers_of_byte_level_tokenizers(demo):
         if len(ids) == 1:
             assert single_token(tokenizer, text) == ids[0]
             assert token_texts(tokenizer, ids) == [text]
+
+
+def pieces(*words, **options):
+    """A tokenizer in Python, as slow ones are: decoding knows no id above its own, and takes off a leading space."""
+    from transformers import PreTrainedTokenizer
+
+    class Pieces(PreTrainedTokenizer):
+        def get_vocab(self):
+            return {word: n for n, word in enumerate(words)}
+
+        @property
+        def vocab_size(self):
+            return len(words)
+
+        def _tokenize(self, text):
+            return [text]
+
+        def _convert_token_to_id(self, token):
+            return self.get_vocab().get(token, 0)
+
+        def _convert_id_to_token(self, index):
+            return words[index]
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens).replace("Ġ", " ").replace("▁", " ")
+
+    return Pieces(unk_token=words[0], **options)
+
+
+def test_spaces_that_decoding_cleans_up():
+    tokenizer = pieces("<unk>", "Ġ.", "Ġn't", "▁,", "Ġthe", clean_up_tokenization_spaces=True)
+    assert token_texts(tokenizer, range(1, 5)) == [" .", " n't", " ,", " the"]
+
+
+def test_ids_that_the_tokenizer_does_not_have(sentencepiece):
+    """Models have more rows than tokenizers have tokens; such a row may well be predicted."""
+    tokenizer = pieces("<unk>", "▁a")
+    assert token_texts(tokenizer, [1, 99]) == [" a", "<99>"]
+    assert token_texts(sentencepiece, [99]) == ["<99>"]
+    assert fr.trace(tiny(), tokenizer, [1, 99]).tokens == [" a", "<99>"]
+
+
+def test_unknown_words_are_no_answer():
+    tokenizer = pieces("<unk>", "Mary")
+    assert single_token(tokenizer, "Mary") == 1
+    assert single_token(tokenizer, "<unk>") == 0
+    with pytest.raises(ValueError, match="'zebra' is unknown to the tokenizer"):
+        single_token(tokenizer, "zebra")
+
+
+def test_marks_of_the_text_itself_are_no_spaces(demo):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(demo[1])
+    tokenizer.add_tokens(["▁bar"])
+    token = tokenizer.convert_tokens_to_ids("▁bar")
+    assert token_texts(tokenizer, [token]) == ["▁bar"]
+    assert single_token(tokenizer, "▁bar") == token

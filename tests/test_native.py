@@ -218,3 +218,14 @@ def test_doctor_says_what_the_self_test_found(monkeypatch):
     assert found.exit_code == 1
     assert "self-test  pairs, avx2: differs from float64" in found.output
     assert '"pairs, avx2"' in CliRunner().invoke(app, ["doctor", "--json"]).output
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("width", [1, 33, 64])
+def test_not_a_number_stays_one(isa, width):
+    part, whole = torch.randn(3, width), torch.randn(3, width)
+    part[1, width // 2] = float("nan")
+    with native.instruction_set(isa):
+        found = ops.part_proximity(part, whole, backend="cpu"), ops.component_proximity(part[:, None], whole, backend="cpu")[:, 0]
+    for one in found:
+        assert one.isnan().tolist() == [False, True, False]

@@ -492,3 +492,13 @@ def test_numbers_that_are_none_and_short_storages_are_refused():
         _ = part.untyped_storage().resize_(rest)
         with pytest.raises((ValueError, TypeError), match=r"memory|storage"):
             ops.part_proximity(part, whole, backend="cpu")
+
+
+def test_arrays_that_would_lose_something_are_refused():
+    whole = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="masked"):
+        ops.part_proximity(np.ma.masked_array(np.ones((2, 3), np.float32), mask=np.eye(2, 3)), whole)
+    with pytest.raises(ValueError, match="dense"):
+        ops.part_proximity(torch.nested.nested_tensor([torch.ones(3), torch.ones(3)]), whole)
+    with pytest.raises(ValueError, match="threads"):
+        ops.part_proximity(whole, whole, threads=2**40)

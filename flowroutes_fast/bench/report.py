@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def plots(report: dict[str, Any], stem: Path) -> list[Path]:
             picture = figure.Figure(figsize=(7, 4.2), layout="constrained")
             draw(picture.subplots(), report[name])
             path = stem.with_name(f"{stem.name}-{name.replace('_', '-')}.png")
-            written.append(write_atomically(path, lambda temporary, picture=picture: picture.savefig(temporary, dpi=130)))
+            written.append(write_atomically(path, functools.partial(picture.savefig, dpi=130)))
     return written
 
 
