@@ -516,9 +516,20 @@ def capture(
     with prepared(model, blocks), ExitStack() as stack:
         for block in blocks:
             stack.enter_context(watched(block, spans, neurons, give, check))
-        output = model(input_ids=input_ids, **options)
+        output = _called(model, input_ids, options, inputs or {})
     check.finish()
     return output
+
+
+def _called(model: nn.Module, input_ids: Tensor, options: dict[str, Any], inputs: dict[str, Tensor]) -> Any:
+    """The model's output; ``ValueError`` naming what it was given beside the ids if it fails with it."""
+    try:
+        return model(input_ids=input_ids, **options)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        if not inputs or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise
+        given = ", ".join(f"{name!r} {list(tensor.shape)}" for name, tensor in inputs.items())
+        raise ValueError(f"{type(model).__name__} fails with {given}: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def checker(model: nn.Module, blocks: list[Block]) -> Conservation:
@@ -592,8 +603,33 @@ def forward_options(model: nn.Module, attention_mask: Tensor | None, logits_to_k
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, run as it was written, whatever the process has switched on. One thread at a time."""
-    with _lock, neutral(), _evaluation_mode(model), _as_written():
+    with _lock, neutral(), _evaluation_mode(model), _as_written(), _rotations_of_their_own(model):
         yield
+
+
+@contextmanager
+def _rotations_of_their_own(model: nn.Module) -> Iterator[None]:
+    """Every pass is rotated as in a fresh model: dynamic rotary embeddings otherwise keep the frequencies of the longest prompt so far."""
+    rotary = [m for m in model.modules() if hasattr(m, "max_seq_len_cached") and "dynamic" in str(getattr(m, "rope_type", ""))]
+    before = [(m, dict(m._buffers), {n: v for n, v in vars(m).items() if n.endswith("max_seq_len_cached")}) for m in rotary]
+    handles = [m.register_forward_pre_hook(only_here(lambda module, args: _reset(module))) for m in rotary]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, buffers, lengths in before:
+            module._buffers.update(buffers)
+            vars(module).update(lengths)
+
+
+def _reset(rotary: Any) -> None:
+    for name, buffer in list(rotary._buffers.items()):
+        first = getattr(rotary, name.removesuffix("inv_freq") + "original_inv_freq", None) if name.endswith("inv_freq") else None
+        if first is not None and buffer is not None:
+            rotary._buffers[name] = first.to(buffer.device)
+    for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
+        setattr(rotary, name, rotary.original_max_seq_len)
 
 
 @contextmanager

@@ -153,6 +153,7 @@ def trace(
 
 def _package() -> Any:
     """``flowroutes_fast`` and what opens a model, imported: up to here an interrupt ends the process at once, from here on it cleans up."""
+    terminal.check_room()
     import transformers
 
     import flowroutes_fast as fr
@@ -461,6 +462,7 @@ def bench(
 @app.command(epilog=examples("flowroutes models", "flowroutes models --json | jq -r '.[].family'"))
 def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False, json: Json = False) -> None:
     """The model families that can be traced, and what is particular about each."""
+    terminal.check_room()
     from rich.table import Table
 
     from flowroutes_fast.models import table
@@ -480,6 +482,7 @@ def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markd
 @app.command(epilog=examples("flowroutes doctor", "flowroutes doctor --json | jq .backends.cpu"))
 def doctor(json: Json = False) -> None:
     """Which backends are available and, for each that is not, why; and whether the native kernels compute what they should here."""
+    terminal.check_room()
     import torch
     import transformers
 
@@ -521,15 +524,19 @@ def main() -> None:
         except Exception as error:
             if os.environ.get(terminal.DEBUG):
                 traceback.print_exc()
-            terminal.say(f"flowroutes: {_sentence(error)}", err=True)
-            sys.exit(2 if _refused(error) else 1)
+            try:
+                said, code = _sentence(error), 2 if _refused(error) else 1
+            except Exception:  # too little memory to look the options up
+                said, code = terminal.sentence(error), 2
+            terminal.say(f"flowroutes: {said}", err=True)
+            sys.exit(code)
 
 
 def _refused(error: Exception) -> bool:
     """Can the user mend it? (Else it is our mistake.)"""
-    from safetensors import SafetensorError
-
-    if isinstance(error, (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError, SafetensorError)):
+    if isinstance(error, (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError)) or terminal.is_memory(error):
+        return True
+    if type(error).__name__ == "SafetensorError":
         return True
     return isinstance(error, RuntimeError) and ("backend" in str(error) or type(error).__name__ == "OutOfMemoryError")
 

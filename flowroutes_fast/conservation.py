@@ -38,7 +38,7 @@ class _Sample:
 
     block: Block
     dtype: torch.dtype
-    sums: list[tuple[str, Tensor]]  # per node: the state with a minus sign, and its parts [part, row, channel]
+    sums: list[tuple[str, Tensor]]  # per node: the state and its parts [1 + part, row, channel]
     weights: Tensor | None
 
 
@@ -125,13 +125,14 @@ class Conservation:
 
 
 def _sums(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, Tensor]]:
-    """Per node its state, with a minus sign, and its parts, as (where, ``[1 + part, row, channel]``)."""
+    """Per node its state and its parts, as (where, ``[1 + part, row, channel]``)."""
+    flat = rows[:, None] * layer.resid_post.shape[1] + channels
 
     def at(part: Tensor) -> Tensor:
-        return part.index_select(0, rows).index_select(1, channels).float()
+        return torch.take(part, flat).float()
 
     after, ffn = at(layer.resid_post if layer.resid_mid is None else layer.resid_mid), at(layer.ffn_out)
-    parts = [after.neg(), at(layer.residual)]
+    parts = [after, at(layer.residual)]
     if layer.mixer_out is not None:
         parts.append(at(layer.mixer_out))
     if layer.mixed is not None:
@@ -139,7 +140,7 @@ def _sums(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, Tenso
     if layer.through is None:
         return [("attention", torch.stack([*parts, ffn]))]
     through = after if layer.through is layer.resid_mid else at(layer.through)
-    return [("attention", torch.stack(parts)), ("ffn", torch.stack([at(layer.resid_post).neg_(), through, ffn]))]
+    return [("attention", torch.stack(parts)), ("ffn", torch.stack([at(layer.resid_post), through, ffn]))]
 
 
 def _miss(parts: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def _miss(parts: Tensor) -> Tensor:
     """
     size = parts[:, 0].square().mean(1).sqrt()  # [layer, channel]
     size = torch.maximum(size, size.amax(1, keepdim=True) * SMALLEST).clamp_min(1e-30)[:, None]
-    missing = torch.linalg.vector_norm(parts.sum(1) / size, dim=-1)
+    missing = torch.linalg.vector_norm((parts[:, 1:].sum(1) - parts[:, 0]) / size, dim=-1)
     sizes = torch.linalg.vector_norm(parts / size[:, None], dim=-1).sum(1)
     return (missing / sizes.clamp_min(1e-30)).amax(1)
 
@@ -157,15 +158,17 @@ def _miss(parts: Tensor) -> Tensor:
 def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
     """What attention adds to the state ``[row, channel]``, from what the attention function returned."""
     block = layer.block
-    mixed = layer.mixed[rows].float()  # type: ignore[index]
+    mixed = layer.mixed.index_select(0, rows).float()  # type: ignore[union-attr]
     if layer.gate is not None:
         mixed = mixed * layer.gate[rows].flatten(1)
     if layer.in_scale is not None:
         mixed = mixed * layer.in_scale
-    added = mixed @ layer.output_weight().permute(2, 0, 1).reshape(layer.resid_post.shape[1], -1)[channels].to(mixed.device).T
+    weight = layer.output_weight().permute(2, 0, 1).reshape(layer.resid_post.shape[1], -1)  # a view where W_O views a linear layer
+    added = mixed @ weight.index_select(0, channels.to(weight.device)).to(mixed.device).T
     scale = 1.0 if layer.row_scale is None else layer.row_scale[rows, None]
-    bias = 0 if block.output_bias is None else block.output_bias.to(mixed.device)[channels]
-    added = (added + bias) * scale if block.post_norm is not None else added * scale + bias
+    bias = block.output_bias
+    constant = 0 if bias is None else bias.to(mixed.device)[channels]
+    added = (added + constant) * scale if block.post_norm is not None else added * scale + constant
     return added * layer.scale if layer.out_scale is None else added * (layer.out_scale[channels] * layer.scale)
 
 

@@ -31,6 +31,7 @@ EDGE_BYTES, NEURON_BYTES = 16, 12
 KERNEL_EDGE_BYTES = 48  # while a kernel's list is joined and handed over
 TOKENIZER_BYTES = 1000  # per entry of the vocabulary
 ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.75, 64 * 2**20  # kept back by the C allocator: of what comes and goes, at most per thread
+ROOM = 192 * 2**20  # bytes of address space below which libraries' new threads abort the process
 CONTEXT_BYTES = 500 * 10**6  # a CUDA context
 CHUNK_BYTES = 6 * 64 * 2**20  # temporaries of the reference backend's chunks
 DENSE_CHUNK_BYTES = 2 * 256 * 2**20  # u = v W_O and its float copies in the CUDA backend
@@ -498,6 +499,11 @@ def _resident_weights(model: nn.Module) -> int:
 
 def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1) -> None:
     """``MemoryError`` with figures if a trace needs more bytes than are available, beyond the opened model. Silent where nothing is known."""
+    if (left := _address_space()) is not None and left < ROOM:
+        raise MemoryError(
+            f"the address space of this process is limited (ulimit -v, RLIMIT_AS): {_size(max(left, 0))} are left, and a trace takes up to {_size(ROOM)} "
+            "for threads and libraries"
+        )
     try:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         s = shape_of(model.config)

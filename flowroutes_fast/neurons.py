@@ -75,6 +75,7 @@ def neuron_importances(
         raise ValueError(
             f"activation [token, neuron], w_down [neuron, d_model], whole [token, d_model] and others [token] do not fit: {shapes}"
         )
+    backend = choose_backend(backend, whole)
     sign = torch.copysign(torch.ones_like(whole), whole)
     flow = activation * matmul(sign, w_down.T)
     if measure == "signed":
@@ -83,7 +84,7 @@ def neuron_importances(
         at = (share.abs() > floor).nonzero()
         return NeuronImportances(at.T.to(torch.int32), share[at[:, 0], at[:, 1]], norm, norm.clone())
     bound = flow.clamp_min_(0)
-    if choose_backend(backend, whole) == "cpu":
+    if backend == "cpu":
         near = _native(activation, w_down, whole, bound, threads)
         total = others + near.sum(-1)
         at = (near > (floor * total)[:, None]).nonzero()

@@ -20,6 +20,7 @@ from flowroutes_fast.files import write_text
 from flowroutes_fast.neurons import NeuronImportances
 from flowroutes_fast.routes import OpenRows, Route, by_flow, extract, open_rows
 
+CHANGED = 0.05  # of a normaliser: above what rounding to bfloat16 does between two passes
 Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
 
 
@@ -40,6 +41,8 @@ class Trace:
         measure: ``"proximity"`` or ``"signed"``; precision: ``"certified"`` or ``"exact"``.
         prediction: most probable next tokens after the last position, with probabilities.
         timings: seconds of the whole traced pass (``"total"``) and of our part of it (``"importances"``).
+        inputs: what the model was given beside the tokens (images), ``{name: digest}``; a trace does not keep it, so that what runs the
+            model again on the tokens alone (``to_html(model=)``, ``Route.verify``) is refused.
     """
 
     tokens: list[str]
@@ -67,6 +70,7 @@ class Trace:
     mixers: list[str] = field(default_factory=list)
     prediction: list[tuple[str, float]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     dense: list[Tensor] | None = field(default=None, repr=False)  # per layer [head, query, key]
     sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # per layer: index [3, n], importance [n]
     neuron_parts: list[NeuronImportances] | None = field(default=None, repr=False)  # per layer
@@ -302,6 +306,11 @@ class Trace:
                 f"at threshold {threshold} this trace leaves {sum(map(len, rows.values()))} rows open (first met: layer {found.layer}, position "
                 f"{found.queries[0]}) and its model is gone (a trace from a file or another process has none); trace again with thresholds=[{threshold}], or use one of {list(self.thresholds)}"
             )
+        for layer, queries in rows.items():
+            at = torch.from_numpy(queries)
+            exact, low, high = settled[layer].low[at], self.normaliser_low[layer, at], self.normaliser_high[layer, at]
+            if not bool(((exact >= low * (1 - CHANGED)) & (exact <= high * (1 + CHANGED))).all()):
+                raise ValueError("the model does not compute what it did when it was traced: trace again")
         fields = {
             "heads": "heads", "heads_low": "heads_low", "heads_high": "heads_high", "normaliser_low": "low", "normaliser_high": "high",
             "attention_residual": "attention_residual", "attention_bias": "bias", "mixer": "mixer", "ffn": "ffn", "ffn_residual": "ffn_residual",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flowroutes_fast.certify import Counts
 from flowroutes_fast.feed import Feed
 from flowroutes_fast.files import LOCK, claim, digest_of, said, state_of, temporary_folder, write_atomically, write_text
+from flowroutes_fast.identity import code_of
 from flowroutes_fast.layer import LayerImportances
 from flowroutes_fast.load import cache_folder
 from flowroutes_fast.neurons import NeuronImportances
@@ -266,16 +267,12 @@ def _config_of(model: Any) -> dict[str, str]:
 
 
 def _digests_of_modules(model: nn.Module) -> dict[str, str]:
-    """Per module its class, its plain attributes (an eps, a LoRA scaling, active adapters), and the names of its hooks."""
+    """Per module its class, its plain attributes (an eps, a LoRA scaling, active adapters), and what was put on it: hooks, another forward."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         plain = {key: value for key, value in vars(module).items() if key not in _PASSING and _is_plain(value)}
-        hooks = [
-            getattr(hook, "__qualname__", type(hook).__name__)
-            for kind in ("_forward_pre_hooks", "_forward_hooks")
-            for hook in getattr(module, kind).values()
-        ]
-        found[name or "model"] = _digest_of_text([f"{type(module).__module__}.{type(module).__qualname__}", sorted(plain.items()), hooks])
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        found[name or "model"] = _digest_of_text([kind, sorted(plain.items()), code_of(module)])
     return found
 
 

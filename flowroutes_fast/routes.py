@@ -57,6 +57,7 @@ class Route:
     rule: str = "importance"
     keep: float | None = None
     token_ids: list[int] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)  # what the model was given beside the tokens, see Trace
 
     def __post_init__(self) -> None:
         self.positions = tuple(self.positions) or (self.position,)
@@ -222,6 +223,7 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "rule": doc.one_of("importance", "flow"),
     "keep": lambda name, value: None if value is None else doc.a_number(name, value, 0, 1),
     "token_ids": lambda name, value: doc.integers(name, value, 0, doc.INT64),
+    "inputs": lambda name, value: doc.table_of(name, value, doc.a_text),
 }
 _REQUIRED = {"tokens", "position", "threshold", "renormalize", "model", "shapes", "prediction", "edges"}
 
@@ -413,7 +415,7 @@ def _route(trace: Trace, positions: Sequence[int], threshold: float, found: _Row
     return Route(
         tokens=list(trace.tokens), position=last, positions=tuple(sorted(set(positions))), threshold=threshold, model=trace.model,
         shapes=list(trace.shapes), edges=found.table(), prediction=list(trace.prediction) if last == len(trace.tokens) - 1 else [],
-        measure=trace.measure, token_ids=list(trace.token_ids), **known,
+        measure=trace.measure, token_ids=list(trace.token_ids), inputs=dict(trace.inputs), **known,
     )  # fmt: skip
 
 

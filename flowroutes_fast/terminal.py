@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flowroutes_fast.errors import is_memory
 from flowroutes_fast.escape import json_text, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+ROOM = 1_700_000_000  # bytes of address space, measured with PyTorch for CPUs
 DEFAULT_FLOOR = 1e-3  # as in trace()
 PIPE_WIDTH = 200  # columns of a table that no terminal shows
 EXIT_CODES = "Exit codes: 0 done · 1 failed · 2 refused (bad usage or input; one sentence on standard error says why) · 130 interrupted."
@@ -41,7 +43,7 @@ def one_of(*values: str) -> Callable[[str], list[str]]:
 
 def models(incomplete: str) -> list[str]:
     """Completion of a model: the demo, folders with a config.json and .gguf files here, models of the local hub cache."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    home = Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")))
     cached = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     names = ["demo", *(p.name.removeprefix("models--").replace("--", "/") for p in sorted(cached.glob("models--*")))]
     folder, _, start = incomplete.rpartition("/")
@@ -64,7 +66,26 @@ def say(text: object, *, err: bool = False) -> None:
 
 def sentence(error: BaseException) -> str:
     """What is wrong; the error's name where it says nothing."""
+    if is_memory(error):
+        said = " ".join(str(error).split()) or type(error).__name__
+        return said if isinstance(error, MemoryError) and str(error) else f"out of memory: {said}"
+    if isinstance(error, OSError) and error.errno and error.filename is None:  # files are named where they are written
+        return f"cannot write to standard output: {error.strerror}"
     return str(error).strip() or type(error).__name__
+
+
+def check_room() -> None:
+    """``MemoryError`` where the address space is too small (ulimit -v) for PyTorch and transformers: some of their parts would crash."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    except (ImportError, OSError):
+        return
+    if limit != resource.RLIM_INFINITY and limit < ROOM:
+        raise MemoryError(
+            f"the address space is limited to {limit / 1e9:.2f} GB (ulimit -v), and PyTorch, transformers and a small model take {ROOM / 1e9:.1f} GB"
+        )
 
 
 def print_json(document: Any) -> None:

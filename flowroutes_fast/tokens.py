@@ -9,16 +9,29 @@ SPACE = "▁"  # U+2581, which SentencePiece writes for a space
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """A token as it stands in a text, with its leading spaces, which decoding a SentencePiece token alone drops; without a tokenizer its id."""
-    if tokenizer is None:
-        return str(int(token))
-    decode = getattr(tokenizer, "decode", None)
-    if decode is None:  # a function from texts to ids
-        return str(int(token))
-    text = str(decode([int(token)]))
-    piece = _piece(tokenizer, int(token))
-    spaces = len(piece) - len(piece.lstrip(SPACE))
+    """A token as it stands in a text, with its leading spaces, which decoding a SentencePiece token alone drops; without a tokenizer its id.
+
+    An id that the tokenizer does not know (models have more rows than it has tokens) is ``<id>``.
+    """
+    token = int(token)
+    if getattr(tokenizer, "decode", None) is None:  # none, or a function from texts to ids
+        return str(token)
+    try:
+        text, piece = _decoded(tokenizer, token), _piece(tokenizer, token)
+    except (IndexError, KeyError, OverflowError):  # what tokenizers say of ids that they do not have
+        return f"<{token}>"
+    if not text and piece is None:
+        return f"<{token}>"
+    piece = piece or ""
+    spaces = 0 if text.startswith(SPACE) else len(piece) - len(piece.lstrip(SPACE))
     return " " * spaces + text.lstrip(" ") if spaces else text
+
+
+def _decoded(tokenizer: Any, token: int) -> str:
+    """One token decoded, without the cleaning that takes the space off " ." and " n't"."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return str(tokenizer.decode([token]))
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 def token_texts(tokenizer: Any, tokens: Iterable[int]) -> list[str]:
@@ -38,23 +51,24 @@ def single_token(tokenizer: Any, text: str, name: str = "answer") -> int:
         if found is not None and token_text(tokenizer, found) == text:
             return found
     pieces = token_texts(tokenizer, ids)
-    if (
-        len(ids) == 1 and not pieces[0].startswith(" ") and not _spaced(tokenizer, ids[0])
-    ):  # a tokenizer that changes texts (lower case, accents)
+    unknown = ids[:1] == [getattr(tokenizer, "unk_token_id", None)]
+    if unknown and len(ids) == 1:
+        raise ValueError(f"{name} {text!r} is unknown to the tokenizer, which gives {pieces[0]!r} for it")
+    if len(ids) == 1 and not pieces[0].startswith(" ") and not _spaced(tokenizer, ids[0]):  # a tokenizer that changes texts (lower case)
         return ids[0]
     what = f"{len(ids)} tokens {pieces}, not one" if len(ids) != 1 else f"the token {pieces[0]!r}"
     raise ValueError(f"{name} {text!r} is {what}; does it lack its leading space?")
 
 
-def _piece(tokenizer: Any, token: int) -> str:
-    """The token's name in the vocabulary; "" where the tokenizer does not tell."""
+def _piece(tokenizer: Any, token: int) -> str | None:
+    """The token's name in the vocabulary; "" where the tokenizer does not tell, None where it has no such token."""
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
     piece = convert(token) if callable(convert) else ""
-    return piece if isinstance(piece, str) else ""
+    return piece if isinstance(piece, str) else None
 
 
 def _spaced(tokenizer: Any, token: int) -> bool:
-    return _piece(tokenizer, token).startswith(SPACE)
+    return (_piece(tokenizer, token) or "").startswith(SPACE)
 
 
 def _id_of(tokenizer: Any, piece: str) -> int | None:

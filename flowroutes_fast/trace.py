@@ -25,9 +25,9 @@ from flowroutes_fast.integrations import adapter_of
 from flowroutes_fast.layer import BIAS_MODES, LayerImportances, Options, importances
 from flowroutes_fast.models.families import blocks_of, rotary_regime, text_config
 from flowroutes_fast.models.heads import predicts
-from flowroutes_fast.models.weights import check_adapters
+from flowroutes_fast.models.weights import check_adapters, state_of
 from flowroutes_fast.ops import choose_backend
-from flowroutes_fast.prompts import read_prompts
+from flowroutes_fast.prompts import digests, read_prompts
 from flowroutes_fast.record import Settle, Trace
 from flowroutes_fast.streaming import Stream, stream_of
 from flowroutes_fast.tokens import token_texts
@@ -165,7 +165,7 @@ def trace(
     traces = [
         _record(
             found, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
-            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours},
+            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours}, inputs=digests(given.inputs),
             settle=_settler(weak, ids, row, replace(options, neurons=False), given.inputs) if precision == "certified" else None,
         )
         for found, ids, row, logits in zip(results, prompts, rows, outputs, strict=True)
@@ -390,14 +390,18 @@ def _same_heads(dense: list[Tensor]) -> list[Tensor]:
 def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options, inputs: dict[str, Tensor]) -> Settle:
     """A function that runs the model again and evaluates the given rows whole: ``{layer: [query]}`` in, ``{layer: ...}`` out.
 
-    It returns None once the model is gone.
+    It returns None once the model is gone; ``ValueError`` if it has changed.
     """
+
+    traced = state_of(model())  # type: ignore[arg-type]
 
     @in_neutral
     def settle(rows: dict[int, np.ndarray]) -> dict[int, LayerImportances] | None:
         alive = model()
         if alive is None:
             return None
+        if state_of(alive) != traced:
+            raise ValueError("the model has changed since it was traced (its weights, or which adapters act): trace again")
         ((found, _),), _ = _run(alive, [ids], [positions], options, rows, inputs=inputs)
         return dict(zip(sorted(rows), found, strict=True))
 

@@ -47,9 +47,10 @@ _FIELDS: dict[str, Any] = {
     "work": lambda name, value: doc.table_of(name, value, _count),
     "prediction": doc.probabilities,
     "timings": lambda name, value: doc.table_of(name, value, _seconds),
+    "inputs": lambda name, value: doc.table_of(name, value, doc.a_text),
 }
 PLAIN = tuple(_FIELDS)
-_LATER: set[str] = set()  # fields that older files of this version lack; what a figure means must not hang on a default
+_LATER = {"inputs"}  # fields that older files of this version lack; what a figure means must not hang on a default
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:

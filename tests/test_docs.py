@@ -130,7 +130,7 @@ def test_figures_of_the_comparison_are_those_measured():
     component = result("integrations/eap_ig.json")["rows"][0]
     captum = result("integrations/captum.json")["rows"][-1]["seconds"]
     inseq = result("integrations/inseq.json")["rows"][0]["seconds"]
-    patching = result("patching-amd-epyc-1-cores.json")["ioi"]
+    patching = result("patching-intel-xeon-1-cores.json")["ioi"]
     patched = [p["seconds_per_example"] for p in patching["patching"].values()]
 
     def ms(seconds: float) -> str:

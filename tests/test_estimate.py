@@ -48,6 +48,14 @@ def _child(code):
 @pytest.mark.demo_model
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_little_address_space_is_refused(monkeypatch):
+    """Threads that libraries start then would end the process."""
+    monkeypatch.setattr(module, "_address_space", lambda: 100 * 2**20)
+    with pytest.raises(MemoryError, match=r"the address space of this process is limited .*: 105 MB are left"):
+        check_memory(tiny("llama"), 3, Options())
+
+
 def test_within_a_fifth_of_fresh_processes(demo):
     cases = [(256, "certified"), (1024, "certified"), (2048, "certified"), (256, "exact"), (2048, "exact")]
     estimates = json.loads(_child(_ESTIMATE.format(cases=cases)))

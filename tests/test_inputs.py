@@ -86,6 +86,78 @@ def test_a_batch_equals_single_runs(kind, resume, tmp_path):
         assert (single.heads - one.heads).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_dynamic_rotations_are_those_of_a_fresh_model(by_layer, resume, tmp_path):
+    """Beyond its training length a model is stretched by the prompt's own length, not by that of the longest prompt so far."""
+    own = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+    def make():
+        if not by_layer:
+            return tiny(max_position_embeddings=16, rope_parameters=own)
+        ropes = {"full_attention": own, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        kinds = ["sliding_attention", "full_attention", "full_attention"]
+        return tiny("gemma3_text", head_dim=12, max_position_embeddings=16, rope_parameters=ropes, layer_types=kinds, sliding_window=9)
+
+    prompts = [LONG[:40], LONG[3:20], LONG[5:21], LONG[:64], LONG[2:10]]
+    model = make()
+    together = fr.trace(model, None, prompts, resume=tmp_path / "run" if resume else None)
+    for ids, one in zip(prompts, together, strict=True):
+        expected = fr.trace(make(), None, ids)
+        assert (expected.heads - one.heads).abs().max() < 1e-5
+        assert (expected.heads - fr.trace(model, None, ids).heads).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="context holds 64"):
+        fr.trace(model, None, LONG[:65])
+
+
+def test_a_models_rotations_come_back():
+    model = tiny(max_position_embeddings=16, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    with torch.no_grad():
+        model(torch.tensor([LONG[:40]]))
+        before = model(torch.tensor([LONG[:20]])).logits
+        fr.trace(model, None, LONG[:60])
+        assert torch.equal(model(torch.tensor([LONG[:20]])).logits, before)
+
+
+def test_routes_of_other_rotations_are_not_verified():
+    model = tiny(rope_parameters=rope("longrope"))
+    trace = fr.trace(model, None, LONG[:40])
+    trace.route(threshold=0.02).verify(model, random=0)
+    with pytest.raises(ValueError, match="changes with the prompt's length"):
+        trace.route(7, threshold=0.02).verify(model)
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "adapter"])
+def test_rows_are_not_settled_by_a_changed_model(how):
+    """Rows of two models would be mixed in one route."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False)).eval()
+    trace = fr.trace(model, None, LONG, tolerance=0.3, thresholds=())
+    fr.trace(model, None, LONG[:9])
+    trace.route(threshold=0.003)
+    assert trace.work["exhausted"] > 0  # settled by the model as it was
+    weight = model.base_model.model.model.layers[0].self_attn.o_proj.base_layer.weight
+    if how == "in place":
+        with torch.no_grad():
+            weight[0, 0] += 0.01
+    elif how == "data":
+        weight.data.mul_(3)
+    else:
+        model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="trace again"):
+        trace.route(threshold=0.0021)
+
+
+def test_inputs_that_the_model_fails_with():
+    from transformers import GPT2Config, GPT2DoubleHeadsModel
+
+    model = GPT2DoubleHeadsModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=101, n_positions=64, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(ValueError, match=r"GPT2DoubleHeadsModel fails with 'mc_token_ids' \[1, 1\]"):
+        fr.trace(model, None, {"input_ids": [IDS], "mc_token_ids": [[7]]})
+    assert model.training
+
+
 def test_longrope_differs_beyond_its_limit():
     """The prompts above really are rotated in two ways."""
     model = tiny(rope_parameters=rope("longrope"))
@@ -132,6 +204,97 @@ def test_token_types_are_used_where_the_model_takes_them():
     assert typed.prediction[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
     with pytest.raises(ValueError, match="one prompt at a time"):
         fr.trace(model, None, {"input_ids": torch.tensor([IDS, IDS]), "token_type_ids": torch.ones(2, 8, dtype=torch.long)})
+
+
+LEFT, MASK = [0, 0, 0, *IDS], [0] * 3 + [1] * 8
+
+
+@pytest.mark.parametrize("mask", [MASK, [MASK], torch.tensor([MASK]).bool(), torch.tensor(MASK).float(), np.array([MASK], np.int8)])
+@pytest.mark.parametrize("ids", [LEFT, [LEFT], np.array(LEFT), torch.tensor([LEFT])])
+def test_padding_of_one_prompt(ids, mask):
+    found = fr.trace(tiny(), None, {"input_ids": ids, "attention_mask": mask})
+    same(fr.trace(tiny(), None, IDS), found[0] if isinstance(found, list) else found)
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        ([[1, 1, 1, 1, 2, 2, 2, 2]], "also holds 2: documents"),
+        ([[0.5] * 8], "also holds 0.5"),
+        ([[-1e9] * 3 + [0.0] * 5], "also holds -1000000000.0"),
+        ([[float("nan")] * 8], "also holds nan"),
+        ([[1, 1, 1, 0, 1, 1, 1, 1]], "holes"),
+        ([[0] * 8], "padding only"),
+        ([1] * 7, "shape"),
+        ([[1] * 8] * 2, "shape"),
+        (torch.ones(1, 1, 8, 8), "shape"),
+        (torch.ones(1, 8, device="meta"), "meta device"),
+        ([[1], [1, 1]], "must be an array"),
+        ({"full_attention": None}, "must be an array"),
+        ("11111111", "must be an array"),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("ids", [IDS, [IDS]])
+def test_masks_that_are_none(mask, says, inside, ids):
+    with pytest.raises(ValueError, match=says):
+        fr.trace(tiny(), None, {"input_ids": ids, "attention_mask": mask}) if inside else fr.trace(tiny(), None, ids, attention_mask=mask)
+
+
+def test_two_masks_that_differ():
+    given = {"input_ids": [LEFT], "attention_mask": [[1] * 11]}
+    with pytest.raises(ValueError, match="another 'attention_mask'"):
+        fr.trace(tiny(), None, given, attention_mask=[MASK])
+    same(fr.trace(tiny(), None, IDS), fr.trace(tiny(), None, given | {"attention_mask": [MASK]}, attention_mask=[MASK])[0])
+
+
+def test_positions_are_those_of_the_trace():
+    """gpt2's positions are learned: counting the padding gives other states."""
+    model = tiny("gpt2", n_embd=48, n_layer=2, n_head=4)
+    given = {"input_ids": [LEFT], "attention_mask": [MASK]}
+    same(fr.trace(model, None, IDS), fr.trace(model, None, given | {"position_ids": [[1, 1, 1, *range(8)]]})[0], 1e-6)
+    for positions in ([list(range(11))], list(range(8)), [list(range(8))], torch.arange(11).expand(3, 1, 11)):
+        with pytest.raises(ValueError, match="'position_ids' is not used"):
+            fr.trace(model, None, given | {"position_ids": positions})
+
+
+def test_token_types_go_without_their_padding():
+    model = tiny("gpt2", n_embd=48, n_layer=2, n_head=4)
+    types = [1] * 4 + [2] * 4
+    expected = fr.trace(model, None, {"input_ids": [IDS], "token_type_ids": [types]})[0]
+    given = {"input_ids": [LEFT], "attention_mask": [MASK]}
+    same(expected, fr.trace(model, None, given | {"token_type_ids": [[5, 5, 5, *types]]})[0])
+    for wrong, says in (([types], "has shape"), ([[0.5] * 11], "must hold integers")):
+        with pytest.raises(ValueError, match=f"'token_type_ids' {says}"):
+            fr.trace(model, None, given | {"token_type_ids": wrong})
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(8, dtype=torch.long, device="meta"), torch.zeros(1, 8, dtype=torch.long, device="meta")])
+def test_ids_without_numbers(ids):
+    with pytest.raises(ValueError, match="meta device"):
+        fr.trace(tiny(), None, ids)
+
+
+def test_what_runs_the_model_again_needs_what_it_was_given(tmp_path):
+    """A trace does not keep the image: neither page details nor an ablation may be made from the tokens alone."""
+    model = llava()
+    given = {"input_ids": torch.tensor([[5, 100, 100, 100, 100, 7, 8, 9]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    (trace,) = fr.trace(model, None, given)
+    (signed,) = fr.trace(model, None, given | {"pixel_values": given["pixel_values"] + 1}, measure="signed")
+    assert list(trace.inputs) == ["pixel_values"]
+    kept = fr.load_trace(trace.save(tmp_path / "trace.safetensors"))
+    route = trace.route(threshold=0.02)
+    again = fr.load_route(route.save(tmp_path / "route.json"))
+    assert trace.inputs == kept.inputs == route.inputs == again.inputs != signed.inputs
+    for one in (trace, kept):
+        with pytest.raises(ValueError, match="'pixel_values', which the trace does not keep"):
+            one.to_html(tmp_path / "page.html", model=model)
+    for one in (route, again):
+        with pytest.raises(ValueError, match="'pixel_values', which the route does not keep"):
+            one.verify(model)
+    with pytest.raises(ValueError, match="another prompt"):
+        trace.to_html(tmp_path / "page.html", signed=signed)
+    trace.to_html(tmp_path / "page.html")
 
 
 def llava():
@@ -312,3 +475,61 @@ def test_answers_of_byte_level_tokenizers(demo):
         if len(ids) == 1:
             assert single_token(tokenizer, text) == ids[0]
             assert token_texts(tokenizer, ids) == [text]
+
+
+def pieces(*words, **options):
+    """A tokenizer in Python, as slow ones are: decoding knows no id above its own, and takes off a leading space."""
+    from transformers import PreTrainedTokenizer
+
+    class Pieces(PreTrainedTokenizer):
+        def get_vocab(self):
+            return {word: n for n, word in enumerate(words)}
+
+        @property
+        def vocab_size(self):
+            return len(words)
+
+        def _tokenize(self, text):
+            return [text]
+
+        def _convert_token_to_id(self, token):
+            return self.get_vocab().get(token, 0)
+
+        def _convert_id_to_token(self, index):
+            return words[index]
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens).replace("Ġ", " ").replace("▁", " ")
+
+    return Pieces(unk_token=words[0], **options)
+
+
+def test_spaces_that_decoding_cleans_up():
+    tokenizer = pieces("<unk>", "Ġ.", "Ġn't", "▁,", "Ġthe", clean_up_tokenization_spaces=True)
+    assert token_texts(tokenizer, range(1, 5)) == [" .", " n't", " ,", " the"]
+
+
+def test_ids_that_the_tokenizer_does_not_have(sentencepiece):
+    """Models have more rows than tokenizers have tokens; such a row may well be predicted."""
+    tokenizer = pieces("<unk>", "▁a")
+    assert token_texts(tokenizer, [1, 99]) == [" a", "<99>"]
+    assert token_texts(sentencepiece, [99]) == ["<99>"]
+    assert fr.trace(tiny(), tokenizer, [1, 99]).tokens == [" a", "<99>"]
+
+
+def test_unknown_words_are_no_answer():
+    tokenizer = pieces("<unk>", "Mary")
+    assert single_token(tokenizer, "Mary") == 1
+    assert single_token(tokenizer, "<unk>") == 0
+    with pytest.raises(ValueError, match="'zebra' is unknown to the tokenizer"):
+        single_token(tokenizer, "zebra")
+
+
+def test_marks_of_the_text_itself_are_no_spaces(demo):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(demo[1])
+    tokenizer.add_tokens(["▁bar"])
+    token = tokenizer.convert_tokens_to_ids("▁bar")
+    assert token_texts(tokenizer, [token]) == ["▁bar"]
+    assert single_token(tokenizer, "▁bar") == token

@@ -94,3 +94,14 @@ def test_traced_neurons(kind, tmp_path):
     assert again.neurons(1).equals(trace.neurons(1))
     with pytest.raises(ValueError, match="neurons=True"):
         fr.trace(model, None, IDS).neurons(0)
+
+
+@pytest.mark.parametrize("measure", ["proximity", "signed"])
+@pytest.mark.parametrize(("backend", "error"), [("triton", RuntimeError), ("Triton", ValueError), (None, ValueError)])
+def test_backends_that_cannot_be_used_here(measure, backend, error):
+    if backend == "triton" and torch.cuda.is_available():
+        backend = "cuda on the CPU"
+        error = ValueError
+    activation, w_down, whole = torch.randn(3, 5), torch.randn(5, 7), torch.randn(3, 7)
+    with pytest.raises(error, match="backend"):
+        neuron_importances(activation, w_down, whole, torch.ones(3), backend=backend, measure=measure)

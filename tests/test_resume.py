@@ -4,8 +4,11 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from faults import Scenario, every_fault, one_sentence
 
 import flowroutes_fast as fr
 from flowroutes_fast import by_layer, files, resume
+from flowroutes_fast.identity import weights_digest
 from flowroutes_fast.streaming import stream_of
 
 IDS = [3, 14, 15, 92, 65]
@@ -357,6 +361,131 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch):
     files.write_text(tmp_path / "text", "x")
     files.write_atomically(tmp_path / "x.safetensors", lambda path: save_file({"x": torch.zeros(3)}, path))
     assert {(tmp_path / name).stat().st_mode for name in ("plain", "text", "x.safetensors")} == {plain.stat().st_mode}
+
+
+def scaled(model, by):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, given, output: output * by)
+
+
+def steered(model, by):
+    vector = torch.full((model.config.hidden_size,), by)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, given, output, vector=vector: output * vector)
+
+
+def bent(model, by):
+    model.model.layers[1].mlp.act_fn = (lambda x: torch.relu(x)) if by > 1 else (lambda x: torch.sigmoid(x))
+
+
+def replaced(model, by):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * by, mlp)
+
+
+class Scale:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, module, given, output):
+        return output * self.by
+
+
+def called(model, by):
+    model.model.layers[1].mlp.register_forward_hook(Scale(by))
+
+
+@pytest.mark.parametrize("put", [scaled, steered, bent, replaced, called])
+def test_what_is_put_on_a_model_counts_by_what_it_does(put, tmp_path):
+    """Hooks of one name that differ in a number around them, another activation, another forward."""
+
+    def made(by):
+        model = make("llama", num_hidden_layers=2)
+        if put is bent:
+            del model.model.layers[1].mlp.act_fn
+        if by is not None:
+            put(model, by)
+        return model
+
+    fr.trace(made(1.0), None, PROMPTS, resume=tmp_path)
+    before = weights_digest(made(1.0))
+    for by in (1.25, *([] if put is bent else [None])):
+        with pytest.raises(ValueError, match=r"another run \(differing: modules model.layers.1.mlp\)"):
+            fr.trace(made(by), None, PROMPTS, resume=tmp_path)
+        assert weights_digest(made(by)) != before
+    fr.trace(made(1.0), None, PROMPTS, resume=tmp_path)
+    assert weights_digest(made(1.0)) == before
+
+
+def test_code_is_known_in_every_process():
+    code = """if 1:
+        import sys, torch
+        sys.path.insert(0, sys.argv[1])
+        from families import make
+        from test_resume import called, replaced, scaled, steered
+        from flowroutes_fast.identity import code_of
+        found = []
+        for put in (scaled, steered, replaced, called):
+            model = make("llama", num_hidden_layers=2)
+            put(model, 2.0)
+            model.model.layers[1].mlp.register_forward_hook(lambda *given: given[2] if 3 in {1, 2, 3} else print("a", "b"))
+            found.append(code_of(model.model.layers[1].mlp))
+        print(found)"""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    }
+    assert len(said) == 1
+
+
+def test_what_stands_where_a_file_is_written(tmp_path):
+    """Links stay links, a file keeps its mode, devices and pipes stay what they are; long names in any script."""
+    kept, link = tmp_path / "kept", tmp_path / "link"
+    kept.write_text("old")
+    kept.chmod(0o600)
+    link.symlink_to("kept")
+    assert files.write_text(link, "new") == link
+    assert (link.is_symlink(), kept.read_text(), kept.stat().st_mode & 0o777) == (True, "new", 0o600)
+    (tmp_path / "dangling").symlink_to("made")
+    files.write_text(tmp_path / "dangling", "x")
+    assert (tmp_path / "made").read_text() == "x"
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, why in (("loop", "symbolic links"), ("pipe", "a pipe or a device"), ("folder", "directory")):
+        with pytest.raises(OSError, match=f"cannot write '{tmp_path / name}': .*{why}"):
+            files.write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo()
+    files.write_text(tmp_path / f"{'日' * 80}.txt", "x")
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".partial"]
+
+
+def test_one_process_at_a_time_puts_a_copy_into_the_cache(tmp_path):
+    inside = []
+
+    def work():
+        with files.only_one(tmp_path / ".lock"):
+            inside.append(1)
+            assert sum(inside) == 1
+            inside.append(-1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(inside), sum(inside)) == (8, 0)
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for name in ("FLOWROUTES_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert str(resume.cache_folder()) == "/.cache/flowroutes_fast"
 
 
 def test_digests_of_files(tmp_path, monkeypatch):

@@ -196,10 +196,36 @@ def test_a_reader_that_is_gone(redirect, tmp_path):
 
 def test_a_full_disk_and_a_narrow_encoding():
     done = subprocess.run(["bash", "-c", f"{sys.executable} -W ignore -c '{SHELL}' --version > /dev/full"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "flowroutes: [Errno 28] No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "flowroutes: cannot write to standard output: No space left on device\n")
     code = "from flowroutes_fast.terminal import open_streams, print_json, say; open_streams(); say('é 日'); print_json({'日': 1})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert done.stdout == b'\xe9 \\u65e5\n{"\\u65e5": 1}\n', done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.parametrize(("megabytes", "command"), [(100, "models"), (600, "trace Hello"), (1100, "doctor")])
+def test_a_small_address_space(megabytes, command):
+    """One sentence, where importing PyTorch or transformers ends in tracebacks or a signal."""
+    line = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -c '{SHELL}' {command}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("flowroutes: the address space is limited to "), done.stderr
+
+
+def test_errors_that_come_of_too_little_memory(monkeypatch, capsys):
+    def fails(error, cause=None):
+        def load(name):
+            raise error from cause
+
+        monkeypatch.setattr("flowroutes_fast.load", load)
+        return run(monkeypatch, capsys, "trace", "Hello")
+
+    for error in (SystemError("no exception set"), ImportError("x.so: failed to map segment from shared object")):
+        code, _, said = fails(error, MemoryError())
+        assert (code, said) == (2, f"flowroutes: out of memory: {error}\n")
+    monkeypatch.setattr(cli, "_commands", lambda: (_ for _ in ()).throw(MemoryError()))
+    code, _, said = fails(ValueError("it is wrong"))
+    assert (code, said) == (2, "flowroutes: it is wrong\n")
 
 
 def test_options_that_do_not_exist_are_refused():

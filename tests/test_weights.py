@@ -436,3 +436,28 @@ def test_a_replaced_class_is_a_cause(monkeypatch):
     original = attention.forward
     monkeypatch.setattr(attention, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
     assert causes(model, blocks_of(model)[0]) == ["replaced forward methods: LlamaAttention (by test_weights)"]
+
+
+def test_whole_modules_that_adapters_train():
+    """modules_to_save keeps copies beside the originals; the copy is what runs."""
+    from peft import LoraConfig, get_peft_model
+    from test_process_state import IDS, tiny
+
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["down_proj"], modules_to_save=["self_attn"])).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name:
+                weight.mul_(2)
+    merged = fr.trace(copy.deepcopy(model).merge_and_unload(), None, IDS)
+    assert (fr.trace(model, None, IDS).heads - merged.heads).abs().max() < 1e-5
+    with model.disable_adapter():
+        assert (fr.trace(model, None, IDS).heads - fr.trace(tiny(), None, IDS).heads).abs().max() < 1e-5
+
+
+def test_adapters_with_attention_of_their_own_are_named():
+    from peft import AdaptionPromptConfig, get_peft_model
+    from test_process_state import IDS, tiny
+
+    model = get_peft_model(tiny(), AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")).eval()
+    with pytest.raises(ValueError, match="an adapter has put its AdaptedAttention there"):
+        fr.trace(model, None, IDS)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from flowroutes_fast.analysis.clusters import Clusters
 from flowroutes_fast.corpus.statistics import Statistics
+from flowroutes_fast.files import write_atomically, write_text
 
 COLOURS = [
     "#0072b2",
@@ -38,11 +39,11 @@ def _new(width: float, height: float) -> Any:
 
 def save(figure: Any, stem: Path) -> str:
     """Write ``stem.png`` and ``stem.svg``; returns the SVG element for a page."""
-    figure.savefig(stem.with_suffix(".png"), dpi=140)
+    write_atomically(stem.with_suffix(".png"), lambda temporary: figure.savefig(temporary, dpi=140))
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     drawn = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    stem.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+    write_text(stem.with_suffix(".svg"), drawn)
     return drawn[drawn.index("<svg") :]
 
 

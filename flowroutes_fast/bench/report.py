@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
+
+from flowroutes_fast.files import write_atomically
 
 KERNELS = ("certified", "bound", "signed", "exact")
 
@@ -58,8 +61,7 @@ def plots(report: dict[str, Any], stem: Path) -> list[Path]:
             picture = figure.Figure(figsize=(7, 4.2), layout="constrained")
             draw(picture.subplots(), report[name])
             path = stem.with_name(f"{stem.name}-{name.replace('_', '-')}.png")
-            picture.savefig(path, dpi=130)
-            written.append(path)
+            written.append(write_atomically(path, functools.partial(picture.savefig, dpi=130)))
     return written
 
 

@@ -484,5 +484,8 @@ def _tokenised(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, in
         found = tokenizer(text, return_offsets_mapping=True, verbose=False)
         return [int(i) for i in found["input_ids"]], [(int(a), int(b)) for a, b in found["offset_mapping"]]
     ids = [int(i) for i in tokenizer(text)["input_ids"]]
-    ends = [len(tokenizer.decode(ids[: n + 1], skip_special_tokens=True)) for n in range(len(ids))]
+    options = {"skip_special_tokens": True}
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        options["clean_up_tokenization_spaces"] = False
+    ends = [len(tokenizer.decode(ids[: n + 1], **options)) for n in range(len(ids))]
     return ids, [(a, min(b, len(text))) for a, b in itertools.pairwise([0, *ends])]

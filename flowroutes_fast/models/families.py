@@ -337,10 +337,18 @@ def _find(root: Any, path: str) -> Any:
     """The module at an attribute path, or None; inside torch.compile's wrapper where one of its modules was compiled alone."""
     for name in path.split(".") if path else ():
         root = getattr(root, name, None)
-        root = getattr(root, "_orig_mod", root)
+        root = _in_use(getattr(root, "_orig_mod", root))
         if root is None:
             return None
     return root if path else None
+
+
+def _in_use(module: Any) -> Any:
+    """The module that runs: PEFT's modules_to_save stand beside the original in a wrapper."""
+    if type(module).__name__ != "ModulesToSaveWrapper":
+        return module
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
+    return module.modules_to_save[active[0]] if active else module.original_module
 
 
 def family_of(config: Any) -> Family:
@@ -435,7 +443,9 @@ def _block(index: int, layer: nn.Module, family: Family, config: Any) -> Block:
         (ffn or None, " or ".join(family.ffn)), (mid or (True if parallel else None), family.mid),
     ):  # fmt: skip
         if found is None:
-            raise ValueError(f"this {family.name} model is not built as expected: layer {index} has no {what!r}")
+            changed = [type(m).__name__ for m in layer.modules() if type(m).__module__.startswith("peft.")]
+            why = f" (an adapter has put its {changed[0]} there: remove it, or merge it where it can be)" if changed else ""
+            raise ValueError(f"this {family.name} model is not built as expected: layer {index} has no {what!r}{why}")
     return Block(
         index, family, layer, attention, output, mixer, ffn, mid,
         _find(layer, family.post_norm), _find(layer, family.ffn_norm), _find(attention, family.inner_norm), _find(attention, family.gate),
@@ -446,16 +456,29 @@ def _block(index: int, layer: nn.Module, family: Family, config: Any) -> Block:
 def context_length(config: Any) -> int | None:
     """Longest prompt the positions of this model allow, or None if it has no limit of its own."""
     limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    ropes = _ropes(config)
+    if any("dynamic" in _rope_type(rope) and not rope.get("original_max_position_embeddings") for rope in ropes):
+        return int(limit * max(float(rope.get("factor") or 1) for rope in ropes))  # stretched beyond what it was trained on
+    return limit
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """A model's rotary parameters, one or several (by type of layer)."""
+    own = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [one for one in own.values() if isinstance(one, dict)] or [own]
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "")))
 
 
 def rotary_regime(config: Any, length: int) -> int:
     """Prompts of one regime are rotated alike when they run together: some rotary embeddings change with the longest prompt of a batch."""
-    own = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    several = [one for one in own.values() if isinstance(one, dict)]
     regime = 0
-    for rope in several or [own]:
-        kind = str(rope.get("rope_type", rope.get("type", "")))
+    for rope in _ropes(config):
+        kind = _rope_type(rope)
         limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
         limit = int(limit or getattr(config, "max_position_embeddings", None) or 0)
         if kind == "longrope":

@@ -36,13 +36,15 @@ def plain(module: Any) -> Any:
 
 def effective_weight(module: Any, layer: int) -> Tensor:
     """The weight ``[out, in]`` that the module multiplies by, float32, with active adapters; ``ValueError`` if there is no such weight."""
-    return _read(module, layer)[0]
+    return module.weight.detach().float() if _is_untouched(module) else _read(module, layer)[0]
 
 
 def effective_bias(module: Any, layer: int = -1) -> Tensor | None:
     """What the module adds ``[out]``, float32, with active adapters; None if nothing. ``ValueError`` if it cannot be asked."""
     if module is None:
         return None
+    if _is_untouched(module):
+        return None if module.bias is None else module.bias.detach().float().clone()
     stand_in = quiet(module)
     with _undisturbed():
         if _is_linear(stand_in):
@@ -52,11 +54,36 @@ def effective_bias(module: Any, layer: int = -1) -> Tensor | None:
     return bias if bias.any() else None
 
 
+def _is_untouched(module: Any) -> bool:
+    """PyTorch's own linear layer with nothing on it, told in microseconds: it is asked for every layer of every pass."""
+    if (
+        type(module) is not nn.Linear
+        or not module.__dict__.keys().isdisjoint(("forward", "_hf_hook", "_old_forward"))
+        or module._forward_pre_hooks
+    ):
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return type(weight) is nn.Parameter and _is_readable(weight) and (bias is None or (type(bias) is nn.Parameter and _is_readable(bias)))
+
+
+def _is_readable(t: Tensor) -> bool:
+    return t.is_floating_point() and t.element_size() > 1 and not t.is_meta and t.layout == torch.strided
+
+
 def check_adapters(model: nn.Module) -> None:
     """``ValueError`` for adapters that act through their wrapper's forward pass, which a trace does not call."""
     for name, module in model.named_modules():
         if (why := _depends_on_wrapper(module)) is not None:
             raise ValueError(f"the adapter on {name or 'the model'} ({why}) cannot be traced: disable it, or merge it where it can be")
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """What changes when a model's weights are written to or its adapters switched; weights that come and go (offloaded, packed) are left out."""
+    held = [m for m in model.modules() if not hasattr(m, "_hf_hook")]
+    weights = [p for m in held for p in m._parameters.values() if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta]
+    adapters = [m for m in held if is_adapter(m)]
+    switches = [tuple(map(str, (getattr(m, name, "") for name in ("disable_adapters", "merged", "active_adapters")))) for m in adapters]
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in weights), tuple(switches)
 
 
 def _depends_on_wrapper(module: Any) -> str | None:

@@ -46,7 +46,7 @@ class Prompts:
 
 
 def _same_prompt(a: Trace, b: Trace) -> bool:
-    return a.token_ids == b.token_ids and a.tokens == b.tokens and a.model == b.model
+    return a.token_ids == b.token_ids and a.tokens == b.tokens and a.model == b.model and a.inputs == b.inputs
 
 
 def view(

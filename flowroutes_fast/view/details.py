@@ -15,7 +15,7 @@ from flowroutes_fast.capture import Layer, capture, only_here, prepared, unwrap
 from flowroutes_fast.integrations import adapter_of
 from flowroutes_fast.models.families import Block, blocks_of, text_config
 from flowroutes_fast.models.heads import check_predicts_tokens
-from flowroutes_fast.prompts import token_ids
+from flowroutes_fast.prompts import check_tokens_alone, token_ids
 from flowroutes_fast.reference import attention_pattern
 from flowroutes_fast.streaming import stream_of
 from flowroutes_fast.tokens import token_texts
@@ -99,6 +99,7 @@ def details(
         raise ValueError(
             f"this trace has {trace.n_layers} layers and the model {len(blocks)}: it is the trace of another model ({trace.model})"
         )
+    check_tokens_alone(trace, "leave out the model to have the page without its details")
     if not trace.token_ids:
         raise ValueError("this trace holds no token ids, so its prompt cannot be run again")
     ids = torch.tensor([token_ids(model, tokenizer, list(trace.token_ids))], device=model.get_input_embeddings().weight.device)

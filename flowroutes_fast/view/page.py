@@ -99,7 +99,7 @@ def payload(
     if trace is None:
         return {"sets": [], "columns": None, "start": {}, "data": []}
     for beside, whose in ((signed, trace), (other_signed, other)):
-        if beside is not None and (whose is None or beside.token_ids != whose.token_ids or beside.model != whose.model):
+        if beside is not None and (whose is None or any(getattr(beside, n) != getattr(whose, n) for n in ("token_ids", "model", "inputs"))):
             raise ValueError("the signed trace is of another prompt or model")
         if beside is not None and whose is not None and beside.measure == whose.measure:
             raise ValueError(f"both traces of the prompt have measure={beside.measure!r}: there is nothing to switch between")
