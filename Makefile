@@ -59,15 +59,16 @@ SANITIZED := $(VENV)/sanitized
 FLAGS_baseline :=
 FLAGS_avx2 := -mavx2 -mfma
 FLAGS_avx512 := -mavx512f -mavx512dq -mavx512vl -mfma
+KERNELS := proximity certified conservation
 SETS := baseline $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
 
 # $(1): name; $(2): options
 define sanitize
 mkdir -p $(SANITIZED)/$(1)
-set -e; for isa in $(SETS); do for file in proximity certified; do \
+set -e; for isa in $(SETS); do for file in $(KERNELS); do \
   case $$isa in avx2) more="$(FLAGS_avx2)";; avx512) more="$(FLAGS_avx512)";; *) more=;; esac; \
   $(CXX) -std=c++17 -O1 -g $(2) $$more -DFLOWROUTES_ISA=$$isa -c csrc/$${file}_cpu.cpp -o $(SANITIZED)/$(1)/$$isa-$$file.o; done; done
-$(CXX) -std=c++17 -O1 -g $(2) tests/native_driver.cpp $(foreach isa,$(SETS),$(SANITIZED)/$(1)/$(isa)-proximity.o $(SANITIZED)/$(1)/$(isa)-certified.o) -o $(SANITIZED)/$(1)/driver
+$(CXX) -std=c++17 -O1 -g $(2) tests/native_driver.cpp $(foreach isa,$(SETS),$(foreach file,$(KERNELS),$(SANITIZED)/$(1)/$(isa)-$(file).o)) -o $(SANITIZED)/$(1)/driver
 OMP_NUM_THREADS=2 $(SANITIZED)/$(1)/driver
 endef
 

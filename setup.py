@@ -92,7 +92,7 @@ class BuildNative(build_ext):
         for name, options in INSTRUCTION_SETS.items():
             try:
                 ext.extra_objects += self.compiler.compile(
-                    ["csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp"],
+                    ["csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp", "csrc/conservation_cpu.cpp"],
                     output_dir=f"{self.build_temp}/{name}",
                     include_dirs=["csrc"],
                     extra_postargs=[*flags, *options, f"-DFLOWROUTES_ISA={name}", "-fPIC"],

@@ -244,4 +244,32 @@ PYBIND11_MODULE(_native, m) {
             unlocked([&] { k.parts(part, whole, out, rows, part_rows, d_model, threads); });
         },
         py::arg("arguments"), py::arg("isa") = "auto");
+    m.def(
+        "conservation",
+        [](const py::dict& arguments, const std::string& isa) {
+            Conservation p;
+            Fields f(arguments);
+            weights(f, p.alpha);
+            f("tokens", p.tokens)("heads", p.heads)("group", p.group)("d_v", p.d_v)("d_model", p.d_model)("kv_head", p.kv_head);
+            f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("mixed", p.mixed)("mixed_row", p.mixed_row)("w_o", p.w_o)("w_row", p.w_row);
+            f("residual", p.residual)("ffn_out", p.ffn_out)("resid_post", p.resid_post).optional("resid_mid", p.resid_mid);
+            f.optional("through", p.through).optional("mixer_out", p.mixer_out).optional("gate", p.gate).optional("in_scale", p.in_scale);
+            f.optional("row_scale", p.row_scale).optional("out_scale", p.out_scale).optional("bias", p.bias);
+            f.optional("bias_is_scaled", p.bias_is_scaled).optional("w_is_sampled", p.w_is_sampled)("scale_out", p.scale)("smallest", p.smallest);
+            f("rows", p.rows)("channels", p.channels)("n_rows", p.n_rows)("n_channels", p.n_channels).done();
+            require(p.tokens > 0 && p.heads > 0 && p.d_v > 0 && p.d_model > 0, "tokens, heads, d_v and d_model must be positive");
+            require(p.group > 0 && p.heads % p.group == 0, "'group' must divide 'heads'");
+            require(p.kv_head >= 0 && p.kv_head < p.heads / p.group, "there is no such 'kv_head'");
+            require(p.alpha.q && p.alpha.offset == 0, "attention must be of queries and keys over the same tokens");
+            require(p.v && p.mixed && p.w_o && p.residual && p.ffn_out && p.resid_post && p.rows && p.channels, "no tensor may be null");
+            require(p.n_rows > 0 && p.n_channels > 0, "there must be rows and channels");
+            for (int64_t n = 0; n < p.n_rows; ++n) require(p.rows[n] >= 0 && p.rows[n] < p.tokens, "'rows' holds one that there is not");
+            for (int64_t n = 0; n < p.n_channels; ++n)
+                require(p.channels[n] >= 0 && p.channels[n] < p.d_model, "'channels' holds one that there is not");
+            const Kernels& k = kernels(isa);
+            float errors[3];
+            unlocked([&] { k.conservation(p, errors); });
+            return py::make_tuple(errors[0], errors[1], errors[2]);
+        },
+        py::arg("arguments"), py::arg("isa") = "auto");
 }

@@ -89,6 +89,36 @@ struct Bound {
     float* flow = nullptr;             // [query, head]
 };
 
+// A layer's captured parts and states, all [token, d_model] and contiguous, and what attention was made of: do they add up?
+struct Conservation {
+    Alpha alpha;                       // queries and keys
+    int64_t tokens = 0, heads = 0, group = 1, d_v = 0, d_model = 0;
+    int64_t kv_head = 0;               // the key-value head whose attention weights are computed again
+    const float* v = nullptr;          // [kv_head, token, d_v], inner stride 1
+    int64_t v_head = 0, v_row = 0;
+    const float* mixed = nullptr;      // [token, head * d_v], inner stride 1: what the attention function returned
+    int64_t mixed_row = 0;
+    const float* w_o = nullptr;        // [d_model, head * d_v], inner stride 1
+    int64_t w_row = 0;
+    bool w_is_sampled = false;         // w_o [n_channels, head * d_v] has the rows of `channels` alone
+    const float* residual = nullptr;
+    const float* resid_mid = nullptr;  // null in a parallel block
+    const float* through = nullptr;    // null in a parallel block
+    const float* ffn_out = nullptr;
+    const float* resid_post = nullptr;
+    const float* mixer_out = nullptr;  // or null
+    const float* gate = nullptr;       // [token, head * d_v] or null
+    const float* in_scale = nullptr;   // [head * d_v] or null
+    const float* row_scale = nullptr;  // [token] or null
+    const float* out_scale = nullptr;  // [d_model] or null
+    const float* bias = nullptr;       // [d_model] or null
+    bool bias_is_scaled = false;       // by row_scale
+    float scale = 1.f, smallest = 0.f; // sizes of channels are told apart down to this share of the largest
+    const int64_t* rows = nullptr;     // [n_rows]: positions looked at, and channels
+    const int64_t* channels = nullptr;
+    int64_t n_rows = 0, n_channels = 0;
+};
+
 struct Kernels {
     const char* isa;
     const char* (*arithmetic)();  // null, or what the compiler was told to do to it
@@ -103,6 +133,8 @@ struct Kernels {
     void (*parts)(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d_model, int threads);
     // out[n, f] = proximity of output[n, f] to whole[n], for the first `count` outputs of each row; `stride` floats from row to row
     void (*components)(const float* output, int64_t stride, int64_t count, const float* whole, float* out, int64_t rows, int64_t d_model, int threads);
+    // errors[3]: of the attention weights, of the parts of the state after attention, and of those after the FFN
+    void (*conservation)(const Conservation&, float* errors);
 };
 
 const Kernels& kernels_baseline();

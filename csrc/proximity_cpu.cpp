@@ -262,6 +262,7 @@ const char* arithmetic() {
 void certified(const Certified&, std::vector<Edge>&, Counts&);
 void bound(const Bound&, std::vector<Edge>&);
 void pairs(const Certified&, const int32_t*, const int32_t*, const int32_t*, float*, int64_t);
+void conservation(const Conservation&, float*);
 
 }  // namespace FLOWROUTES_ISA
 
@@ -271,7 +272,8 @@ void pairs(const Certified&, const int32_t*, const int32_t*, const int32_t*, flo
 #define FLOWROUTES_TEXT(a) FLOWROUTES_TEXT_(a)
 const Kernels& FLOWROUTES_JOIN(kernels_, FLOWROUTES_ISA)() {
     using namespace FLOWROUTES_ISA;
-    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA), arithmetic, certified, bound, pairs, attention, rank1, parts, components};
+    static const Kernels table{
+        FLOWROUTES_TEXT(FLOWROUTES_ISA), arithmetic, certified, bound, pairs, attention, rank1, parts, components, conservation};
     return table;
 }
 

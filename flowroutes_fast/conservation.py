@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowroutes_fast import native
+
 if TYPE_CHECKING:
     from flowroutes_fast.capture import Layer
     from flowroutes_fast.models.families import Block
 
-ROWS, CHANNELS = 12, 64  # looked at in a plain model
+ROWS, CHANNELS = 12, 32  # looked at in a plain model
 PATTERN_BYTES = 64 * 2**20  # of attention weights at a time, where all rows are computed again
 KNOWN = ("", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 SMALLEST = 1e-3  # sizes of channels are told apart down to this share of the largest
@@ -40,6 +42,7 @@ class _Sample:
     dtype: torch.dtype
     sums: list[tuple[str, Tensor]]  # per node: the state and its parts [1 + part, row, channel]
     weights: Tensor | None
+    errors: list[tuple[str, float]]  # what the native kernel found already
 
 
 class Conservation:
@@ -59,10 +62,13 @@ class Conservation:
         """
         self.seen.add(layer.index)
         rows, channels = self._places(layer.resid_post)
+        if not self.thorough and (errors := _native_errors(layer, rows, channels)) is not None:
+            self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, [], None, errors))
+            return
         weights = None
         if layer.mixed is not None:
             weights = weights_error(layer, self._rows_of_weights(layer))
-        self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, _sums(layer, rows, channels), weights))
+        self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, _sums(layer, rows, channels), weights, []))
         if self.thorough and layer.resid_post.device.type == "cpu":
             self.judge(layer)
 
@@ -112,7 +118,7 @@ class Conservation:
                 alike.setdefault((parts.shape, parts.dtype, parts.device), []).append(parts)
         misses = {key: iter(_miss(torch.stack(parts)).tolist()) for key, parts in alike.items()}
         for sample in taken:
-            errors = [] if sample.weights is None else [("weights", float(sample.weights))]
+            errors = sample.errors if sample.weights is None else [("weights", float(sample.weights))]
             errors += [(where, next(misses[parts.shape, parts.dtype, parts.device])) for where, parts in sample.sums]
             for where, error in errors:
                 if error <= TOLERANCE[sample.dtype]:
@@ -170,6 +176,63 @@ def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
     constant = 0 if bias is None else bias.to(mixed.device)[channels]
     added = (added + constant) * scale if block.post_norm is not None else added * scale + constant
     return added * layer.scale if layer.out_scale is None else added * (layer.out_scale[channels] * layer.scale)
+
+
+def _native_errors(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, float]] | None:
+    """What :func:`weights_error` and :func:`_miss` say of a float32 layer on the CPU, in one call; None for others."""
+    state, tokens, width = layer.resid_post, *layer.resid_post.shape
+    if state.dtype != torch.float32 or state.device.type != "cpu" or layer.mixed is None or layer.query is None:
+        return None
+    if layer.attention_function not in KNOWN or native.load()[0] is None:
+        return None
+    block, heads, d_v = layer.block, len(layer.query), layer.value.shape[-1]  # type: ignore[union-attr, arg-type]
+    weight = layer.output_weight().permute(2, 0, 1)
+    sampled = weight.stride()[1:] != (d_v, 1)
+    if sampled:
+        weight = weight.index_select(0, channels.to(weight.device))
+    kv_heads = len(layer.key)  # type: ignore[arg-type]
+    numbers = {
+        "tokens": tokens,
+        "heads": heads,
+        "group": heads // kv_heads,
+        "d_v": d_v,
+        "d_model": width,
+        "kv_head": layer.index % kv_heads,
+    }
+    numbers |= {
+        "d_qk": layer.query.shape[-1],
+        "scale": float(layer.scaling),
+        "softcap": float(layer.softcap or 0.0),
+        "window": layer.window,
+    }  # type: ignore[union-attr]
+    numbers |= {"scale_out": float(layer.scale), "smallest": SMALLEST, "bias_is_scaled": block.post_norm is not None}
+    numbers["w_is_sampled"] = sampled
+    a = native.Arguments(**numbers, n_rows=len(rows), n_channels=len(channels))
+    try:
+        a.take_rows("query", layer.query, (heads, tokens, numbers["d_qk"]), ("q_head", "q_row"), where="q")  # type: ignore[arg-type]
+        a.take_rows("key", layer.key, (kv_heads, tokens, numbers["d_qk"]), ("k_head", "k_row"), where="k")  # type: ignore[arg-type]
+        a.take_rows("value", layer.value, (kv_heads, tokens, d_v), ("v_head", "v_row"), where="v")  # type: ignore[arg-type]
+        if layer.mask is not None:
+            shape, strides = (
+                ((tokens,) * 2, ("mask_query",)) if layer.mask.dim() == 2 else ((heads, tokens, tokens), ("mask_head", "mask_query"))
+            )
+            a.take_rows("mask", layer.mask, shape, strides)
+        a.take_rows("mixed", layer.mixed, (tokens, heads * d_v), ("mixed_row",))
+        a.take_rows("the output projection", weight, (len(weight), heads, d_v), ("w_row",), where="w_o")
+        for name in ("residual", "resid_mid", "ffn_out", "resid_post", "mixer_out", "through"):
+            a.take(name, getattr(layer, name), tokens, width)
+        a.take("sinks", layer.sinks, heads)
+        a.take("gate", layer.gate, tokens, heads, d_v)
+        a.take("in_scale", layer.in_scale, heads * d_v)
+        a.take("row_scale", layer.row_scale, tokens)
+        a.take("out_scale", layer.out_scale, width)
+        a.take("bias", block.output_bias, width)
+        a.take("rows", rows, len(rows), dtype=torch.int64)
+        a.take("channels", channels, len(channels), dtype=torch.int64)
+    except (TypeError, ValueError):  # another type, device or shape somewhere
+        return None
+    weights, attention, ffn = a.call("conservation")
+    return [("weights", weights), ("attention", attention), ("ffn", ffn)]
 
 
 def recomputes(layer: Layer) -> bool:

@@ -72,9 +72,10 @@ def address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype 
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor on the CPU, got a {tensor.layout} tensor on {tensor.device}")
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != (shape if isinstance(shape, tuple) else tuple(shape)):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.is_neg() or not (tensor.is_contiguous() or (inner and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))):
+    whole = tensor.is_contiguous()
+    if tensor.is_neg() or not (whole or (inner and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))):
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     try:
         at = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
@@ -82,8 +83,10 @@ def address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype 
         at = 0
     if not at and tensor.numel():
         raise TypeError(f"{name} is a {type(tensor).__name__} without memory of its own: the native kernels take real tensors")
-    last = tensor.storage_offset() + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size():
+    count = tensor.numel()
+    last: Any = count - 1 if whole else sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last += tensor.storage_offset()
+    if count and tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size():
         raise ValueError(f"{name} has a storage of {tensor.untyped_storage().nbytes()} bytes, too few for shape {list(tensor.shape)}")
     return at
 

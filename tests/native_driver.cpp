@@ -106,11 +106,27 @@ struct Case {
             case 4: return kernels.pairs(c, index.data(), &index[n.queries], &index[2 * n.queries], low.data(), n.queries);
             case 5: return kernels.rank1(activation.data(), w.data(), g.data(), near.data(), n.queries, n.heads, n.d_v, threads);
             case 6: return kernels.parts(y.data(), y.data(), low.data(), n.queries, 1, n.d_model, threads);
+            case 7: {
+                Conservation p;
+                p.alpha.q = q.data(), p.alpha.q_head = n.queries * n.d_qk, p.alpha.q_row = n.d_qk, p.alpha.softcap = n.mask ? 3.f : 0.f;
+                p.alpha.k = k.data(), p.alpha.k_head = n.keys * n.d_qk, p.alpha.k_row = n.d_qk;
+                p.alpha.d_qk = n.d_qk, p.alpha.window = n.window, p.alpha.sinks = n.mask ? base.data() : nullptr;
+                p.tokens = n.queries, p.heads = n.heads, p.group = n.heads / n.kv, p.d_v = n.d_v, p.d_model = n.d_model, p.kv_head = n.kv - 1;
+                p.v = v.data(), p.v_head = n.keys * n.d_v, p.v_row = n.d_v, p.mixed = g.data(), p.mixed_row = n.heads * n.d_v;
+                p.w_o = w.data(), p.w_row = n.heads * n.d_v, p.residual = p.ffn_out = p.resid_post = y.data();
+                if (n.mask && n.queries == n.keys) p.alpha.mask = mask.data(), p.alpha.mask_query = n.keys;
+                if (n.mask) p.resid_mid = p.through = p.mixer_out = y.data();
+                if (n.gate) p.gate = gate.data(), p.row_scale = base.data(), p.bias = p.out_scale = y.data(), p.in_scale = g.data();
+                std::vector<int64_t> rows{0, n.queries / 2, n.queries - 1}, channels{n.d_model - 1, 0};
+                p.rows = rows.data(), p.n_rows = 3, p.channels = channels.data(), p.n_channels = 2;
+                float errors[3];
+                return kernels.conservation(p, errors);
+            }
             default: return kernels.components(g.data(), n.heads * n.d_v, n.heads, g.data(), head_low.data(), n.queries, n.d_v, threads);
         }
     }
 };
-constexpr int OPERATIONS = 8;
+constexpr int OPERATIONS = 9;
 
 const Shape SHAPES[] = {{1, 1, 1, 1, 1, 1, 1, 0, false, false}, {3, 1, 5, 9, 7, 5, 33, 0, true, false}, {6, 2, 61, 83, 17, 20, 67, 9, false, false},
                         {4, 4, 50, 50, 8, 16, 130, 0, true, true}, {2, 1, 25, 25, 3, 3, 9, 0, false, true}};

@@ -6,7 +6,7 @@ from families import VARIANTS, make
 from test_process_state import IDS, LONG, tiny
 
 import flowroutes_fast as fr
-from flowroutes_fast import conservation
+from flowroutes_fast import conservation, native
 from flowroutes_fast.capture import capture
 from flowroutes_fast.models.families import FAMILIES
 
@@ -23,6 +23,7 @@ def errors(monkeypatch):
     def judge(self, layer=None):
         taken, self.open = self.open, []
         for sample in taken:
+            found.extend(sample.errors)
             found.extend((where, float(conservation._miss(parts[None]))) for where, parts in sample.sums)
             if sample.weights is not None:
                 found.append(("weights", float(sample.weights)))
@@ -75,6 +76,33 @@ def test_what_is_misread_shows(tokens, what):
         setattr(layer, what, getattr(layer, what) * 1.7)
     shows = tokens > 1 or what == "value"  # one token sees itself, however
     assert (float(conservation.weights_error(layer, rows)) > 1e-4) == shows
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("tokens", [1, 13, 48])
+@pytest.mark.parametrize(
+    "name", ["bitnet", "cohere", "falcon_h1", "gpt2", "gpt_neox", "llama", "minimax", "mistral", "olmo2", "qwen3_next"]
+)
+def test_the_native_kernel_says_the_same(name, tokens, isa):
+    """Errors of parts that are off, by the kernel and by PyTorch; families with gates, biases, norms after, windows, parallel blocks."""
+    layers, sample, taken = [], conservation.Conservation(1, None, None, thorough=False), 0
+    capture(make(name), torch.tensor([LONG[:tokens]]), on_layer=layers.append)
+    for layer in layers:
+        rows, channels = sample._places(layer.resid_post)
+        for off in (1.0, 1.01, float("nan")):
+            layer.ffn_out = layer.ffn_out * off
+            layer.mixed = None if layer.mixed is None else layer.mixed * off
+            with native.instruction_set(isa):
+                found = conservation._native_errors(layer, rows, channels)
+            if found is None:
+                continue
+            taken += 1
+            errors = [conservation.weights_error(layer, sample._rows_of_weights(layer))]
+            errors += [conservation._miss(parts[None])[0] for _, parts in conservation._sums(layer, rows, channels)]
+            for (_, one), other in zip(found, errors, strict=False):
+                torch.testing.assert_close(torch.tensor(one), other.float(), rtol=1e-4, atol=1e-6, equal_nan=True)
+            assert len(errors) == 3 or found[2][1] == 0
+    assert taken
 
 
 def test_all_layers_must_be_seen():

@@ -363,7 +363,7 @@ def test_foreign_attention_functions():
         fr.trace(model, None, LONG[:40])
 
 
-def test_the_check_costs_little(demo):
+def test_the_check_costs_little(demo, monkeypatch):
     """Counted, not timed: it looks at a few rows and channels of a plain model."""
     from flowroutes_fast import conservation
 
@@ -373,15 +373,16 @@ def test_the_check_costs_little(demo):
 
     def count(self, layer, *more):
         real(self, layer, *more)
-        taken.append(sum(parts.numel() for _, parts in self.open[-1].sums))
+        taken.append((len(self.open[-1].errors), sum(parts.numel() for _, parts in self.open[-1].sums)))
 
-    conservation.Conservation.__call__ = count
-    try:
-        fr.trace(model, tokenizer, "The quick brown fox jumps over the lazy dog. " * 20)
-    finally:
-        conservation.Conservation.__call__ = real
+    monkeypatch.setattr(conservation.Conservation, "__call__", count)
+    fr.trace(model, tokenizer, "The quick brown fox jumps over the lazy dog. " * 20)
+    assert taken == [(3, 0)] * 30  # one native call a layer
+    taken.clear()
+    monkeypatch.setattr(conservation, "_native_errors", lambda *_: None)
+    fr.trace(model, tokenizer, "The quick brown fox jumps over the lazy dog. " * 20)
     assert len(taken) == 30
-    assert max(taken) <= 8 * conservation.ROWS * conservation.CHANNELS
+    assert all(0 < count <= 8 * conservation.ROWS * conservation.CHANNELS for _, count in taken)
 
 
 def test_modes_come_back():

@@ -291,7 +291,7 @@ def test_inside_a_block(tokenizer):
     wrapped = language_model(tiny(), tokenizer=tokenizer)
     with pytest.raises(Exception, match="inside a block"), wrapped.trace(TEXT):  # nnsight before 0.8 raises its own
         fr.trace(wrapped, None, TEXT)
-    with pytest.raises(Exception, match="inside a block"), wrapped.scan(TEXT):
+    with pytest.raises(Exception, match=r"inside a block|FakeTensorMode"), wrapped.scan(TEXT):
         fr.trace(wrapped, None, TEXT)
     same(fr.trace(wrapped, None, TEXT), fr.trace(tiny(), tokenizer, TEXT))
 
