@@ -428,10 +428,14 @@ def test_ctrl_c_in_every_phase(model, done, tmp_path, monkeypatch, where, name, 
             os.kill(os.getpid(), signal.SIGINT)
         return original(*rest, **more)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(where, name, stopped)
-        with pytest.raises(KeyboardInterrupt):
-            traced(model, tmp_path / "run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(where, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                traced(model, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.endswith(".partial")]
     assert traced(model, tmp_path / "run").states[0].files == read_state(done).files
 
