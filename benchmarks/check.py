@@ -1,4 +1,6 @@
-"""What the check of every pass costs: processor time of ``conservation.py`` over the model's own forward pass.
+"""What the check of every pass costs: processor time of ``conservation.py`` over the model's own forward pass, natively and in PyTorch.
+
+Reading W_O, which the importances need too, does not count.
 
 OMP_NUM_THREADS=1 python benchmarks/check.py
 """
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 import flowroutes_fast as fr
+from flowroutes_fast import conservation
 from flowroutes_fast.bench.run import conditions
 from flowroutes_fast.capture import capture
 from flowroutes_fast.conservation import Conservation
@@ -32,6 +35,7 @@ def main() -> None:
     model, tokenizer = fr.load("demo")
     ids = tokenizer((ROOT / "LICENSE").read_text())["input_ids"]
     spent = [0.0]
+    native = conservation._native_errors
     check, judge = Conservation.__call__, Conservation.judge
 
     def timed(method: Any) -> Any:
@@ -55,12 +59,18 @@ def main() -> None:
             start = time.thread_time()
             with torch.no_grad():
                 model(input_ids=batch, logits_to_keep=1, use_cache=False)
-            forward, spent[0] = time.thread_time() - start, 0.0
-            capture(model, batch)
-            found.append((spent[0] / forward, forward, spent[0]))
-        share, forward, cost = (statistics.median(column) for column in zip(*found, strict=True))
-        rows.append({"tokens": tokens, "share": share, "forward_seconds": forward, "check_seconds": cost})
-        print(f"{tokens:5} tokens: check {cost * 1e3:.1f} ms of a forward pass of {forward * 1e3:.0f} ms, {share:.1%}")
+            forward, costs = time.thread_time() - start, []
+            for conservation._native_errors in (native, lambda *_: None):
+                spent[0] = 0.0
+                capture(model, batch)
+                costs.append(spent[0])
+            found.append((forward, *costs, *(cost / forward for cost in costs)))
+        columns = ("forward_seconds", "check_seconds", "check_seconds_pytorch", "share", "share_pytorch")
+        row = dict(zip(columns, map(statistics.median, zip(*found, strict=True)), strict=True))
+        rows.append({"tokens": tokens, **row})
+        print(
+            f"{tokens:5} tokens: {row['share']:.1%} of a forward pass of {row['forward_seconds'] * 1e3:.0f} ms; in PyTorch {row['share_pytorch']:.1%}"
+        )
     about = conditions("cpu", "cpu") | {
         "model": DEMO_NAME,
         "statistic": f"median of {arguments.runs}, processor time of the calling thread",

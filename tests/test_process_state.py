@@ -365,7 +365,7 @@ def test_foreign_attention_functions():
 
 def test_the_check_costs_little(demo, monkeypatch):
     """Counted, not timed: it looks at a few rows and channels of a plain model."""
-    from flowroutes_fast import conservation
+    from flowroutes_fast import conservation, native
 
     model, tokenizer = demo
     fr.trace(model, tokenizer, "warm")
@@ -377,7 +377,8 @@ def test_the_check_costs_little(demo, monkeypatch):
 
     monkeypatch.setattr(conservation.Conservation, "__call__", count)
     fr.trace(model, tokenizer, "The quick brown fox jumps over the lazy dog. " * 20)
-    assert taken == [(3, 0)] * 30  # one native call a layer
+    if native.instruction_sets():
+        assert taken == [(3, 0)] * 30  # one native call a layer
     taken.clear()
     monkeypatch.setattr(conservation, "_native_errors", lambda *_: None)
     fr.trace(model, tokenizer, "The quick brown fox jumps over the lazy dog. " * 20)
