@@ -19,9 +19,9 @@ import torch
 import flowroutes_fast as fr
 from flowroutes_fast import conservation
 from flowroutes_fast.bench.run import conditions
-from flowroutes_fast.capture import capture
-from flowroutes_fast.conservation import Conservation
-from flowroutes_fast.load import DEMO_NAME
+from flowroutes_fast.capture.conservation import Conservation
+from flowroutes_fast.capture.hooks import capture
+from flowroutes_fast.loading.load import DEMO_NAME
 
 ROOT = Path(__file__).parent.parent
 TOKENS = (16, 64, 256, 1024)

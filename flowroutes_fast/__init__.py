@@ -3,25 +3,24 @@
 The names below are imported when they are first used, so that ``import flowroutes_fast`` takes no time.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 from flowroutes_fast.version import __version__
 
 TYPE_CHECKING = False  # type checkers take it for true; importing typing takes longer than all of this
 if TYPE_CHECKING:
-    from flowroutes_fast import ops, templates
-    from flowroutes_fast.contrast import contrast, head_frequencies
-    from flowroutes_fast.corpus import Corpus, corpus, corpus_on_ray, open_corpus
-    from flowroutes_fast.errors import DamagedFile
-    from flowroutes_fast.estimate import Estimate, estimate
-    from flowroutes_fast.load import load
-    from flowroutes_fast.patching import patching
-    from flowroutes_fast.record import Trace, load_trace
-    from flowroutes_fast.routes import Route, load_route
-    from flowroutes_fast.streaming import open_streaming
-    from flowroutes_fast.trace import trace
+    from flowroutes_fast import ops
+    from flowroutes_fast.corpora import Corpus, corpus, corpus_on_ray, open_corpus
+    from flowroutes_fast.experiments import templates
+    from flowroutes_fast.experiments.patching import patching
+    from flowroutes_fast.loading.load import load
+    from flowroutes_fast.loading.streaming import open_streaming
+    from flowroutes_fast.planning.estimate import Estimate, estimate
+    from flowroutes_fast.results.contrast import contrast, head_frequencies
+    from flowroutes_fast.results.route import Route, load_route
+    from flowroutes_fast.results.trace import Trace, load_trace
+    from flowroutes_fast.system.errors import DamagedFile
+    from flowroutes_fast.tracing.trace import trace
 
 __all__ = [
     "Corpus",
@@ -47,35 +46,31 @@ __all__ = [
 ]
 
 _HOMES = {  # name -> the module that has it
-    "Corpus": "corpus",
-    "DamagedFile": "errors",
-    "Estimate": "estimate",
-    "Route": "routes",
-    "Trace": "record",
-    "contrast": "contrast",
-    "corpus": "corpus",
-    "corpus_on_ray": "corpus",
-    "estimate": "estimate",
-    "head_frequencies": "contrast",
-    "load": "load",
-    "load_route": "routes",
-    "load_trace": "record",
-    "open_corpus": "corpus",
-    "open_streaming": "streaming",
-    "patching": "patching",
-    "trace": "trace",
+    "Corpus": "corpora",
+    "DamagedFile": "system.errors",
+    "Estimate": "planning.estimate",
+    "Route": "results.route",
+    "Trace": "results.trace",
+    "contrast": "results.contrast",
+    "corpus": "corpora",
+    "corpus_on_ray": "corpora",
+    "estimate": "planning.estimate",
+    "head_frequencies": "results.contrast",
+    "load": "loading.load",
+    "load_route": "results.route",
+    "load_trace": "results.trace",
+    "open_corpus": "corpora",
+    "open_streaming": "loading.streaming",
+    "patching": "experiments.patching",
+    "trace": "tracing.trace",
 }
-
-
-class _Package(ModuleType):
-    """This package. Importing ``flowroutes_fast.trace`` does not put the module in the place of the function of the same name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+_MODULES = {  # modules under a short name
+    "ablation": "experiments.ablation",
+    "faithfulness": "experiments.faithfulness",
+    "reference": "ops.reference",
+    "streaming": "loading.streaming",
+    "templates": "experiments.templates",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -86,10 +81,11 @@ def __getattr__(name: str) -> object:
         found: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = found
         return found
+    home = f"{__name__}.{_MODULES.get(name, name)}"
     try:
-        return import_module(f"{__name__}.{name}")
+        return import_module(home)
     except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
+        if error.name != home:
             raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 

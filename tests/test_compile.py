@@ -79,6 +79,7 @@ def launch(kernel, dtype, width, target):
     Grouped queries, window, soft cap, row scale and gate; with a width of 1 instead everything has size 1 and there is a mask.
     """
     import torch
+
     from flowroutes_fast.kernels import bound, common, dense, pairs, parts
 
     dtype = getattr(torch, dtype)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import flowroutes_fast as fr
 from flowroutes_fast.cli import app
-from flowroutes_fast.estimate import check_memory
-from flowroutes_fast.layer import Options
+from flowroutes_fast.tracing.importances import Options
+from flowroutes_fast.tracing.memory import check_memory
 
 module = sys.modules[check_memory.__module__]  # fr.estimate is the function
 
@@ -184,7 +184,7 @@ def test_available_memory_reads_cgroups(tmp_path):
 
 
 def test_address_space_is_respected():
-    code = "import resource; from flowroutes_fast.estimate import _address_space as f; a = f(); resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); print(a, f() < 2**36)"
+    code = "import resource; from flowroutes_fast.system.memory import _address_space as f; a = f(); resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); print(a, f() < 2**36)"
     assert _child(code) == "None True"
 
 

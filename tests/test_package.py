@@ -18,7 +18,7 @@ assert "torch" not in sys.modules
 assert set(fr.__all__) <= set(dir(fr))
 assert not hasattr(fr, "nothing_of_this_name")
 import flowroutes_fast.{first}
-from flowroutes_fast.trace import check_weights
+from flowroutes_fast.tracing.trace import check_weights
 from flowroutes_fast import trace, load, estimate, corpus, contrast, patching
 for name in ("trace", "load", "estimate", "corpus", "contrast", "patching"):
     assert callable(getattr(fr, name)) and getattr(fr, name) is globals()[name], name
@@ -35,12 +35,12 @@ def test_importing_is_light_and_functions_stay_functions(first):
 def test_names(monkeypatch):
     for name in fr.__all__:
         assert getattr(fr, name) is not None
-    assert importlib.import_module("flowroutes_fast.trace").trace is fr.trace
+    assert importlib.import_module("flowroutes_fast.tracing.trace").trace is fr.trace
     assert pickle.loads(pickle.dumps(fr.trace)) is fr.trace
     with monkeypatch.context() as patch:
         patch.setattr("flowroutes_fast.load", lambda name: 3)
         assert fr.load("x") == 3
-    assert fr.load is importlib.import_module("flowroutes_fast.load").load
+    assert fr.load is importlib.import_module("flowroutes_fast.loading.load").load
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fr.nothing
 
