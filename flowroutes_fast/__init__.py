@@ -3,7 +3,10 @@
 The names below are imported when they are first used, so that ``import flowroutes_fast`` takes no time.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 from flowroutes_fast.version import __version__
 
@@ -11,10 +14,14 @@ TYPE_CHECKING = False  # type checkers take it for true; importing typing takes 
 if TYPE_CHECKING:
     from flowroutes_fast import ops
     from flowroutes_fast.corpora import Corpus, corpus, corpus_on_ray, open_corpus
+    from flowroutes_fast.experiments import ablation as ablation
+    from flowroutes_fast.experiments import faithfulness as faithfulness
     from flowroutes_fast.experiments import templates
     from flowroutes_fast.experiments.patching import patching
+    from flowroutes_fast.loading import streaming as streaming
     from flowroutes_fast.loading.load import load
     from flowroutes_fast.loading.streaming import open_streaming
+    from flowroutes_fast.ops import reference as reference
     from flowroutes_fast.planning.estimate import Estimate, estimate
     from flowroutes_fast.results.contrast import contrast, head_frequencies
     from flowroutes_fast.results.route import Route, load_route
@@ -64,13 +71,40 @@ _HOMES = {  # name -> the module that has it
     "patching": "experiments.patching",
     "trace": "tracing.trace",
 }
-_MODULES = {  # modules under a short name
-    "ablation": "experiments.ablation",
-    "faithfulness": "experiments.faithfulness",
-    "reference": "ops.reference",
-    "streaming": "loading.streaming",
-    "templates": "experiments.templates",
+_MODULES = {  # modules that are imported under another path too: the one they had before
+    f"{__name__}.{name}": f"{__name__}.{home}"
+    for name, home in {
+        "ablation": "experiments.ablation",
+        "bounds": "ops.bounds",
+        "certify": "ops.certified",
+        "errors": "system.errors",
+        "faithfulness": "experiments.faithfulness",
+        "record": "results.trace",
+        "reference": "ops.reference",
+        "routes": "results.route",
+        "streaming": "loading.streaming",
+        "templates": "experiments.templates",
+    }.items()
 }
+
+
+class _OtherPaths:
+    """Finds and loads the modules of :data:`_MODULES`: the same module under both paths, not a copy."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, _OtherPaths) if name in _MODULES else None  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        sys.modules[module.__name__] = import_module(_MODULES[module.__name__])
+
+
+sys.meta_path.append(_OtherPaths)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> object:
@@ -81,11 +115,10 @@ def __getattr__(name: str) -> object:
         found: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = found
         return found
-    home = f"{__name__}.{_MODULES.get(name, name)}"
     try:
-        return import_module(home)
+        return import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
-        if error.name != home:
+        if error.name != f"{__name__}.{name}":
             raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 

@@ -14,7 +14,8 @@ CODE = """
 import sys
 from pathlib import Path
 import flowroutes_fast as fr
-assert "torch" not in sys.modules
+heavy = "torch numpy pandas networkx triton transformers matplotlib flowroutes_fast._native".split()
+assert not (loaded := sys.modules.keys() & heavy), loaded
 assert set(fr.__all__) <= set(dir(fr))
 assert not hasattr(fr, "nothing_of_this_name")
 import flowroutes_fast.{first}
@@ -26,7 +27,7 @@ assert "trace" in fr.trace.__module__
 """
 
 
-@pytest.mark.parametrize("first", ["trace", "corpus.run", "view.details"])
+@pytest.mark.parametrize("first", ["tracing.trace", "corpora.run", "view.details"])
 def test_importing_is_light_and_functions_stay_functions(first):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE.format(first=first)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -45,8 +46,39 @@ def test_names(monkeypatch):
         _ = fr.nothing
 
 
+OTHER_PATHS = """
+import sys
+from flowroutes_fast import ablation, faithfulness, reference, streaming, templates
+import flowroutes_fast.certify
+from flowroutes_fast.bounds import Attention
+from flowroutes_fast.errors import DamagedFile
+from flowroutes_fast.record import Trace
+from flowroutes_fast.routes import Route
+import flowroutes_fast as fr
+assert (Trace, Route, DamagedFile) == (fr.Trace, fr.Route, fr.DamagedFile)
+from flowroutes_fast.experiments import faithfulness as module
+assert faithfulness is module is sys.modules["flowroutes_fast.faithfulness"] is fr.faithfulness
+assert module.__name__ == module.__spec__.name == "flowroutes_fast.experiments.faithfulness"
+from flowroutes_fast.ops import bounds, certified
+assert Attention is bounds.Attention and fr.certify is certified
+try:
+    import flowroutes_fast.nothing
+except ModuleNotFoundError as error:
+    assert error.name == "flowroutes_fast.nothing"
+"""
+
+
+def test_modules_have_the_paths_that_were_documented():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", OTHER_PATHS], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for old in fr._MODULES:
+        assert importlib.import_module(old) is importlib.import_module(fr._MODULES[old])
+
+
 def test_the_type_checkers_names_are_those_of_the_package():
     text = Path(fr.__file__).read_text(encoding="utf-8")
     block = text.split("if TYPE_CHECKING:")[1].split("__all__")[0]
     declared = {name.strip() for line in block.splitlines() if " import " in line for name in line.split(" import ")[1].split(",")}
-    assert declared | {"__version__"} == set(fr.__all__)
+    modules = {name for name in declared if " as " in name}  # not in __all__, so that * does not import them
+    assert {f"flowroutes_fast.{name.split(' as ')[0]}" for name in modules} <= set(fr._MODULES)
+    assert declared - modules | {"__version__"} == set(fr.__all__)
