@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from flowroutes_fast.results.trace import Trace
 
 KINDS = ("attention", "mixer", "attention_residual", "ffn", "ffn_residual")
@@ -29,6 +30,8 @@ class EdgeTable:
             self.columns[name].append(values)
 
     def table(self) -> pd.DataFrame:
+        import pandas as pd
+
         if not self.columns["layer"]:
             return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})
         columns = {name: np.concatenate(parts).astype(COLUMNS[name], copy=False) for name, parts in self.columns.items()}

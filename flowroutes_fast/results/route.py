@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from flowroutes_fast.results.edges import COLUMNS, KINDS
 from flowroutes_fast.results.elsewhere import from_above
@@ -23,6 +22,7 @@ from flowroutes_fast.system.files import write_text
 
 if TYPE_CHECKING:
     import networkx
+    import pandas as pd
     from torch import Tensor
 
     from flowroutes_fast.experiments.faithfulness import Faithfulness
@@ -68,6 +68,8 @@ class Route:
     @cached_property
     def token_edges(self) -> pd.DataFrame:
         """Heads summed: ``layer``, ``kind``, ``source``, ``target``, ``importance``."""
+        import pandas as pd
+
         keys = ["layer", "kind", "source", "target"]
         return pd.DataFrame(self.edges.groupby(keys, as_index=False, sort=False)["importance"].sum())
 
@@ -239,6 +241,8 @@ def _checked(document: dict[str, Any], required: set[str]) -> Route:
 
 
 def _checked_edges(columns: Any, tokens: int, shapes: list[str], low: float, high: float) -> pd.DataFrame:
+    import pandas as pd
+
     doc.check(isinstance(columns, dict), "edges is no table of columns")
     doc.check_names(columns, set(COLUMNS), set(COLUMNS))
     count = len(doc.a_list("edges: layer", columns["layer"]))

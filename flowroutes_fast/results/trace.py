@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
 from flowroutes_fast.ops.neurons import NeuronImportances
@@ -22,6 +21,9 @@ from flowroutes_fast.results.route import Route
 from flowroutes_fast.system.arguments import file_path, flag, integer, integers, number, share
 from flowroutes_fast.system.escape import printable
 from flowroutes_fast.system.files import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second; imported when the first table is made
 
 CHANGED = 0.05  # of a normaliser: above what rounding to bfloat16 does between two passes
 Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
@@ -174,6 +176,8 @@ class Trace:
         Columns ``query, key, head, importance, low, high``: the estimate, and what the exact importance lies between. ``ValueError`` for a
         floor outside [0, 1) or below the trace's own, ``IndexError`` for a layer that there is not, ``TypeError`` for what is no number.
         """
+        import pandas as pd
+
         layer = self._layer(layer)
         floor = max(self.floor, 1e-3) if floor is None else share("floor", floor)
         if floor < self.floor:
@@ -194,6 +198,8 @@ class Trace:
         Columns ``position, neuron, importance, low, high``. The neurons take the FFN's place among the parts: they share one normalisation
         with the residual connection and the bias (in a parallel block, with the attention too).
         """
+        import pandas as pd
+
         if self.neuron_parts is None:
             raise ValueError("neurons were not traced; call trace(..., neurons=True)")
         found = self.neuron_parts[self._layer(layer)]
@@ -276,6 +282,8 @@ class Trace:
             ValueError: no position, or one that the mass reaches was not traced. IndexError: position out of range. TypeError: a position
                 that is no integer.
         """
+        import pandas as pd
+
         positions = list(range(len(self.tokens)))[position] if isinstance(position, slice) else self._positions(position)
         if not positions:
             raise ValueError(f"the span {position} holds no position")
