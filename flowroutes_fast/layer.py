@@ -156,11 +156,13 @@ def attention_of(layer: Layer, parts: Parts, backend: str) -> Attention | None:
     """A layer's sub-edges for the kernels; None where there are none."""
     if layer.query is None or layer.key is None or parts.value is None or parts.w_o is None:
         return None
-    w_o = parts.w_o
-    if backend in ("triton", "cuda") and _stored_as_it_is(layer):
-        w_o = w_o.to(layer.query.dtype)
+    w_o, whole = parts.w_o, parts.whole
+    if backend in ("triton", "cuda"):
+        if _stored_as_it_is(layer):
+            w_o = w_o.to(layer.query.dtype)
+        whole = layer.resid_post if layer.resid_mid is None else layer.resid_mid  # in the model's type: half the bytes
     return Attention(
-        layer.query, layer.key, parts.value, w_o, parts.whole, layer.scaling, layer.mask, layer.sinks, layer.softcap, layer.window,
+        layer.query, layer.key, parts.value, w_o, whole, layer.scaling, layer.mask, layer.sinks, layer.softcap, layer.window,
         layer.row_scale, layer.gate,
     )  # fmt: skip
 
@@ -244,7 +246,7 @@ def _exact(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | 
     if a.row_scale is not None or a.gate is not None:
         return _exact_in_rows(a, others, options)
     dense, heads, normaliser, index, edge = torch.ops.flowroutes.attention_layer(
-        a.query.float(), a.key.float(), a.value.float(), a.w_o, a.whole, others.sum(0), a.mask, a.sinks, a.scaling, a.softcap, a.window,
+        a.query.float(), a.key.float(), a.value.float(), a.w_o.float(), a.whole.float(), others.sum(0), a.mask, a.sinks, a.scaling, a.softcap, a.window,
         options.dense, -1.0 if options.dense else options.floor, options.backend, options.threads,
     )  # fmt: skip
     return _unfinished(dense.cpu() if options.dense else None, (index, edge), normaliser, normaliser, heads, heads, heads, Counts())

@@ -359,20 +359,24 @@ def list_kernel(
 
 @triton.jit
 def pair_rests_kernel(
-    p_query, p_key, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut, p_pair_cut,
+    p_query, p_key, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut, p_pair_cut,
     p_mask, p_out_pair, p_out_rest, p_used,
-    n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, capacity, grown,
+    n_row, n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, capacity, grown,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_M
     b_key = tl.program_id(1)
     offset = n_key - n_query
-    start, end = key_blocks(first, tl.minimum(first + BLOCK_M, n_query) - 1, offset, window, n_key, p_mask, BLOCK_K, WINDOW)
     i_query = first + tl.arange(0, BLOCK_M)
-    m_row = i_query < n_query
+    m_row = i_query < n_row
+    if p_row is not None:
+        i_query = tl.load(p_row + i_query, mask=m_row, other=0)
+    i_query = tl.where(m_row, i_query, 0)
+    i_first = tl.min(tl.where(m_row, i_query, n_query - 1), 0)
+    start, end = key_blocks(i_first, tl.max(i_query, 0), offset, window, n_key, p_mask, BLOCK_K, WINDOW)
     wide = i_query.to(tl.int64)
-    o_v = tl.arange(0, B_V)
+    o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
     o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
     cut = tl.load(p_cut + i_query, mask=m_row, other=0.0) * grown  # what the list may have missed by rounding counts as well
     pair = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -383,7 +387,7 @@ def pair_rests_kernel(
         at = wide * n_head + i_head
         p_q = p_query + tl.cast(i_head, tl.int64) * query_head
         if CHUNK == 0:
-            q = load_tile(p_q, first, QUERY_ROW, n_query, BLOCK_M, D_QK, B_QK)
+            q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
         else:
             q = tl.zeros([BLOCK_M, 1], tl.float32)
         g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
@@ -577,29 +581,30 @@ def segment_sums(value: Tensor, start: Tensor) -> Tensor:
 
 
 def pair_rests(
-    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, pair_cut: Tensor, *, scaling: float,
-    mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, tile: Tile | None = None,
-    capacity: int = 0,
+    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, pair_cut: Tensor, row: Tensor | None = None, *,
+    scaling: float, mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None,
+    tile: Tile | None = None, capacity: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pairs whose bounds summed over heads are above ``pair_cut [Tq]``: query · Tk + key, ascending (int64), and the sum of those at or below ``cut``.
+    """Pairs whose bounds summed over heads are above ``pair_cut [Tq]``: query · Tk + key (int64), and the sum of those at or below ``cut``.
 
-    Pairs without any of these are left out. Waits once, for the number of pairs.
+    In no order; pairs without any of these are left out. ``row``: ascending rows to look at (int32), None for all. Waits once, for the number of pairs.
     """
     tile = tile or tile_of(query, value.half.shape[2])
     n_query, n_key, device = query.shape[1], key.shape[1], query.device
     arguments = _pass_arguments(query, key, value, g, lse, cut, scaling, mask, window, softcap, row_scale, tile)
-    capacity = capacity or 64 * n_query
+    n_row = n_query if row is None else len(row)
+    capacity = capacity or 64 * n_row
     while True:
         pair = torch.empty(capacity, dtype=torch.int64, device=device)
         rest = torch.empty(capacity, dtype=torch.float32, device=device)
         used = torch.zeros(1, dtype=torch.int32, device=device)
-        if n_query and n_key:
+        if n_row and n_key:
             with on_device(query):
-                pair_rests_kernel[(triton.cdiv(n_query, tile.rows), triton.cdiv(n_key, tile.columns))](
-                    **arguments | {"num_warps": 8 if tile.chunk == 0 else tile.num_warps}, p_pair_cut=pair_cut.float().contiguous(), p_out_pair=pair, p_out_rest=rest, p_used=used, capacity=capacity
-                )
+                pair_rests_kernel[(triton.cdiv(n_row, tile.rows), triton.cdiv(n_key, tile.columns))](
+                    **arguments | {"num_warps": 8 if tile.chunk == 0 else tile.num_warps}, p_row=row, n_row=n_row,
+                    p_pair_cut=pair_cut.float().contiguous(), p_out_pair=pair, p_out_rest=rest, p_used=used, capacity=capacity,
+                )  # fmt: skip
         n = int(used)
         if n <= capacity:
-            pair, order = pair[:n].sort()
-            return pair, rest[:n][order]
+            return pair[:n], rest[:n]
         capacity = n

@@ -31,7 +31,7 @@ if IN_CHILD:
         assert child.returncode == 0, child.stdout[-5000:]
 
 else:
-    from flowroutes_fast.kernels import bound, dense, gradient, pairs, parts
+    from flowroutes_fast.kernels import bound, decide, dense, gradient, pairs, parts
     from flowroutes_fast.kernels.common import Tile
 
     from flowroutes_fast import reference
@@ -235,6 +235,8 @@ if not IN_CHILD:
         margin = TOLERANCE[dtype] * case.norm[:, None] * len(exact)
         for capacity in (0, 1):  # too small a buffer is made again
             pair, rest = bound.pair_rests(*case.halves(), cut, pair_cut, row_scale=case.row_scale, capacity=capacity, **case.options)
+            pair, order = pair.sort()
+            rest = rest[order]
             assert (pair.diff() > 0).all()
             i, j = pair // keys, pair % keys
             low = torch.where(exact + slack <= cut[:, None] * (1 - 1e-6), exact, 0).sum(0)
@@ -245,6 +247,18 @@ if not IN_CHILD:
             listed[i, j] = True
             assert (((exact.sum(0) > pair_cut[:, None] + margin) & (low > margin)) <= listed).all()
             assert (listed <= ((exact + slack).sum(0) * (1 + 2.0**-11) > pair_cut[:, None] - margin)).all()
+
+    @SHAPES
+    def test_pair_rests_of_some_rows(shape, dtype):
+        case = make(shape, dtype)
+        exact, _ = case.bounds()
+        keys, inputs = exact.shape[2], case.halves()
+        cut, pair_cut = exact.amax((0, 2)).float() * 0.5, exact.sum(0).amax(-1).float() * 0.4
+        row = torch.arange(0, exact.shape[1], 3, dtype=torch.int32, device=DEVICE)
+        options = {"row_scale": case.row_scale, **case.options}
+        every, some = ({int(p): float(r) for p, r in zip(*bound.pair_rests(*inputs, cut, pair_cut, which, **options), strict=True)} for which in (None, row))
+        assert some.keys() == {p for p in every if p // keys % 3 == 0}
+        assert all(every[p] == pytest.approx(r, rel=1e-5) for p, r in some.items())
 
     def test_segment_sums():
         start = torch.tensor([0, 0, 5, 40, 40, 100], device=DEVICE)
@@ -303,6 +317,45 @@ if not IN_CHILD:
         exact = reference.pair_proximity(case.pattern, value.double(), *case.exact[2:], index := every_edge(case))
         found = pairs.pair_proximity(case.query, case.key, value, case.w_o, case.whole, case.rows()[0], index, **case.options)
         assert ((found - exact).abs() <= TOLERANCE[torch.bfloat16] * case.norm[index[0].long()]).all()
+
+    @pytest.mark.parametrize("per_row", [False, True])
+    def test_decisions(per_row):
+        """Every pair of random lists, by the rules in plain Python."""
+        g = torch.Generator().manual_seed(0)
+        rows, keys, heads = 7, 50, 5
+        name = torch.randint(rows * keys * (heads + 1), (700,), generator=g).unique()
+        value = torch.rand(len(name), generator=g) * 0.08
+        low = 0.5 + torch.rand(rows, generator=g)
+        high, thresholds = low * (1 + 0.2 * torch.rand(rows, generator=g)), torch.tensor([0.02, 0.05])
+        high[3] = low[3]
+        tolerance = torch.rand(rows, generator=g) * 0.2 if per_row else 0.1
+        moved = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in (name, value, low, high, tolerance, thresholds)]
+        state, open_, unclear = decide.pair_states(*moved, size=heads + 1, n_key=keys, floor=0.01, well=4.0)
+        pairs_ = {}
+        for n, v in zip(name.tolist(), value.tolist(), strict=True):
+            known, rest = pairs_.get(n // (heads + 1), (0.0, 0.0))
+            pairs_[n // (heads + 1)] = (known + v, rest) if n % (heads + 1) else (known, rest + v)
+        wanted, opened, count = {}, [0] * rows, 0
+        for pair, (known, rest) in pairs_.items():
+            q = pair // keys
+            a, b, share = float(low[q]), float(high[q]), float(tolerance[q]) if per_row else 0.1
+            vague = any(known <= t * b and known + rest > t * a for t in thresholds.tolist())
+            vague = rest > 0 and (vague or (known + rest > 0.04 * a and rest > 2 * share * (known + rest)))
+            opened[q] |= rest == 0 and b > a and any(t * a < known <= t * b for t in thresholds.tolist())
+            wanted[pair] = decide.UNCLEAR if vague else decide.KEPT if known + rest > 0.01 * a else decide.DROPPED
+            count += vague
+        assert state.tolist() == [wanted[n // (heads + 1)] for n in name.tolist()]
+        assert open_.tolist() == opened
+        assert int(unclear) == count > 0
+        assert any(opened)
+        index = torch.stack([name // ((heads + 1) * keys), name, name]).to(torch.int32).to(DEVICE)
+        marked = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+        decide.mark_open(index, moved[1], moved[2], moved[3], moved[5], marked)
+        a, b = low[index[0].long().cpu()], high[index[0].long().cpu()]
+        inside = ((value > 0.02 * a) & (value <= 0.02 * b)) | ((value > 0.05 * a) & (value <= 0.05 * b))
+        assert marked.nonzero()[:, 0].tolist() == index[0].cpu()[inside].unique().tolist()
+        empty = decide.pair_states(name[:0].to(DEVICE), value[:0].to(DEVICE), *moved[2:], size=6, n_key=keys, floor=0.01, well=4.0)
+        assert not empty[1].any() and not len(empty[0])
 
     @pytest.mark.parametrize("outliers", [False, True])
     @KINDS
