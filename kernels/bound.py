@@ -3,18 +3,24 @@
 With w = sign(y) z, proximity(z, y) = max(sum_d min(w_d, 2|y_d| - w_d), 0) <= max(sum_d w_d, 0) (Ferrando & Voita 2403.00824,
 equation 4). For a sub-edge z = r_i alpha[h,i,j] v[h,j] W_O[h] the last sum is a dot product over the head's width:
 
-    b[h,i,j] = r_i alpha[h,i,j] max(<v[h,j], g[i,h]> + slack |v[h,j]|_2 |g[i,h]|_2, 0),    g[i,h] = W_O[h] sign(y_i).
+    b[h,i,j] = r_i alpha[h,i,j] max(<v[h,j], g[i,h]> + e[h,i,j], 0),    g[i,h] = W_O[h] sign(y_i) * gate[i,h],
 
-query [H, Tq, d_qk], key [Hkv, Tk, d_qk], value [Hkv, Tk, d_v], g [Tq, H, d_v], r [Tq] >= 0; query i stands at key i + Tk - Tq; b has the
-unit of |y|_1. ``slack`` is the caller's duty (``required_slack``): fp32 operands are multiplied in fp32; 16-bit ones meet g, divided by
-its largest entry, split into two 16-bit numbers, so two products leave 2^-17 of |v|_2 |g|_2 where one in bfloat16 would leave 2^-8.
+where e is what rounding v and g to 16 bits lost (``gradient``). query [H, Tq, d_qk], key [Hkv, Tk, d_qk], r [Tq] >= 0; query i stands at
+key i + Tk - Tq; b has the unit of |y|_1. alpha is exp(score - lse); ``attention_rows`` makes lse, and the signed flow where it is asked for.
 
-``bound_rows``: 2 H Tq Tk (d_qk + d_v) FLOPs (2 d_v for 16-bit operands), causal and window tiles skipped; k and v are read once per block
-of queries, Hkv Tk (d_qk + d_v) elements from memory and the rest from cache; 12 H Tq bytes written.
-``bound_candidates``: the same products, once more in tiles with a pair above its cut; 12 bytes written per candidate.
+``bounds``: one pass over the rows asked for. Heads that share keys and values are packed into a tile's rows. What is at or below its row's cut is
+summed, what is above leaves one bit; ``listed`` makes a list of the bits, in (head, query, key) order, whatever the schedule was.
+``pair_rests``: sums over heads; pairs above a cut of their own, with the sum of their heads at or below the row's cut.
+
+R rows, Tk keys: 2 H R Tk (d_qk + d_v) FLOPs per pass, causal and window tiles skipped; k and v are read once per tile of rows,
+Hkv Tk (d_qk + d_v) elements from memory and the rest from cache; H R Tk / 8 bytes of bits are written and read once.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +30,7 @@ from torch import Tensor
 from .common import (
     Tile,
     attention_arguments,
+    gather_rows,
     key_blocks,
     load_tile,
     on_device,
@@ -35,18 +42,26 @@ from .common import (
     select,
     upcast,
     visible_scores,
-    weights,
 )
+from .gradient import Halves
+
+LOG2E = tl.constexpr(math.log2(math.e))
+MARGIN = 2.0**-12  # of a sum of bounds: weights are computed once more where sub-edges are evaluated, |score| 2^-20 apart
+BITS = 256 * 2**20  # bytes of bits at a time
+WORDS = 32  # of one row, looked at together
+LEVELS = 5  # cuts whose sums ``sums_below`` makes, each RATIO times the one before
+RATIO = 0.4
 
 
 @triton.jit
 def rows_kernel(
-    p_query, p_key, p_value, p_g_high, p_g_low, p_top, p_length_g, p_mask, p_sinks, p_row_scale, p_length, p_lse, p_upper, p_signed,
+    p_query, p_key, p_value, p_g_high, p_g_low, p_top, p_mask, p_sinks, p_row_scale, p_lse, p_signed,
     n_query, n_key, n_head, group, query_head, key_head, value_head, g_head, mask_head, mask_row,
-    scaling, softcap, window, slack,
+    scaling, softcap, window,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, G_ROW: tl.constexpr,
     D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, FLOW: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST_V: tl.constexpr,
 ):  # fmt: skip
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: the longest rows first
     i_head = tl.program_id(1)
@@ -56,199 +71,376 @@ def rows_kernel(
     m_query = o_query < n_query
     first = i_block * BLOCK_Q
     p_query += i_head.to(tl.int64) * query_head
-    p_g_high += i_head.to(tl.int64) * g_head
-    if SPLIT:
-        p_g_low += i_head.to(tl.int64) * g_head
     p_key += i_kv * key_head
-    p_value += i_kv * value_head
+    if FLOW:
+        p_value += i_kv * value_head
+        p_g_high += i_head.to(tl.int64) * g_head
+        if SPLIT:
+            p_g_low += i_head.to(tl.int64) * g_head
     if CHUNK == 0:
         q = load_tile(p_query, first, QUERY_ROW, n_query, BLOCK_Q, D_QK, B_QK)
-        g_high = load_tile(p_g_high, first, G_ROW, n_query, BLOCK_Q, D_V, B_V)
-        g_low = load_tile(p_g_low, first, G_ROW, n_query, BLOCK_Q, D_V, B_V)
-    top = tl.load(p_top + o_query * n_head + i_head, mask=m_query, other=0.0)
-    if p_length is not None:
-        length_g = tl.load(p_length_g + o_query * n_head + i_head, mask=m_query, other=0.0) * slack
     high = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    upper = tl.zeros([BLOCK_Q], tl.float32)
     signed = tl.zeros([BLOCK_Q], tl.float32)
     i_last = tl.minimum(i_block * BLOCK_Q + BLOCK_Q, n_query) - 1
     start, end = key_blocks(i_block * BLOCK_Q, i_last, offset, window, n_key, p_mask, BLOCK_K, WINDOW)
     for b_key in range(start, end):
         o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
         m_key = o_key < n_key
+        first_k = b_key * BLOCK_K
         if CHUNK == 0:
-            k = load_tile(p_key, b_key * BLOCK_K, KEY_ROW, n_key, BLOCK_K, D_QK, B_QK)
-            v = tl.trans(load_tile(p_value, b_key * BLOCK_K, VALUE_ROW, n_key, BLOCK_K, D_V, B_V))
-            scores = product(q, tl.trans(k), UPCAST)
-            flow = product(g_high, v, UPCAST) + product(g_low, v, UPCAST)
+            scores = product(q, tl.trans(load_tile(p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, B_QK)), UPCAST)
         else:
             scores = row_products(
-                p_query, first, QUERY_ROW, n_query, BLOCK_Q, p_key, b_key * BLOCK_K, KEY_ROW, n_key, BLOCK_K, D_QK, CHUNK, UPCAST
+                p_query, first, QUERY_ROW, n_query, BLOCK_Q, p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, CHUNK, UPCAST
             )
-            flow = row_products(
-                p_g_high, first, G_ROW, n_query, BLOCK_Q, p_value, b_key * BLOCK_K, VALUE_ROW, n_key, BLOCK_K, D_V, CHUNK, UPCAST
-            )
-            if SPLIT:
-                flow += row_products(
-                    p_g_low, first, G_ROW, n_query, BLOCK_Q, p_value, b_key * BLOCK_K, VALUE_ROW, n_key, BLOCK_K, D_V, CHUNK, UPCAST
-                )
         scores = visible_scores(
             scores * scaling, o_query[:, None], o_key[None, :], m_query[:, None] & m_key[None, :],
             i_head, p_mask, mask_head, mask_row, offset, window, softcap, WINDOW, SOFTCAP,
         )  # fmt: skip
-        positive = flow
-        if p_length is not None:
-            length = tl.load(p_length + i_kv * n_key + o_key, mask=m_key, other=0.0)
-            positive += length_g[:, None] * length[None, :]
         new_high = tl.maximum(high, tl.max(scores, 1))
         from_high = tl.where(new_high == float("-inf"), 0.0, new_high)
         e = tl.exp(scores - from_high[:, None])
         decay = tl.exp(high - from_high)
         total = total * decay + tl.sum(e, 1)
-        upper = upper * decay + tl.sum(e * tl.maximum(positive, 0.0), 1)
-        signed = signed * decay + tl.sum(e * flow, 1)
+        if FLOW:
+            flow = row_products(
+                p_g_high, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V
+            )
+            if SPLIT:
+                flow += row_products(
+                    p_g_low, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V
+                )
+            signed = signed * decay + tl.sum(e * flow, 1)
         high = new_high
     if p_sinks is not None:
         sink = tl.load(p_sinks + i_head)
         new_high = tl.maximum(high, sink)
         decay = tl.exp(high - new_high)
         total = total * decay + tl.exp(sink - new_high)
-        upper *= decay
         signed *= decay
         high = new_high
     seen = total > 0
-    factor = tl.where(seen, top / tl.where(seen, total, 1.0), 0.0)
-    if p_row_scale is not None:
-        factor *= tl.load(p_row_scale + o_query, mask=m_query, other=0.0)
     tl.store(p_lse + i_head.to(tl.int64) * n_query + o_query, tl.where(seen, high + tl.log(total), float("-inf")), mask=m_query)
-    tl.store(p_upper + o_query.to(tl.int64) * n_head + i_head, upper * factor, mask=m_query)
-    tl.store(p_signed + o_query.to(tl.int64) * n_head + i_head, signed * factor, mask=m_query)
+    if FLOW:
+        factor = tl.where(seen, tl.load(p_top + o_query * n_head + i_head, mask=m_query, other=0.0) / tl.where(seen, total, 1.0), 0.0)
+        if p_row_scale is not None:
+            factor *= tl.load(p_row_scale + o_query, mask=m_query, other=0.0)
+        tl.store(p_signed + o_query.to(tl.int64) * n_head + i_head, signed * factor, mask=m_query)
 
 
 @triton.jit
-def candidates_kernel(
-    p_query, p_key, p_value, p_g_high, p_g_low, p_top, p_length_g, p_mask, p_row_scale, p_length, p_lse, p_cut, p_pair_cut, p_out_edge, p_out_bound, p_counts,
-    n_query, n_key, n_head, group, query_head, key_head, value_head, g_head, mask_head, mask_row,
-    scaling, softcap, window, slack, capacity,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, G_ROW: tl.constexpr,
-    D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+def tile_bounds(
+    q, g, p_q, p_k, p_v, first_k, i_query, o_key, m_row, i_head, unit, error, length, p_scale, p_error, p_length, p_mask,
+    n_key, mask_head, mask_row, offset, scaling, softcap, window, WHOLE: tl.constexpr,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    i_block = tl.program_id(0)
+    """Bounds of rows (``i_query``, ``i_head``) by one block of keys. WHOLE: all of them are visible, and inside.
+
+    unit: log2 of what the exponential is divided by, lse and 1 / (r 2^e) of the row; p_scale and so on: of this block of values.
+    """
+    if CHUNK == 0:
+        scores = product(q, tl.trans(load_tile(p_k, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, B_QK)), UPCAST)
+    else:
+        scores = tl.zeros([q.shape[0], BLOCK_K], tl.float32)
+        for first in range(0, D_QK, CHUNK):
+            left = gather_rows(p_q, i_query, QUERY_ROW, m_row, first, D_QK, CHUNK)
+            right = gather_rows(p_k, o_key, KEY_ROW, o_key < n_key, first, D_QK, CHUNK)
+            scores += product(left, tl.trans(right), UPCAST)
+    flow = tl.dot(g, tl.trans(load_tile(p_v, first_k, D_V, n_key, BLOCK_K, D_V, B_V)))
+    v_error, v_length = tl.load(p_error), tl.load(p_length)
+    flow += (error * (v_length + v_error) + length * v_error)[:, None]
+    unit -= tl.log2(tl.load(p_scale))
+    if WHOLE and not SOFTCAP:
+        power = scores * (scaling * LOG2E)
+    else:
+        m_inside = m_row[:, None] & (o_key < n_key)[None, :]
+        power = LOG2E * visible_scores(
+            scores * scaling, i_query[:, None], o_key[None, :], m_inside, i_head[:, None], p_mask, mask_head, mask_row, offset, window,
+            softcap, WINDOW, SOFTCAP,
+        )  # fmt: skip
+    return tl.exp2(power - unit[:, None]) * tl.maximum(flow, 0.0)
+
+
+@triton.jit
+def row_unit(p_lse, p_scale, p_row_scale, i_query, i_head, m_row, n_query, n_head):
+    """log2 of exp(lse) / (r 2^e); infinite, so that bounds are zero, in rows that see nothing."""
+    lse = tl.load(p_lse + i_head.to(tl.int64) * n_query + i_query, mask=m_row, other=float("-inf"))
+    scale = tl.load(p_scale + i_query.to(tl.int64) * n_head + i_head, mask=m_row, other=1.0)
+    if p_row_scale is not None:
+        scale *= tl.load(p_row_scale + i_query, mask=m_row, other=0.0)
+    return tl.where((lse == float("-inf")) | (scale == 0), float("inf"), lse * LOG2E - tl.log2(scale))
+
+
+@triton.jit
+def bounds_kernel(
+    p_query, p_key, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut,
+    p_mask, p_rest, p_count, p_bits,
+    n_row, n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, grown,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_kv = tl.program_id(1)
+    flat = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of a key-value head: (row, head of the group)
+    place = flat // group
+    m_row = place < n_row
+    i_head = i_kv * group + flat % group
+    i_query = tl.load(p_row + place, mask=m_row, other=0) if p_row is not None else tl.where(m_row, place, 0)
+    o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
+    p_q = p_query + i_head.to(tl.int64)[:, None] * query_head
+    wide = i_query.to(tl.int64)
+    at = wide * n_head + i_head
+    if CHUNK == 0:
+        q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
+    else:
+        q = tl.zeros([BLOCK_M, 1], tl.float32)
+    g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
+    error = tl.load(p_g_error + at, mask=m_row, other=0.0)
+    length = tl.load(p_g_length + at, mask=m_row, other=0.0)
+    unit = row_unit(p_lse, p_g_scale, p_row_scale, i_query, i_head, m_row, n_query, n_head)
+    cut = tl.load(p_cut + i_query, mask=m_row, other=float("inf"))
+    rest = tl.zeros([BLOCK_M], tl.float32)
+    count = tl.zeros([BLOCK_M], tl.int32)
+    offset = n_key - n_query
+    i_first = tl.min(tl.where(m_row, i_query, n_query - 1), 0)
+    i_last = tl.max(tl.where(m_row, i_query, 0), 0)
+    start, end = key_blocks(i_first, i_last, offset, window, n_key, p_mask, BLOCK_K, WINDOW)
+    whole = start
+    if (p_mask is None) and (not WINDOW) and (not SOFTCAP):  # blocks that every row sees
+        whole = tl.maximum((i_first + offset + 1) // BLOCK_K, 0)
+    p_k = p_key + i_kv.to(tl.int64) * key_head
+    p_v = p_value + i_kv.to(tl.int64) * n_key * D_V
+    WORD: tl.constexpr = BLOCK_K // 32
+    p_word = p_bits + (i_kv.to(tl.int64) * n_row * group + flat)[:, None] * (n_block * WORD) + tl.arange(0, WORD)[None, :]
+    m_word = m_row[:, None] & (tl.arange(0, WORD) < WORD)[None, :]
+    shift = tl.arange(0, 32)[None, None, :]
+    i_block = i_kv * n_block
+    for b_key in range(start, whole):
+        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
+        b = tile_bounds(
+            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
+            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
+            True, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
+        )  # fmt: skip
+        above = b > cut[:, None]
+        rest += tl.sum(tl.where(above, 0.0, b), 1)
+        listed = above.to(tl.int32)
+        count += tl.sum(listed, 1)
+        tl.store(p_word + b_key * WORD, tl.sum(tl.reshape(listed, [BLOCK_M, WORD, 32]) << shift, 2), mask=m_word)
+    for b_key in range(whole, end):
+        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
+        b = tile_bounds(
+            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
+            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
+            False, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
+        )  # fmt: skip
+        above = b > cut[:, None]
+        rest += tl.sum(tl.where(above, 0.0, b), 1)
+        listed = above.to(tl.int32)
+        count += tl.sum(listed, 1)
+        tl.store(p_word + b_key * WORD, tl.sum(tl.reshape(listed, [BLOCK_M, WORD, 32]) << shift, 2), mask=m_word)
+    tl.store(p_rest + at, rest * grown, mask=m_row)
+    tl.store(p_count + i_head.to(tl.int64) * n_row + place, count, mask=m_row)
+
+
+@triton.jit
+def levels_kernel(
+    p_query, p_key, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut, p_mask, p_out,
+    n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, grown, ratio,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_kv = tl.program_id(1)
+    flat = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = flat // group < n_query
+    i_query = tl.where(m_row, flat // group, 0)
+    i_head = i_kv * group + flat % group
+    o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
+    p_q = p_query + i_head.to(tl.int64)[:, None] * query_head
+    wide = i_query.to(tl.int64)
+    at = wide * n_head + i_head
+    if CHUNK == 0:
+        q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
+    else:
+        q = tl.zeros([BLOCK_M, 1], tl.float32)
+    g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
+    error = tl.load(p_g_error + at, mask=m_row, other=0.0)
+    length = tl.load(p_g_length + at, mask=m_row, other=0.0)
+    unit = row_unit(p_lse, p_g_scale, p_row_scale, i_query, i_head, m_row, n_query, n_head)
+    cut = tl.load(p_cut + i_query, mask=m_row, other=0.0)
+    sum_0, sum_1, sum_2, sum_3, sum_4, total = (
+        tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32),
+    )  # fmt: skip
+    cut_1 = cut * ratio
+    cut_2 = cut_1 * ratio
+    cut_3 = cut_2 * ratio
+    cut_4 = cut_3 * ratio
+    offset = n_key - n_query
+    i_first = i_tile * BLOCK_M // group
+    i_last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // group, n_query - 1)
+    start, end = key_blocks(i_first, i_last, offset, window, n_key, p_mask, BLOCK_K, WINDOW)
+    whole = start
+    if (p_mask is None) and (not WINDOW) and (not SOFTCAP):
+        whole = tl.maximum((i_first + offset + 1) // BLOCK_K, 0)
+    p_k = p_key + i_kv.to(tl.int64) * key_head
+    p_v = p_value + i_kv.to(tl.int64) * n_key * D_V
+    i_block = i_kv * n_block
+    for b_key in range(start, whole):
+        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
+        b = tile_bounds(
+            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
+            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
+            True, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
+        )  # fmt: skip
+        total += tl.sum(b, 1)
+        sum_0 += tl.sum(tl.where(b > cut[:, None], 0.0, b), 1)
+        sum_1 += tl.sum(tl.where(b > cut_1[:, None], 0.0, b), 1)
+        sum_2 += tl.sum(tl.where(b > cut_2[:, None], 0.0, b), 1)
+        sum_3 += tl.sum(tl.where(b > cut_3[:, None], 0.0, b), 1)
+        sum_4 += tl.sum(tl.where(b > cut_4[:, None], 0.0, b), 1)
+    for b_key in range(whole, end):
+        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
+        b = tile_bounds(
+            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
+            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
+            False, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
+        )  # fmt: skip
+        total += tl.sum(b, 1)
+        sum_0 += tl.sum(tl.where(b > cut[:, None], 0.0, b), 1)
+        sum_1 += tl.sum(tl.where(b > cut_1[:, None], 0.0, b), 1)
+        sum_2 += tl.sum(tl.where(b > cut_2[:, None], 0.0, b), 1)
+        sum_3 += tl.sum(tl.where(b > cut_3[:, None], 0.0, b), 1)
+        sum_4 += tl.sum(tl.where(b > cut_4[:, None], 0.0, b), 1)
+    step = tl.cast(n_query, tl.int64) * n_head
+    tl.store(p_out + at, sum_0 * grown, mask=m_row)
+    tl.store(p_out + step + at, sum_1 * grown, mask=m_row)
+    tl.store(p_out + 2 * step + at, sum_2 * grown, mask=m_row)
+    tl.store(p_out + 3 * step + at, sum_3 * grown, mask=m_row)
+    tl.store(p_out + 4 * step + at, sum_4 * grown, mask=m_row)
+    tl.store(p_out + 5 * step + at, total * grown, mask=m_row)
+
+
+@triton.jit
+def list_kernel(
+    p_bits, p_row, p_start, p_out, n, n_row, n_query, n_key, n_word, group, window,
+    BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, head): its bits as triples (query, key, head), from ``p_start`` on, keys ascending."""
+    place, i_head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(p_start + i_head.to(tl.int64) * n_row + place)
+    if tl.load(p_start + i_head.to(tl.int64) * n_row + place + 1) > begin:
+        i_query = place
+        if p_row is not None:
+            i_query = tl.load(p_row + place)
+        first, end = 0, n_word
+        if CAUSAL:  # other words were not written
+            seen = i_query + n_key - n_query
+            end = tl.minimum((seen // BLOCK_K + 1) * (BLOCK_K // 32), n_word)
+            if WINDOW:
+                first = tl.maximum(seen + 1 - window, 0) // BLOCK_K * (BLOCK_K // 32)
+        p_bits += ((i_head // group).to(tl.int64) * n_row * group + place * group + i_head % group) * n_word
+        for base in range(first, end, LANES):
+            o_word = base + tl.arange(0, LANES)
+            word = tl.load(p_bits + o_word, mask=o_word < end, other=0)
+            if tl.max((word != 0).to(tl.int32), 0) > 0:
+                flat = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, [LANES * 32])
+                at = begin + tl.cumsum(flat, 0) - 1
+                p_at = p_out + at
+                m = flat > 0
+                tl.store(p_at, tl.zeros_like(flat) + i_query, mask=m)
+                tl.store(p_at + n, base * 32 + tl.arange(0, LANES * 32), mask=m)
+                tl.store(p_at + 2 * n, tl.zeros_like(flat) + i_head, mask=m)
+                begin += tl.sum(flat, 0)
+
+
+@triton.jit
+def pair_rests_kernel(
+    p_query, p_key, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut, p_pair_cut,
+    p_mask, p_out_pair, p_out_rest, p_used,
+    n_row, n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, capacity, grown,
+    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_M
     b_key = tl.program_id(1)
     offset = n_key - n_query
-    i_last = tl.minimum(i_block * BLOCK_Q + BLOCK_Q, n_query) - 1
-    start, end = key_blocks(i_block * BLOCK_Q, i_last, offset, window, n_key, p_mask, BLOCK_K, WINDOW)
-    o_query = i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    m_query = o_query < n_query
+    i_query = first + tl.arange(0, BLOCK_M)
+    m_row = i_query < n_row
+    if p_row is not None:
+        i_query = tl.load(p_row + i_query, mask=m_row, other=0)
+    i_query = tl.where(m_row, i_query, 0)
+    i_first = tl.min(tl.where(m_row, i_query, n_query - 1), 0)
+    start, end = key_blocks(i_first, tl.max(i_query, 0), offset, window, n_key, p_mask, BLOCK_K, WINDOW)
+    wide = i_query.to(tl.int64)
+    o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
     o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
-    m_key = o_key < n_key
-    cut = tl.load(p_cut + o_query, mask=m_query, other=float("inf"))
-    pair_cut = tl.load(p_pair_cut + o_query, mask=m_query, other=float("inf"))
-    row_scale = tl.full([BLOCK_Q], 1.0, tl.float32)
-    if p_row_scale is not None:
-        row_scale = tl.load(p_row_scale + o_query, mask=m_query, other=0.0)
-    first = i_block * BLOCK_Q
-    first_place = tl.cast(first, tl.int64) * capacity
-    p_out_edge += first_place
-    p_out_bound += first_place
-    pair = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    heads = tl.where((b_key >= start) & (b_key < end), n_head, 0)
-    # Phase 0 sums pairs and lists what is above the cut; phase 1, where a pair is above its own, lists that pair's other heads.
-    for phase in range(0, 2):
-        for i_head in range(0, heads):
-            i_kv = tl.cast(i_head // group, tl.int64)
-            i_wide = tl.cast(i_head, tl.int64)
-            p_q = p_query + i_wide * query_head
-            p_g = p_g_high + i_wide * g_head
-            p_k = p_key + i_kv * key_head
-            p_v = p_value + i_kv * value_head
-            if CHUNK == 0:
-                q = load_tile(p_q, first, QUERY_ROW, n_query, BLOCK_Q, D_QK, B_QK)
-                k = load_tile(p_k, b_key * BLOCK_K, KEY_ROW, n_key, BLOCK_K, D_QK, B_QK)
-                v = tl.trans(load_tile(p_v, b_key * BLOCK_K, VALUE_ROW, n_key, BLOCK_K, D_V, B_V))
-                g_high = load_tile(p_g, first, G_ROW, n_query, BLOCK_Q, D_V, B_V)
-                g_low = load_tile(p_g_low + i_wide * g_head, first, G_ROW, n_query, BLOCK_Q, D_V, B_V)
-                scores = product(q, tl.trans(k), UPCAST)
-                flow = product(g_high, v, UPCAST) + product(g_low, v, UPCAST)
-            else:
-                scores = row_products(
-                    p_q, first, QUERY_ROW, n_query, BLOCK_Q, p_k, b_key * BLOCK_K, KEY_ROW, n_key, BLOCK_K, D_QK, CHUNK, UPCAST
-                )
-                flow = row_products(
-                    p_g, first, G_ROW, n_query, BLOCK_Q, p_v, b_key * BLOCK_K, VALUE_ROW, n_key, BLOCK_K, D_V, CHUNK, UPCAST
-                )
-                if SPLIT:
-                    flow += row_products(
-                        p_g_low + i_wide * g_head,
-                        first,
-                        G_ROW,
-                        n_query,
-                        BLOCK_Q,
-                        p_v,
-                        b_key * BLOCK_K,
-                        VALUE_ROW,
-                        n_key,
-                        BLOCK_K,
-                        D_V,
-                        CHUNK,
-                        UPCAST,
-                    )
-            top = tl.load(p_top + o_query * n_head + i_head, mask=m_query, other=0.0)
-            scores = visible_scores(
-                scores * scaling, o_query[:, None], o_key[None, :], m_query[:, None] & m_key[None, :],
-                i_wide, p_mask, mask_head, mask_row, offset, window, softcap, WINDOW, SOFTCAP,
-            )  # fmt: skip
-            if p_length is not None:
-                length = tl.load(p_length + i_kv * n_key + o_key, mask=m_key, other=0.0)
-                length_g = tl.load(p_length_g + o_query * n_head + i_head, mask=m_query, other=0.0) * slack
-                flow += length_g[:, None] * length[None, :]
-            lse = tl.load(p_lse + i_wide * n_query + o_query, mask=m_query, other=0.0)
-            bound = weights(scores, lse[:, None]) * tl.maximum(flow, 0.0) * (row_scale * top)[:, None]
-            above = bound > cut[:, None]
-            m_listed = tl.where(phase == 0, above, (pair > pair_cut[:, None]) & (bound > 0) & (bound <= cut[:, None]))
-            pair += tl.where(phase == 0, bound, 0.0)
-            listed = m_listed.to(tl.int32)
-            found = tl.sum(listed, 1)
-            if tl.max(found, 0) > 0:
-                base = tl.atomic_add(p_counts + o_query, found, mask=m_query & (found > 0))
-                rank = tl.cumsum(listed, 1) - 1
-                m_kept = m_listed & (rank < (capacity - base)[:, None])
-                at = (tl.arange(0, BLOCK_Q) * capacity + base)[:, None] + rank
-                tl.store(p_out_edge + at, tl.broadcast_to((i_head * n_key + o_key)[None, :], [BLOCK_Q, BLOCK_K]), mask=m_kept)
-                tl.store(p_out_bound + at, bound, mask=m_kept)
-        hot = tl.max(tl.max((pair > pair_cut[:, None]).to(tl.int32), 1), 0)
-        heads = tl.where(hot > 0, heads, 0)
+    cut = tl.load(p_cut + i_query, mask=m_row, other=0.0) * grown  # what the list may have missed by rounding counts as well
+    pair = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    left = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for i_head in range(0, tl.where((b_key >= start) & (b_key < end), n_head, 0)):
+        head = tl.full([BLOCK_M], 0, tl.int32) + i_head
+        i_kv = i_head // group
+        at = wide * n_head + i_head
+        p_q = p_query + tl.cast(i_head, tl.int64) * query_head
+        if CHUNK == 0:
+            q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
+        else:
+            q = tl.zeros([BLOCK_M, 1], tl.float32)
+        g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
+        error = tl.load(p_g_error + at, mask=m_row, other=0.0)
+        length = tl.load(p_g_length + at, mask=m_row, other=0.0)
+        unit = row_unit(p_lse, p_g_scale, p_row_scale, i_query, head, m_row, n_query, n_head)
+        i_block = i_kv * n_block + b_key
+        b = tile_bounds(
+            q, g, p_q, p_key + tl.cast(i_kv, tl.int64) * key_head, p_value + tl.cast(i_kv, tl.int64) * n_key * D_V, b_key * BLOCK_K,
+            i_query, o_key, m_row, head, unit, error, length, p_v_scale + i_block, p_v_error + i_block, p_v_length + i_block, p_mask, n_key,
+            mask_head, mask_row, offset, scaling, softcap, window, False, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP,
+            CHUNK, UPCAST,
+        )  # fmt: skip
+        pair += b
+        left += tl.where(b > cut[:, None], 0.0, b)
+    pair_cut = tl.load(p_pair_cut + i_query, mask=m_row, other=float("inf"))
+    hot = (pair * grown > pair_cut[:, None]) & (left > 0)
+    number = tl.sum(tl.sum(hot.to(tl.int32), 1), 0)
+    if number > 0:
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_K
+        flat = tl.reshape(hot.to(tl.int32), [SIZE])
+        at = tl.atomic_add(p_used, number) + tl.cumsum(flat, 0) - 1
+        m = (flat > 0) & (at < capacity)
+        name = tl.reshape(wide[:, None] * n_key + o_key[None, :], [SIZE])
+        tl.store(p_out_pair + at, name, mask=m)
+        tl.store(p_out_rest + at, tl.reshape(left * grown, [SIZE]), mask=m)
+
+
+@triton.jit
+def sums_kernel(p_value, p_start, p_out, n, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = segment < n
+    start = tl.load(p_start + segment, mask=m, other=0)
+    end = tl.load(p_start + segment + 1, mask=m, other=0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, tl.max(end - start, 0), LANES):
+        o = start[:, None] + first + tl.arange(0, LANES)[None, :]
+        total += tl.sum(tl.load(p_value + o, mask=o < end[:, None], other=0.0), 1)
+    tl.store(p_out + segment, total, mask=m)
 
 
 def configurations(d_qk: int, d_v: int, dtype: torch.dtype) -> list[Tile]:
-    """Queries by keys for ``bound_rows``: the first and the last are used, see ``common.suited``."""
+    """Rows by keys of all passes: the first and the last are used, see ``common.suited``."""
     width = max(padded(d_qk), padded(d_v))
     if dtype == torch.float32:
-        return [Tile(32, 32, 4, 1, 32)]
-    if width <= 64:
-        return [Tile(128, 64, 8, 2)]
+        return [Tile(16, 32, 4, 1, 32)]
     if width <= 128:
-        return [Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)]
-    return [Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, 64)]
+        return [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)]
+    return [Tile(64, 32, 8, 2), Tile(64, 32, 8, 1, 64)]
 
 
-def candidates_configurations(d_qk: int, d_v: int, dtype: torch.dtype) -> list[Tile]:
-    """The same for ``bound_candidates``, which reads q and g of every head anyway and holds the sum over heads in registers."""
-    if dtype == torch.float32:
-        return [Tile(32, 32, 8 if max(padded(d_qk), padded(d_v)) <= 64 else 4, 1, 32)]  # the number of warps that does not spill
-    chunk = 0 if max(padded(d_qk), padded(d_v)) <= 64 else 64
-    return [Tile(64, 64, 8, 2, chunk), Tile(64, 32, 8, 2, chunk)]
-
-
-def required_slack(dtype: torch.dtype, d_v: int) -> float:
-    """Relative to |v|_2 |g|_2: what is left of g after the split, and d_v additions that may truncate."""
-    return d_v * 2.0**-23 + (0 if dtype == torch.float32 else 2.0**-17)
-
-
-def split_g(g: Tensor, dtype: torch.dtype, lengths: bool) -> dict:
-    """g divided by the largest entry of each row, as one fp32 or two 16-bit numbers; those entries; lengths of the divided rows."""
+def split_g(g: Tensor, dtype: torch.dtype) -> dict:
+    """g divided by the largest entry of each row, as one fp32 or two 16-bit numbers, and those entries."""
     g = g.float()
     top = g.abs().amax(-1)
     top = torch.where(top > 0, top, 1.0)
@@ -256,88 +448,163 @@ def split_g(g: Tensor, dtype: torch.dtype, lengths: bool) -> dict:
     high = g.to(dtype).contiguous()
     return {
         "p_g_high": high, "p_g_low": None if dtype == torch.float32 else (g - high.float()).to(dtype).contiguous(),
-        "p_top": top.contiguous(), "p_length_g": torch.linalg.vector_norm(g, dim=-1) if lengths else None,
-        "G_ROW": high.stride(0), "g_head": high.stride(1),
+        "p_top": top.contiguous(), "G_ROW": high.stride(0), "g_head": high.stride(1),
     }  # fmt: skip
 
 
-def _arguments(query, key, value, g, scaling, mask, window, softcap, row_scale, slack, tile, configurations):  # type: ignore[no-untyped-def]
-    query, key, value = (rows(t) for t in same_dtype(query, key, value))
-    tile = tile or select(configurations(query.shape[2], value.shape[2], query.dtype), query)
-    arguments = attention_arguments(query, key, scaling, mask, window, softcap, row_scale) | {
-        "p_value": value, "n_head": query.shape[0], "slack": slack,
-        "p_length": torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).contiguous() if slack else None,
-        "value_head": value.stride(0), "VALUE_ROW": value.stride(1),
-        "D_V": value.shape[2], "B_V": padded(value.shape[2]), "BLOCK_Q": tile.rows, "BLOCK_K": tile.columns,
-        "CHUNK": tile.chunk, "SPLIT": query.dtype != torch.float32, "UPCAST": upcast(query.dtype),
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    } | split_g(g, query.dtype, slack > 0)  # fmt: skip
-    return arguments, tile
-
-
-def bound_rows(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, *, scaling: float, mask: Tensor | None = None, window: int = 0,
-    softcap: float = 0.0, sinks: Tensor | None = None, row_scale: Tensor | None = None, slack: float = 0.0, tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums over keys of all sign bounds.
+def attention_rows(
+    query: Tensor, key: Tensor, value: Tensor | None = None, g: Tensor | None = None, *, scaling: float, mask: Tensor | None = None,
+    window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, row_scale: Tensor | None = None, tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Log-sum-exp of the scores and the sink ``[H, Tq]`` (-inf in rows that see nothing), and r sum_j alpha <v, g> ``[Tq, H]``. All fp32.
 
     Args:
-        query: ``[H, Tq, d_qk]``; key: ``[Hkv, Tk, d_qk]``; value: ``[Hkv, Tk, d_v]``; g: ``[Tq, H, d_v]``, fp32 for a trustworthy bound.
+        query: ``[H, Tq, d_qk]``; key: ``[Hkv, Tk, d_qk]``; for the second result value ``[Hkv, Tk, d_v]`` and g ``[Tq, H, d_v]`` in fp32.
         mask: additive ``[Tq, Tk]`` or ``[H, Tq, Tk]``, hidden at or below -1e30; None for causal, limited to ``window`` keys if positive.
-        sinks: one more logit ``[H]``; row_scale: ``[Tq]``, not negative; slack: relative to |v|_2 |g|_2.
-
-    Returns:
-        log-sum-exp of the scores and the sink ``[H, Tq]`` (-inf in rows that see nothing), sum of bounds ``[Tq, H]``, and sum of
-        r alpha <v, g> ``[Tq, H]`` with neither clamp nor slack. All fp32.
+        sinks: one more logit ``[H]``; row_scale: ``[Tq]``, not negative.
     """
-    arguments, tile = _arguments(query, key, value, g, scaling, mask, window, softcap, row_scale, slack, tile, configurations)
+    query, key = (rows(t) for t in same_dtype(query, key))
+    flow = g is not None and value is not None
+    d_v = value.shape[2] if value is not None else 16
+    tile = tile or select(configurations(query.shape[2], query.shape[2], query.dtype), query)
     n_head, n_query = query.shape[:2]
     lse = torch.empty(n_head, n_query, dtype=torch.float32, device=query.device)
-    upper, signed = (torch.empty(n_query, n_head, dtype=torch.float32, device=query.device) for _ in range(2))
+    signed = torch.empty(n_query, n_head, dtype=torch.float32, device=query.device) if flow else None
+    arguments = attention_arguments(query, key, scaling, mask, window, softcap, row_scale) | {
+        "p_value": None, "value_head": 0, "VALUE_ROW": 0, "p_g_high": None, "p_g_low": None, "p_top": None, "G_ROW": 0, "g_head": 0,
+        "SPLIT": False, "UPCAST_V": False,
+    }  # fmt: skip
+    if flow:
+        value = rows(value) if value.dtype in (torch.float32, torch.bfloat16, torch.float16) else rows(value.float())  # type: ignore[union-attr,arg-type]
+        arguments |= {"p_value": value, "value_head": value.stride(0), "VALUE_ROW": value.stride(1)} | split_g(g, value.dtype)  # type: ignore[arg-type]
+        arguments |= {"SPLIT": value.dtype != torch.float32, "UPCAST_V": upcast(value.dtype)}
     if n_query:
         with on_device(query):
             rows_kernel[(triton.cdiv(n_query, tile.rows), n_head)](
-                **arguments, p_sinks=None if sinks is None else sinks.float().contiguous(), p_lse=lse, p_upper=upper, p_signed=signed
-            )
-    return lse, upper, signed
+                **arguments, p_sinks=None if sinks is None else sinks.float().contiguous(), p_lse=lse, p_signed=signed, n_head=n_head,
+                D_V=d_v, B_V=padded(d_v), BLOCK_Q=tile.rows, BLOCK_K=tile.columns, CHUNK=tile.chunk, FLOW=flow,
+                UPCAST=upcast(query.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+    return lse, signed
 
 
-def bound_candidates(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, lse: Tensor, cut: Tensor, pair_cut: Tensor, *, scaling: float, capacity: int,
-    mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, slack: float = 0.0,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sub-edges with b > ``cut[i]``, or b > 0 in a (query, key) pair whose sum over heads is above ``pair_cut[i]``; both ``[Tq]``, >= 0.
+def _pass_arguments(query, key, value, g, lse, cut, scaling, mask, window, softcap, row_scale, tile):  # type: ignore[no-untyped-def]
+    query, key = (rows(t) for t in same_dtype(query, key))
+    d_v = value.half.shape[2]
+    arguments = attention_arguments(query, key, scaling, mask, window, softcap, row_scale) | {
+        "p_g": g.half, "p_g_scale": g.scale, "p_g_error": g.error, "p_g_length": g.length, "p_value": value.half,
+        "p_v_scale": value.scale, "p_v_error": value.error, "p_v_length": value.length, "p_lse": lse, "p_cut": cut.float().contiguous(),
+        "n_head": query.shape[0], "n_block": value.scale.shape[1], "D_V": d_v, "B_V": padded(d_v), "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.columns, "CHUNK": tile.chunk, "UPCAST": upcast(query.dtype), "grown": 1 + MARGIN,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    return arguments
 
-    The other arguments are those of ``bound_rows``, whose ``lse`` holds the sinks. Order within a row varies: see ``compact``.
 
-    Returns:
-        key and head (int32) and bound (fp32), each ``[Tq, capacity]`` with -1, -1 and 0 in free places, and counts ``[Tq]`` (int32), which
-        go on counting where a row has more candidates than ``capacity``.
-    """
-    arguments, tile = _arguments(query, key, value, g, scaling, mask, window, softcap, row_scale, slack, tile, candidates_configurations)
-    n_query, n_key, device = query.shape[1], key.shape[1], query.device
-    edge = torch.full((n_query, capacity), -1, dtype=torch.int32, device=device)
-    bound = torch.zeros(n_query, capacity, dtype=torch.float32, device=device)
-    counts = torch.zeros(n_query, dtype=torch.int32, device=device)
+def tile_of(query: Tensor, d_v: int) -> Tile:
+    """The tile of all passes over a layer; its columns are the blocks of ``gradient.values``."""
+    return select(configurations(query.shape[2], d_v, query.dtype), query)
+
+
+def sums_below(
+    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, *, scaling: float, mask: Tensor | None = None,
+    window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """Sums ``[LEVELS + 1, Tq, H]`` of the bounds at or below ``cut [Tq]`` times RATIO^k, k < LEVELS, and of all; with a margin for rounding."""
+    tile = tile or tile_of(query, value.half.shape[2])
+    n_head, n_query = query.shape[:2]
+    out = torch.empty(LEVELS + 1, n_query, n_head, dtype=torch.float32, device=query.device)
+    arguments = _pass_arguments(query, key, value, g, lse, cut, scaling, mask, window, softcap, row_scale, tile)
     if n_query:
         with on_device(query):
-            candidates_kernel[(triton.cdiv(n_query, tile.rows), triton.cdiv(n_key, tile.columns))](
-                **arguments, p_lse=lse.float().contiguous(), p_cut=cut.float().contiguous(), p_pair_cut=pair_cut.float().contiguous(),
-                p_out_edge=edge, p_out_bound=bound, p_counts=counts, capacity=capacity,
-            )  # fmt: skip
-    m_free = edge < 0
-    return (edge % n_key).masked_fill_(m_free, -1), (edge // n_key).masked_fill_(m_free, -1), bound, counts
+            levels_kernel[(triton.cdiv(n_query * arguments["group"], tile.rows), key.shape[0])](**arguments, p_out=out, ratio=RATIO)
+    return out
 
 
-def compact(key: Tensor, head: Tensor, bound: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Buffers of ``bound_candidates`` -> index ``[3, n]`` (query, key, head; int32) in that order, and bound ``[n]``."""
-    capacity = key.shape[1]
-    m_kept = torch.arange(capacity, dtype=torch.int64, device=key.device) < counts.clamp_max(capacity)[:, None]
-    query = m_kept.nonzero()[:, 0]
-    key, head, bound = key[m_kept], head[m_kept], bound[m_kept]
-    if not len(query):
-        return torch.stack([key, key, head]), bound
-    order = (key.long() * (int(head.max()) + 1) + head).argsort()
-    order = order[query[order].argsort(stable=True)]
-    return torch.stack([query.to(torch.int32), key, head])[:, order].contiguous(), bound[order]
+class Piece(NamedTuple):
+    """Listed sub-edges of some rows: ``row`` (None: all), index ``[3, n]`` (query, key, head; int32) in (head, row, key) order, and where
+    each (head, row) begins ``[H R + 1]``."""
+
+    row: Tensor | None
+    index: Tensor
+    start: Tensor
+
+
+def bounds(
+    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, rest: Tensor, row: Tensor | None = None, *, scaling: float,
+    mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, tile: Tile | None = None,
+) -> Iterator[Piece]:  # fmt: skip
+    """Sub-edges with b > ``cut [Tq]``, as many rows at a time as ``BITS`` bytes of bits allow; waits once for each, for the list's length.
+
+    Args:
+        rest: ``[Tq, H]`` fp32, is set to the sum of the other bounds, with a margin for rounding, in the rows asked for.
+        row: ascending rows to look at (int32), None for all; the others are left as they are. The other arguments as in ``attention_rows``.
+    """
+    tile = tile or tile_of(query, value.half.shape[2])
+    n_head, n_query, n_key, device = query.shape[0], query.shape[1], key.shape[1], query.device
+    n_word = triton.cdiv(n_key, tile.columns) * (tile.columns // 32)
+    step = max(1, BITS // (4 * n_head * n_word))
+    arguments = _pass_arguments(query, key, value, g, lse, cut, scaling, mask, window, softcap, row_scale, tile)
+    if row is None and n_query > step:
+        row = torch.arange(n_query, dtype=torch.int32, device=device)
+    for some in [None] if row is None else row.split(step):
+        n_row = n_query if some is None else len(some)
+        if not n_row:
+            continue
+        count = torch.empty(n_head * n_row, dtype=torch.int32, device=device)
+        bits = torch.empty(n_head, n_row, n_word, dtype=torch.int32, device=device)
+        start = torch.zeros(n_head * n_row + 1, dtype=torch.int64, device=device)
+        with on_device(query):
+            bounds_kernel[(triton.cdiv(n_row * arguments["group"], tile.rows), key.shape[0])](
+                **arguments, p_row=some, p_rest=rest, p_count=count, p_bits=bits, n_row=n_row
+            )
+            torch.cumsum(count, 0, out=start[1:])
+            n = int(start[-1])
+            index = torch.empty(3, n, dtype=torch.int32, device=device)
+            if n:
+                list_kernel[(n_row, n_head)](
+                    p_bits=bits, p_row=some, p_start=start, p_out=index, n=n, n_row=n_row, n_query=n_query, n_key=n_key, n_word=n_word,
+                    group=arguments["group"], window=window, BLOCK_K=tile.columns, WINDOW=arguments["WINDOW"], CAUSAL=mask is None,
+                    LANES=min(WORDS, triton.next_power_of_2(n_word)), num_warps=1,
+                )  # fmt: skip
+        yield Piece(some, index, start)
+
+
+def segment_sums(value: Tensor, start: Tensor) -> Tensor:
+    """Sums of ``value [n]`` (fp32) between neighbours of ``start [m + 1]``, in an order that does not depend on scheduling ``[m]``."""
+    n = len(start) - 1
+    out = torch.empty(n, dtype=torch.float32, device=value.device)
+    if n:
+        with on_device(value):
+            sums_kernel[(triton.cdiv(n, 64),)](p_value=value, p_start=start, p_out=out, n=n, BLOCK=64, LANES=16, num_warps=4)
+    return out
+
+
+def pair_rests(
+    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, pair_cut: Tensor, row: Tensor | None = None, *,
+    scaling: float, mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None,
+    tile: Tile | None = None, capacity: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pairs whose bounds summed over heads are above ``pair_cut [Tq]``: query · Tk + key (int64), and the sum of those at or below ``cut``.
+
+    In no order; pairs without any of these are left out. ``row``: ascending rows to look at (int32), None for all. Waits once, for the number of pairs.
+    """
+    tile = tile or tile_of(query, value.half.shape[2])
+    n_query, n_key, device = query.shape[1], key.shape[1], query.device
+    arguments = _pass_arguments(query, key, value, g, lse, cut, scaling, mask, window, softcap, row_scale, tile)
+    n_row = n_query if row is None else len(row)
+    capacity = capacity or 64 * n_row
+    while True:
+        pair = torch.empty(capacity, dtype=torch.int64, device=device)
+        rest = torch.empty(capacity, dtype=torch.float32, device=device)
+        used = torch.zeros(1, dtype=torch.int32, device=device)
+        if n_row and n_key:
+            with on_device(query):
+                pair_rests_kernel[(triton.cdiv(n_row, tile.rows), triton.cdiv(n_key, tile.columns))](
+                    **arguments | {"num_warps": 8 if tile.chunk == 0 else tile.num_warps}, p_row=row, n_row=n_row,
+                    p_pair_cut=pair_cut.float().contiguous(), p_out_pair=pair, p_out_rest=rest, p_used=used, capacity=capacity,
+                )  # fmt: skip
+        n = int(used)
+        if n <= capacity:
+            return pair[:n], rest[:n]
+        capacity = n

@@ -92,13 +92,6 @@ def load_projection(p_head, row, column, first_v, D_V: tl.constexpr, BLOCK_V: tl
 
 
 @triton.jit
-def split(x, like):
-    """x as a sum of two numbers of the other operand's 16-bit dtype; what is left is below 2^-17 |x| (bfloat16) or 2^-22 |x|."""
-    high = x.to(like.dtype)
-    return high, (x - high.to(tl.float32)).to(like.dtype)
-
-
-@triton.jit
 def tanh(x):
     """A series where 1 - exp(-2|x|) would cancel."""
     e = tl.exp(-2 * tl.abs(x))

@@ -31,7 +31,6 @@ from .common import (
     rows,
     same_dtype,
     select,
-    split,
     upcast,
     visible_scores,
     weights,
@@ -42,33 +41,47 @@ CHUNK_QK = 32
 
 @triton.jit
 def load_values(
-    p_value, i_key, VALUE_ROW: tl.constexpr, p_gate, i_query, GATE_ROW: tl.constexpr, m_n, first, D_V: tl.constexpr, BLOCK: tl.constexpr
+    p_value, i_key, VALUE_ROW: tl.constexpr, p_gate, i_query, GATE_ROW: tl.constexpr, m_n, first, D_V: tl.constexpr, BLOCK: tl.constexpr,
+    p_w_o, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Values times gates, as a number and what rounding it to the values' dtype leaves."""
+    """Values times gates in W_O's dtype and, SPLIT, what rounding to it leaves."""
     v = gather_rows(p_value, i_key, VALUE_ROW, m_n, first, D_V, BLOCK)
-    low = v
     if p_gate is not None:
-        v, low = split(v.to(tl.float32) * gather_rows(p_gate, i_query, GATE_ROW, m_n, first, D_V, BLOCK).to(tl.float32), v)
-    return v, low
+        v = v.to(tl.float32) * gather_rows(p_gate, i_query, GATE_ROW, m_n, first, D_V, BLOCK).to(tl.float32)
+    high = v.to(p_w_o.dtype.element_ty)
+    low = high
+    if SPLIT:
+        low = (v.to(tl.float32) - high.to(tl.float32)).to(p_w_o.dtype.element_ty)
+    return high, low
 
 
 @triton.jit
 def pairs_kernel(
-    p_query, p_key, p_value, p_w_o, p_whole, p_lse, p_mask, p_row_scale, p_gate, p_index, p_order, p_tile_head, p_tile_first, p_head_end,
+    p_query, p_key, p_value, p_w_o, p_whole, p_lse, p_mask, p_row_scale, p_gate, p_index, p_order, p_head_start,
     p_out,
     n, n_query, n_key, n_head, n_channel, group, query_head, key_head, value_head, w_head, w_row, w_column,
     whole_row, gate_head, mask_head, mask_row, scaling, softcap, window,
     QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GATE_ROW: tl.constexpr,
     D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_QK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_QK: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    # which head's tile this is: each has as many as its sub-edges fill; the grid is as large as any grouping of n could need
+    o_head = tl.arange(0, HEADS)
+    starts = tl.load(p_head_start + o_head, mask=o_head <= n_head, other=0)
+    ends = tl.load(p_head_start + o_head + 1, mask=o_head < n_head, other=0)
+    tiles = tl.where(o_head < n_head, (ends - starts + BLOCK_N - 1) // BLOCK_N, 0)
+    last = tl.cumsum(tiles, 0)
     i_tile = tl.program_id(0)
-    i_head = tl.load(p_tile_head + i_tile).to(tl.int64)
-    if i_head >= n_head:  # the grid is as large as any grouping of n could need
+    i_head = tl.sum(((last <= i_tile) & (o_head < n_head)).to(tl.int32), 0).to(tl.int64)
+    if i_head >= n_head:
         return
-    o_n = tl.load(p_tile_first + i_tile) + tl.arange(0, BLOCK_N)
-    m_n = o_n < tl.load(p_head_end + i_head)
-    o_out = tl.load(p_order + o_n, mask=m_n, other=0)
+    mine = o_head == i_head
+    first_n = tl.sum(tl.where(mine, starts + (i_tile - last + tiles) * BLOCK_N, 0), 0)
+    o_n = first_n + tl.arange(0, BLOCK_N)
+    m_n = o_n < tl.sum(tl.where(mine, ends, 0), 0)
+    o_out = o_n
+    if p_order is not None:
+        o_out = tl.load(p_order + o_n, mask=m_n, other=0)
     i_query = tl.load(p_index + o_out, mask=m_n, other=0)
     i_key = tl.load(p_index + n + o_out, mask=m_n, other=0)
     i_kv = i_head // group
@@ -89,7 +102,7 @@ def pairs_kernel(
     if p_gate is not None:
         p_gate += i_head * gate_head
     if CHUNK == 0:
-        v, v_low = load_values(p_value, i_key, VALUE_ROW, p_gate, i_query, GATE_ROW, m_n, 0, D_V, B_V)
+        v, v_low = load_values(p_value, i_key, VALUE_ROW, p_gate, i_query, GATE_ROW, m_n, 0, D_V, B_V, p_w_o, SPLIT)
     total = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, n_channel, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
@@ -103,7 +116,7 @@ def pairs_kernel(
         else:
             u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for first_v in range(0, D_V, CHUNK):
-                v, v_low = load_values(p_value, i_key, VALUE_ROW, p_gate, i_query, GATE_ROW, m_n, first_v, D_V, CHUNK)
+                v, v_low = load_values(p_value, i_key, VALUE_ROW, p_gate, i_query, GATE_ROW, m_n, first_v, D_V, CHUNK, p_w_o, SPLIT)
                 w_o = load_projection(p_w_o, w_row, w_column, first_v, D_V, CHUNK, first, n_channel, BLOCK_D)
                 u += product(v, w_o, UPCAST)
                 if SPLIT:
@@ -117,60 +130,49 @@ def configurations(d_v: int, dtype: torch.dtype) -> list[Tile]:
     if dtype == torch.float32:
         return [Tile(32, 32, 4, 1, 32)]
     if padded(d_v) <= 128:
-        return [Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)]
+        return [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)]
     return [Tile(64, 64, 8, 2), Tile(64, 32, 8, 2, 64)]
-
-
-def tiles_by_head(head: Tensor, n_head: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Order of candidates by head, then head and first candidate of every tile, and the end of every head; all without waiting for the GPU.
-
-    Tiles beyond the last have head ``n_head``.
-    """
-    order = head.argsort(stable=True)
-    count = torch.zeros(n_head, dtype=torch.int64, device=head.device).scatter_add_(
-        0, head.long(), torch.ones_like(head, dtype=torch.int64)
-    )
-    end = count.cumsum(0)
-    n_tile = (count + block - 1) // block
-    tile_end = n_tile.cumsum(0)
-    tile = torch.arange(triton.cdiv(len(head), block) + min(n_head, len(head)), dtype=torch.int64, device=head.device)
-    tile_head = torch.searchsorted(tile_end, tile, right=True)
-    at = tile_head.clamp_max(n_head - 1)
-    first = (end - count)[at] + (tile - (tile_end - n_tile)[at]) * block
-    return order, tile_head, first, end
 
 
 def pair_proximity(
     query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, lse: Tensor, index: Tensor, *, scaling: float,
     mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, gate: Tensor | None = None,
-    tile: Tile | None = None,
+    ordered: bool = False, head_start: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """Proximity ``[n]`` (fp32) of the sub-edges ``index [3, n]`` (query, key, head; int32). Fastest when sorted by query.
 
     Args:
         query: ``[H, Tq, d_qk]``; key: ``[Hkv, Tk, d_qk]``; value: ``[Hkv, Tk, d_v]``; w_o: ``[H, d_v, D]``; whole: ``[Tq, D]``.
-        lse: ``[H, Tq]`` from ``bound_rows`` (it holds the sinks); mask, window, softcap: as there.
+        lse: ``[H, Tq]`` from ``attention_rows`` (it holds the sinks); mask, window, softcap: as there.
+        ordered: heads ascend in the list; head_start ``[H + 1]`` (int64): where each begins, if that is known.
         row_scale: ``[Tq]``; gate: ``[Tq, H, d_v]``.
     """
     query, key = (rows(t) for t in same_dtype(query, key))
-    value, w_o = same_dtype(value, w_o)
+    if w_o.dtype not in (torch.float16, torch.bfloat16) or value.dtype not in (w_o.dtype, torch.float32):
+        value, w_o = same_dtype(value, w_o)
+    split = w_o.dtype != torch.float32 and (gate is not None or value.dtype == torch.float32)
     value, w_o, whole = rows(value), columns(w_o), rows(whole)
     gate = None if gate is None else rows(gate)
     n_head, n = query.shape[0], index.shape[1]
     out = torch.empty(n, dtype=torch.float32, device=query.device)
     if not n:
         return out
-    tile = tile or select(configurations(value.shape[2], value.dtype), query)
-    order, tile_head, tile_first, head_end = tiles_by_head(index[2], n_head, tile.rows)
+    tile = tile or select(configurations(value.shape[2], w_o.dtype), query)
+    index = index.to(torch.int32).contiguous()
+    head, order = index[2], None
+    if not ordered:
+        head, order = head.sort(stable=True)
+    if head_start is None:
+        head_start = torch.searchsorted(head, torch.arange(n_head + 1, dtype=torch.int32, device=query.device))
     with on_device(query):
-        pairs_kernel[(len(tile_head),)](
+        pairs_kernel[(triton.cdiv(n, tile.rows) + min(n_head, n),)](
             **attention_arguments(query, key, scaling, mask, window, softcap, row_scale),
-            p_value=value, p_w_o=w_o, p_whole=whole, p_lse=lse.float().contiguous(), p_gate=gate, p_index=index.to(torch.int32).contiguous(),
-            p_order=order, p_tile_head=tile_head, p_tile_first=tile_first, p_head_end=head_end, p_out=out,
+            p_value=value, p_w_o=w_o, p_whole=whole, p_lse=lse.float().contiguous(), p_gate=gate, p_index=index,
+            p_order=order, p_head_start=head_start, p_out=out,
             n=n, n_head=n_head, n_channel=whole.shape[1], value_head=value.stride(0), VALUE_ROW=value.stride(1),
             w_head=w_o.stride(0), w_row=w_o.stride(1), w_column=w_o.stride(2), whole_row=whole.stride(0),
             GATE_ROW=0 if gate is None else gate.stride(0), gate_head=0 if gate is None else gate.stride(1),
             D_V=value.shape[2], B_V=padded(value.shape[2]), BLOCK_N=tile.rows, BLOCK_D=tile.columns,
-            CHUNK=tile.chunk, CHUNK_QK=CHUNK_QK, SPLIT=gate is not None and value.dtype != torch.float32, UPCAST=upcast(value.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            CHUNK=tile.chunk, CHUNK_QK=CHUNK_QK, HEADS=triton.next_power_of_2(n_head + 1), SPLIT=split, UPCAST=upcast(w_o.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out

@@ -31,7 +31,7 @@ if IN_CHILD:
         assert child.returncode == 0, child.stdout[-5000:]
 
 else:
-    from flowroutes_fast.kernels import bound, dense, pairs, parts
+    from flowroutes_fast.kernels import bound, decide, dense, gradient, pairs, parts
     from flowroutes_fast.kernels.common import Tile
     from flowroutes_fast.ops import reference
 
@@ -75,15 +75,21 @@ class Case:
         self.options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()}
 
     def rows(self, **options):
-        return bound.bound_rows(
+        return bound.attention_rows(
             self.query, self.key, self.value, self.g.float(), sinks=self.sinks, row_scale=self.row_scale, **self.options, **options
         )
 
-    def bounds(self, slack):
-        """Exact sign bounds [head, query, key]."""
+    def halves(self, tile=None):
+        """What the passes take."""
+        tile = tile or bound.tile_of(self.query, self.value.shape[2])
+        g = gradient.gradient(self.whole, self.w_o, self.gate)
+        return self.query, self.key, gradient.values(self.value, tile.columns), g, self.rows(tile=tile)[0]
+
+    def bounds(self):
+        """Exact sign bounds [head, query, key], and what the passes may add to them."""
+        flow = reference.sign_flow(*self.exact, **self.extra)
         scale = 1 if self.row_scale is None else self.row_scale.double()[:, None]
-        slack = reference.bound_slack(self.pattern * scale, self.value.double(), self.g, slack)
-        return (reference.sign_flow(*self.exact, **self.extra) + slack).clamp_min(0)
+        return flow.clamp_min(0), reference.bound_slack(self.pattern * scale, self.value.double(), self.g, 2.0**-9)
 
     def close(self, found, wanted, query_dim):
         """Within tolerance of |y|_1, everywhere."""
@@ -144,58 +150,120 @@ if not IN_CHILD:
     @SHAPES
     def test_rows(shape, dtype):
         case = make(shape, dtype)
-        lse, upper, signed = case.rows()
+        lse, signed = case.rows()
         flow = reference.sign_flow(*case.exact, **case.extra)
         case.close(signed, flow.sum(-1).T, 0)
-        case.close(upper, flow.clamp_min(0).sum(-1).T, 0)
         total = case.pattern.sum(-1)
         assert ((lse == -torch.inf) <= (total == 0)).all()
-        with_slack = case.rows(slack=0.01)
-        case.close(with_slack[1], case.bounds(0.01).sum(-1).T, 0)
-        torch.testing.assert_close(with_slack[2], signed)
+        alone, nothing = bound.attention_rows(case.query, case.key, sinks=case.sinks, **case.options)
+        assert nothing is None
+        torch.testing.assert_close(alone, lse)
 
     @SHAPES
-    def test_candidates(shape, dtype):
+    def test_halves(shape, dtype):
+        """What 16 bits stand for, and how far they are from it: never less than the truth, and little more."""
         case = make(shape, dtype)
-        exact = case.bounds(0.01)
-        pair = exact.sum(0)
-        cut, pair_cut = exact.amax((0, 2)) * 0.5, pair.amax(-1) * 0.7
-        lse = case.rows()[0]
-        heads, _, keys = exact.shape
-        found = bound.bound_candidates(
-            case.query, case.key, case.value, case.g.float(), lse, cut, pair_cut, capacity=heads * keys, slack=0.01,
-            row_scale=case.row_scale, **case.options,
-        )  # fmt: skip
-        index, b = bound.compact(*found)
-        i, j, h = index.long()
-        at = (i * keys + j) * heads + h
-        assert (at.diff() > 0).all(), "sorted by query, key, head, without duplicates"
-        case_norm = case.norm[i]
-        assert ((b - exact[h, i, j]).abs() <= TOLERANCE[dtype] * case_norm).all()
-        margin = TOLERANCE[dtype] * case.norm[:, None] * heads
+        _, _, v, g, _ = case.halves()
+        error = torch.linalg.vector_norm(case.g - g.half.double() * g.scale.double()[..., None], dim=-1)
+        size = torch.linalg.vector_norm(case.g, dim=-1)
+        assert (error <= g.error * g.scale).all()
+        assert (g.error * g.scale <= 2.0**-10 * size + 1e-30).all()
+        assert (size <= (g.length + g.error) * g.scale * (1 + 1e-6)).all()
+        block = bound.tile_of(case.query, v.half.shape[2]).columns
+        of_block = torch.arange(case.key.shape[1], device=DEVICE) // block
+        scale = v.scale[:, of_block]
+        error = torch.linalg.vector_norm(case.value.double() - v.half.double() * scale.double()[..., None], dim=-1)
+        assert (error <= v.error[:, of_block] * scale).all()
+        assert (torch.linalg.vector_norm(v.half.double(), dim=-1) <= v.length[:, of_block]).all()
+        assert dtype == torch.float32 or float((v.error / v.length.clamp_min(1e-30)).max()) < 1e-6
+
+    @SHAPES
+    def test_bounds(shape, dtype):
+        case = make(shape, dtype)
+        exact, slack = case.bounds()
+        cut = exact.amax((0, 2)).float() * 0.3
+        inputs = case.halves()
+        rest = torch.full_like(case.rows()[1], torch.nan)
+        heads, queries, keys = exact.shape
+        (piece,) = bound.bounds(*inputs, cut, rest, row_scale=case.row_scale, **case.options)
+        i, j, h = piece.index.long()
+        assert (((h * queries + i) * keys + j).diff() > 0).all(), "sorted by head, query, key, without duplicates"
+        torch.testing.assert_close(piece.start.diff().view(heads, queries), torch.zeros(heads, queries, dtype=torch.int64, device=DEVICE).index_put_((h, i), torch.ones_like(h), accumulate=True))
         listed = torch.zeros(exact.shape, dtype=torch.bool, device=DEVICE)
         listed[h, i, j] = True
-        must = (exact > cut[:, None] + margin) | ((pair > pair_cut[:, None] + margin) & (exact > margin))
-        may = (exact > cut[:, None] - margin) | ((pair > pair_cut[:, None] - margin) & (exact > -margin) & (case.pattern > 0))
-        assert (must <= listed).all()
-        assert (listed <= may).all()
-        assert found[3].sum() == len(b)
+        margin = TOLERANCE[dtype] * case.norm[:, None]
+        assert ((exact > cut[:, None] + margin) <= listed).all()
+        assert (listed <= (exact + slack > cut[:, None] - margin)).all()
+        left = (exact * ~listed).sum(-1).T
+        assert (rest.double() >= left - margin).all()
+        assert (rest.double() <= (1 + 2.0**-11) * (left + slack.sum(-1).T) + margin).all()
+        # some rows, in pieces; the others keep what they had
+        some = torch.arange(0, queries, 2, dtype=torch.int32, device=DEVICE)
+        again = torch.full_like(rest, -1.0)
+        before, bound.BITS = bound.BITS, 4 * heads * (-(-keys // 32)) * 3
+        try:
+            pieces = list(bound.bounds(*inputs, cut, again, some, row_scale=case.row_scale, **case.options))
+        finally:
+            bound.BITS = before
+        assert len(pieces) == -(-len(some) // 3) or ON_GPU
+        torch.testing.assert_close(again[some.long()], rest[some.long()])
+        assert (again[1::2] == -1).all()
+        index = torch.cat([p.index for p in pieces], 1).long()
+        mine = set(zip(*index.tolist(), strict=True))
+        assert mine == {t for t in zip(*piece.index.tolist(), strict=True) if t[0] % 2 == 0}
 
-    def test_candidates_count_past_their_capacity():
-        case = make("odd")
-        lse, zero = case.rows()[0], torch.zeros(33, device=DEVICE)
-        inputs = (case.query, case.key, case.value, case.g.float(), lse)
-        all_of_them = bound.bound_candidates(*inputs, zero, zero, capacity=6 * 33, **case.options)
-        key, head, b, counts = bound.bound_candidates(*inputs, zero, zero, capacity=1, **case.options)
-        torch.testing.assert_close(counts, all_of_them[3])
-        torch.testing.assert_close(counts.long(), (case.bounds(0) > 0).sum((0, 2)))
-        assert (counts > 1).any()
-        index, _ = bound.compact(key, head, b, counts)
-        assert index.shape == (3, 33)
-        none = bound.bound_candidates(*inputs, zero + torch.inf, zero + torch.inf, capacity=4, **case.options)
-        assert not none[3].any()
-        assert (none[0] == -1).all()
-        assert bound.compact(*none)[0].shape == (3, 0)
+    @SHAPES
+    def test_sums_below(shape, dtype):
+        case = make(shape, dtype)
+        exact, slack = case.bounds()
+        cut = exact.amax((0, 2)).float() * 0.7
+        found = bound.sums_below(*case.halves(), cut, row_scale=case.row_scale, **case.options).double()
+        margin = TOLERANCE[dtype] * case.norm[:, None]
+        low, high = exact.permute(1, 0, 2), (exact + slack).permute(1, 0, 2)
+        for level in range(bound.LEVELS + 1):
+            limit = cut.double()[:, None, None] * bound.RATIO**level if level < bound.LEVELS else torch.inf
+            assert (found[level] >= torch.where(high <= limit * (1 - 1e-6), low, 0).sum(2) - margin).all()
+            assert (found[level] <= (1 + 2.0**-11) * torch.where(low <= limit * (1 + 1e-6), high, 0).sum(2) + margin).all()
+
+    @SHAPES
+    def test_pair_rests(shape, dtype):
+        case = make(shape, dtype)
+        exact, slack = case.bounds()
+        keys = exact.shape[2]
+        cut, pair_cut = exact.amax((0, 2)).float() * 0.5, exact.sum(0).amax(-1).float() * 0.4
+        margin = TOLERANCE[dtype] * case.norm[:, None] * len(exact)
+        for capacity in (0, 1):  # too small a buffer is made again
+            pair, rest = bound.pair_rests(*case.halves(), cut, pair_cut, row_scale=case.row_scale, capacity=capacity, **case.options)
+            pair, order = pair.sort()
+            rest = rest[order]
+            assert (pair.diff() > 0).all()
+            i, j = pair // keys, pair % keys
+            low = torch.where(exact + slack <= cut[:, None] * (1 - 1e-6), exact, 0).sum(0)
+            high = torch.where(exact <= cut[:, None] * (1 + 2.0**-10), exact + slack, 0).sum(0)
+            assert (rest.double() >= low[i, j] - margin[i, 0]).all()
+            assert (rest.double() <= (1 + 2.0**-11) * high[i, j] + margin[i, 0]).all()
+            listed = torch.zeros_like(low, dtype=torch.bool)
+            listed[i, j] = True
+            assert (((exact.sum(0) > pair_cut[:, None] + margin) & (low > margin)) <= listed).all()
+            assert (listed <= ((exact + slack).sum(0) * (1 + 2.0**-11) > pair_cut[:, None] - margin)).all()
+
+    @SHAPES
+    def test_pair_rests_of_some_rows(shape, dtype):
+        case = make(shape, dtype)
+        exact, _ = case.bounds()
+        keys, inputs = exact.shape[2], case.halves()
+        cut, pair_cut = exact.amax((0, 2)).float() * 0.5, exact.sum(0).amax(-1).float() * 0.4
+        row = torch.arange(0, exact.shape[1], 3, dtype=torch.int32, device=DEVICE)
+        options = {"row_scale": case.row_scale, **case.options}
+        every, some = ({int(p): float(r) for p, r in zip(*bound.pair_rests(*inputs, cut, pair_cut, which, **options), strict=True)} for which in (None, row))
+        assert some.keys() == {p for p in every if p // keys % 3 == 0}
+        assert all(every[p] == pytest.approx(r, rel=1e-5) for p, r in some.items())
+
+    def test_segment_sums():
+        start = torch.tensor([0, 0, 5, 40, 40, 100], device=DEVICE)
+        value = torch.randn(100, device=DEVICE)
+        wanted = torch.stack([value[a:b].sum() for a, b in zip(start[:-1].tolist(), start[1:].tolist(), strict=True)])
+        torch.testing.assert_close(bound.segment_sums(value, start), wanted)
 
     @SHAPES
     def test_pairs(shape, dtype):
@@ -224,28 +292,87 @@ if not IN_CHILD:
         tile = Tile(*tile)
         if dtype == torch.float32 and not tile.chunk:
             tile = tile._replace(chunk=64)
-        lse, upper, _ = case.rows(tile=tile)
-        exact = case.bounds(0)
-        case.close(upper, exact.sum(-1).T, 0)
-        cut = exact.amax((0, 2)) * 0.3
-        inputs = (case.query, case.key, case.value, case.g.float(), lse, cut, cut + torch.inf)
-        index, b = bound.compact(*bound.bound_candidates(*inputs, capacity=132, tile=tile, **case.options))
-        i, j, h = index.long()
-        assert ((b - exact[h, i, j]).abs() <= TOLERANCE[dtype] * case.norm[i]).all()
-        exact = reference.pair_proximity(*case.exact, index, **case.extra)
-        inputs = (case.query, case.key, case.value, case.w_o, case.whole, lse, index)
-        found = pairs.pair_proximity(*inputs, gate=case.gate, tile=tile, **case.options)
+        exact, slack = case.bounds()
+        cut = exact.amax((0, 2)).float() * 0.3
+        tile = tile._replace(columns=32)
+        inputs = case.halves(tile)
+        rest = torch.empty(33, 4, device=DEVICE)
+        (piece,) = bound.bounds(*inputs, cut, rest, tile=tile, **case.options)
+        i, j, h = piece.index.long()
+        listed = torch.zeros(exact.shape, dtype=torch.bool, device=DEVICE)
+        listed[h, i, j] = True
+        margin = TOLERANCE[dtype] * case.norm[:, None]
+        assert ((exact > cut[:, None] + margin) <= listed).all()
+        assert (rest.double() >= (exact * ~listed).sum(-1).T - margin).all()
+        exact = reference.pair_proximity(*case.exact, piece.index, **case.extra)
+        inputs = (case.query, case.key, case.value, case.w_o, case.whole, inputs[4], piece.index)
+        found = pairs.pair_proximity(*inputs, gate=case.gate, tile=tile, ordered=True, **case.options)
         assert ((found - exact).abs() <= TOLERANCE[dtype] * case.norm[i]).all()
 
-    def test_bounds_hold():
-        """With the documented slack no bound is below its proximity, in the dtype with the coarsest rounding."""
-        case = Case(4, 2, 33, 33, 16, 24, 60, dtype=torch.bfloat16)
-        case.whole *= 100  # terms are not clipped, so that bound and proximity are equal where all signs agree
+    def test_pairs_of_wide_values():
+        """Values in fp32 (a bias was taken out) with W_O in 16 bits: multiplied as two 16-bit numbers."""
+        case = Case(4, 2, 20, 20, 16, 24, 60, dtype=torch.bfloat16)
+        value = case.value.float() + torch.randn(2, 1, 24).to(DEVICE) / 3
+        exact = reference.pair_proximity(case.pattern, value.double(), *case.exact[2:], index := every_edge(case))
+        found = pairs.pair_proximity(case.query, case.key, value, case.w_o, case.whole, case.rows()[0], index, **case.options)
+        assert ((found - exact).abs() <= TOLERANCE[torch.bfloat16] * case.norm[index[0].long()]).all()
+
+    @pytest.mark.parametrize("per_row", [False, True])
+    def test_decisions(per_row):
+        """Every pair of random lists, by the rules in plain Python."""
+        g = torch.Generator().manual_seed(0)
+        rows, keys, heads = 7, 50, 5
+        name = torch.randint(rows * keys * (heads + 1), (700,), generator=g).unique()
+        value = torch.rand(len(name), generator=g) * 0.08
+        low = 0.5 + torch.rand(rows, generator=g)
+        high, thresholds = low * (1 + 0.2 * torch.rand(rows, generator=g)), torch.tensor([0.02, 0.05])
+        high[3] = low[3]
+        tolerance = torch.rand(rows, generator=g) * 0.2 if per_row else 0.1
+        moved = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in (name, value, low, high, tolerance, thresholds)]
+        state, open_, unclear = decide.pair_states(*moved, size=heads + 1, n_key=keys, floor=0.01, well=4.0)
+        pairs_ = {}
+        for n, v in zip(name.tolist(), value.tolist(), strict=True):
+            known, rest = pairs_.get(n // (heads + 1), (0.0, 0.0))
+            pairs_[n // (heads + 1)] = (known + v, rest) if n % (heads + 1) else (known, rest + v)
+        wanted, opened, count = {}, [0] * rows, 0
+        for pair, (known, rest) in pairs_.items():
+            q = pair // keys
+            a, b, share = float(low[q]), float(high[q]), float(tolerance[q]) if per_row else 0.1
+            vague = any(known <= t * b and known + rest > t * a for t in thresholds.tolist())
+            vague = rest > 0 and (vague or (known + rest > 0.04 * a and rest > 2 * share * (known + rest)))
+            opened[q] |= rest == 0 and b > a and any(t * a < known <= t * b for t in thresholds.tolist())
+            wanted[pair] = decide.UNCLEAR if vague else decide.KEPT if known + rest > 0.01 * a else decide.DROPPED
+            count += vague
+        assert state.tolist() == [wanted[n // (heads + 1)] for n in name.tolist()]
+        assert open_.tolist() == opened
+        assert int(unclear) == count > 0
+        assert any(opened)
+        index = torch.stack([name // ((heads + 1) * keys), name, name]).to(torch.int32).to(DEVICE)
+        marked = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+        decide.mark_open(index, moved[1], moved[2], moved[3], moved[5], marked)
+        a, b = low[index[0].long().cpu()], high[index[0].long().cpu()]
+        inside = ((value > 0.02 * a) & (value <= 0.02 * b)) | ((value > 0.05 * a) & (value <= 0.05 * b))
+        assert marked.nonzero()[:, 0].tolist() == index[0].cpu()[inside].unique().tolist()
+        empty = decide.pair_states(name[:0].to(DEVICE), value[:0].to(DEVICE), *moved[2:], size=6, n_key=keys, floor=0.01, well=4.0)
+        assert not empty[1].any() and not len(empty[0])
+
+    @pytest.mark.parametrize("outliers", [False, True])
+    @KINDS
+    def test_bounds_hold(dtype, outliers):
+        """No bound is below its proximity where all signs agree and nothing is clipped: there they are equal."""
+        case = Case(4, 2, 33, 33, 16, 24, 60, dtype=dtype)
+        if outliers:
+            case.w_o[:, ::3] *= 300
+            case.value[:, ::5] *= 1e4
+            case.exact = (case.pattern, case.value.double(), case.w_o.double(), case.exact[3])
+        case.whole *= 1e6  # terms are not clipped
         case.exact = (*case.exact[:3], case.whole.double())
-        slack = bound.required_slack(torch.bfloat16, 24)
-        upper = case.rows(slack=slack)[1]
+        inputs = case.halves()
+        rest = torch.empty(33, 4, device=DEVICE)
+        infinite = torch.full((33,), torch.inf, device=DEVICE)
+        assert next(bound.bounds(*inputs, infinite, rest, **case.options)).index.shape == (3, 0)
         by_head = reference.attention_proximity(*case.exact).sum(-1).T
-        assert (upper.double() >= by_head * (1 - 1e-5)).all()
+        assert (rest.double() >= by_head).all()
 
     @pytest.mark.parametrize("width", [1, 33, 123, 2050])
     @KINDS
@@ -284,7 +411,11 @@ if not IN_CHILD:
         assert (found.low <= total + slack).all()
         assert (total <= found.high + slack).all()
         query, key, head = found.index.long()
-        assert ((found.value - exact[head, query, key]).abs() <= slack[query]).all()
-        listed = torch.zeros_like(exact, dtype=torch.bool)
-        listed[head, query, key] = True
-        assert not ((exact.sum(0) > 0.0101 * total[:, None]) & (exact > slack[:, None]) & ~listed).any()
+        named = head >= 0
+        query, key, head, value = query[named], key[named], head[named], found.value[named]
+        assert ((value - exact[head, query, key]).abs() <= slack[query]).all()
+        listed, rest = torch.zeros_like(exact), torch.zeros_like(exact[0])
+        listed[head, query, key] = value.double()
+        rest[found.index[0][~named].long(), found.index[1][~named].long()] = found.value[~named].double()
+        missing = exact.sum(0) - listed.sum(0)
+        assert ((missing <= rest + slack[:, None]) | (exact.sum(0) <= 0.0101 * total[:, None])).all()

@@ -275,9 +275,14 @@ def _weights_error(layer: Layer, rows: Tensor, of: slice) -> Tensor:
 
 def check_finite(layer: Layer) -> None:
     """``ValueError`` naming the layer if an activation is NaN or infinite."""
-    for name in ("residual", "resid_mid", "ffn_out", "resid_post", "mixer_out", "value"):
-        tensor = getattr(layer, name)
-        if tensor is not None and not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
+    names = ("residual", "resid_mid", "ffn_out", "resid_post", "mixer_out", "value")
+    tensors = [(name, tensor) for name in names if (tensor := getattr(layer, name)) is not None]
+    if layer.residual.is_cuda:  # one wait for all
+        sums = [tensor.sum(dtype=torch.float32) for _, tensor in tensors if tensor.device == layer.residual.device]
+        if len(sums) == len(tensors) and math.isfinite(float(torch.stack(sums).sum())):
+            return
+    for name, tensor in tensors:
+        if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
             raise ValueError(f"layer {layer.index}: {name} holds NaN or infinite numbers; nothing can be said about this forward pass")
 
 

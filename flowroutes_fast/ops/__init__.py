@@ -603,11 +603,10 @@ def _attention_layer(
 
 
 def _triton_dense(query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, options: dict) -> Tensor:
-    from flowroutes_fast.kernels.bound import bound_rows
+    from flowroutes_fast.kernels.bound import attention_rows
     from flowroutes_fast.kernels.dense import dense_proximity
 
-    nothing = whole.new_zeros(whole.shape[0], w_o.shape[0], w_o.shape[1])
-    lse = bound_rows(query, key, value, nothing, **options)[0]
+    lse = attention_rows(query, key, **options)[0]
     options = {name: option for name, option in options.items() if name != "sinks"}
     return dense_proximity(query, key, value, w_o, whole, lse, **options)
 

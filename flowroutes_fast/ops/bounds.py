@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -118,24 +118,54 @@ class Candidates:
     counts: Tensor
 
 
+@dataclass
+class Counts:
+    """How much work a certificate took: (query, key, head) sub-edges bounded and evaluated, rows refined, rows evaluated whole."""
+
+    bounded: int = 0
+    evaluated: int = 0
+    refined: int = 0
+    exhausted: int = 0
+
+
+@dataclass
+class Certified:
+    """What is known of one layer's sub-edges. Proximities are in units of the state's L1 norm.
+
+    ``low``, ``high`` ``[query]`` bound the normaliser; ``head_low``, ``head_high`` ``[query, head]`` a head's sum over keys. ``index [3, n]``
+    (query, key, head; int32) and ``value [n]``: exact proximities of the evaluated sub-edges of every (query, key) pair that may reach the
+    floor; head -1 stands for the pair's other heads, whose sum lies between 0 and its value. With ``measure="signed"`` everything is a
+    share of ‖y‖₁, signed, and known.
+    """
+
+    low: Tensor
+    high: Tensor
+    head_low: Tensor
+    head_high: Tensor
+    index: Tensor
+    value: Tensor
+    counts: Counts = field(default_factory=Counts)
+
+
+def visible(attention: Attention) -> int:
+    """Sub-edges that a layer has: visible (query, key) pairs times heads."""
+    if attention.mask is not None:
+        seen = (attention.mask > torch.finfo(torch.float32).min / 2).sum()
+        return int(seen) * (attention.n_head if attention.mask.dim() == 2 else 1)
+    position = torch.arange(attention.n_query, dtype=torch.int64, device="cpu") + attention.n_key - attention.n_query + 1
+    reach = position.clamp_max(attention.window) if attention.window else position
+    return int(reach.sum()) * attention.n_head
+
+
 def _sign_product(whole: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """sign(whole) @ weight in ``dtype``; 16-bit weights on a GPU are multiplied as they are and summed in float32 (signs are exact)."""
     if whole.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
-        sign = torch.copysign(torch.ones_like(whole, dtype=weight.dtype), whole)
+        sign = torch.copysign(torch.ones_like(whole, dtype=weight.dtype), whole.to(weight.dtype))
         try:
             return torch.mm(sign, weight, out_dtype=torch.float32)
         except (TypeError, NotImplementedError):  # a torch without out_dtype
             pass
     return matmul(torch.copysign(torch.ones_like(whole, dtype=dtype), whole), weight.to(dtype))
-
-
-def slack_of(attention: Attention, backend: str) -> float:
-    """What the backend's arithmetic may add to ⟨v, g⟩, relative to |v|·|g|: nothing but float32 rounding where operands are float32."""
-    if backend not in ("triton", "cuda"):
-        return 0.0
-    from flowroutes_fast.kernels.bound import required_slack
-
-    return required_slack(attention.value.dtype, attention.value.shape[-1])
 
 
 @in_neutral
@@ -151,12 +181,15 @@ def bound(attention: Attention, backend: str, slack: float = 0.0, threads: int =
         upper, flow = (arguments.make(name, attention.n_query, attention.n_head) for name in ("upper", "flow"))
         arguments.call("bound")
         return Bounds(upper, flow)
-    from flowroutes_fast.kernels.bound import bound_rows
+    from flowroutes_fast.kernels import bound as passes
+    from flowroutes_fast.kernels import gradient
 
-    lse, upper, flow = bound_rows(
-        attention.query, attention.key, attention.value, attention.gradient, sinks=attention.sinks, slack=slack, **attention.triton_options
-    )
-    return Bounds(upper, flow, lse)
+    a = attention
+    lse, flow = passes.attention_rows(a.query, a.key, a.value, a.gradient, sinks=a.sinks, **a.triton_options)
+    g, v = gradient.gradient(a.whole, a.w_o, a.gate), gradient.values(a.value, passes.tile_of(a.query, a.value.shape[2]).columns)
+    sums = passes.sums_below(a.query, a.key, v, g, lse, torch.zeros_like(lse[0]), **a.triton_options)
+    assert flow is not None
+    return Bounds(sums[-1], flow, lse)
 
 
 @in_neutral
@@ -186,14 +219,7 @@ def candidates(
         arguments.take("pair_cut", pair_cut.float(), attention.n_query, where="pair_cuts")
         index, value = edges(arguments.call("bound"))
         return _limited(index, value, attention.n_query, capacity)
-    from flowroutes_fast.kernels.bound import bound_candidates, compact
-
-    keys, heads, values, counts = bound_candidates(
-        attention.query, attention.key, attention.value, attention.gradient, bounds.lse, cut.float(), pair_cut.float(),
-        slack=slack, capacity=capacity or 4096, **attention.triton_options,
-    )  # fmt: skip
-    index, value = compact(keys, heads, values, counts)
-    return Candidates(index, value, counts)
+    raise ValueError(f"backend {backend!r} makes its lists in certify_gpu.py")
 
 
 @in_neutral

@@ -7,13 +7,13 @@ more candidates than the buffer holds is evaluated whole.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flowroutes_fast.ops import check_threads
-from flowroutes_fast.ops.bounds import Attention, Bounds, bound, candidates, native_arguments, pairs, slack_of
+from flowroutes_fast.ops.bounds import Attention, Bounds, Certified, Counts, bound, candidates, native_arguments, pair_weights, pairs, visible
 from flowroutes_fast.ops.native import edges
 from flowroutes_fast.system.ambient import in_neutral
 
@@ -23,35 +23,6 @@ REFINE = 0.2  # factor of the cut from one round to the next, where rounds are w
 ROUNDS = 4  # then a row is evaluated whole
 CAPACITY = 4096  # candidates per row
 EXACT_BYTES = 256 * 2**20  # candidate lists of rows that are evaluated whole
-
-
-@dataclass
-class Counts:
-    """How much work a certificate took: (query, key, head) sub-edges bounded and evaluated, rows refined, rows evaluated whole."""
-
-    bounded: int = 0
-    evaluated: int = 0
-    refined: int = 0
-    exhausted: int = 0
-
-
-@dataclass
-class Certified:
-    """What is known of one layer's sub-edges. Proximities are in units of the state's L1 norm.
-
-    ``low``, ``high`` ``[query]`` bound the normaliser; ``head_low``, ``head_high`` ``[query, head]`` a head's sum over keys. ``index [3, n]``
-    (query, key, head; int32) and ``value [n]``: exact proximities of the evaluated sub-edges of every (query, key) pair that may reach the
-    floor; head -1 stands for the pair's other heads, whose sum lies between 0 and its value. With ``measure="signed"`` everything is a
-    share of ‖y‖₁, signed, and known.
-    """
-
-    low: Tensor
-    high: Tensor
-    head_low: Tensor
-    head_high: Tensor
-    index: Tensor
-    value: Tensor
-    counts: Counts = field(default_factory=Counts)
 
 
 @in_neutral
@@ -65,7 +36,7 @@ def certified(
     measure: str = "proximity",
     backend: str = "cpu",
     capacity: int = CAPACITY,
-    slack: float | None = None,
+    slack: float = 0.0,
     threads: int = 0,
     fused: bool = True,
 ) -> Certified:
@@ -80,19 +51,21 @@ def certified(
             a tensor ``[query]`` sets it per row (0: the row is evaluated whole).
         measure: ``"proximity"``, or ``"signed"`` for ⟨sign(y), z⟩ / ‖y‖₁.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
-        capacity: candidates per row before it is evaluated whole.
-        slack: relative rounding error of ⟨v, g⟩; None for the backend's own.
+        capacity: candidates per row before it is evaluated whole, on the CPU.
+        slack: relative rounding error of ⟨v, g⟩ on the CPU; GPUs know their own (kernels/gradient.py).
         fused: on the CPU, one kernel that does everything row by row; False for the same in passes.
     """
     _check(attention, others, tolerance, measure, capacity, threads)
-    if slack is None:
-        slack = slack_of(attention, backend)
     if backend in ("reference", "cpu"):
         attention = attention.float()
     if backend == "cpu" and fused:
         return _fused(attention, others.float(), floor, thresholds, tolerance, measure, capacity, threads)
     if measure == "signed":
         return _signed(attention, floor, backend, slack, threads)
+    if backend in ("triton", "cuda"):
+        from flowroutes_fast.ops.certified_gpu import Passes
+
+        return Passes(attention, others, floor, thresholds, tolerance, backend).run()
     return _Rounds(attention, others, floor, thresholds, tolerance, backend, capacity, slack, threads).run()
 
 
@@ -133,16 +106,6 @@ def _check(attention: Attention, others: Tensor, tolerance: float | Tensor, meas
         raise ValueError(f"capacity must be zero or positive, got {capacity}")
 
 
-def _visible(attention: Attention) -> int:
-    """Sub-edges that a layer has: visible (query, key) pairs times heads."""
-    if attention.mask is not None:
-        seen = (attention.mask > torch.finfo(torch.float32).min / 2).sum()
-        return int(seen) * (attention.n_head if attention.mask.dim() == 2 else 1)
-    position = torch.arange(attention.n_query, dtype=torch.int64, device="cpu") + attention.n_key - attention.n_query + 1
-    reach = position.clamp_max(attention.window) if attention.window else position
-    return int(reach.sum()) * attention.n_head
-
-
 class _Rounds:
     """Certification in whole passes: bound, list, evaluate, and again with a smaller cut for the rows that need it."""
 
@@ -153,7 +116,7 @@ class _Rounds:
         self.attention, self.others, self.floor, self.thresholds, self.tolerance = attention, others, floor, thresholds, tolerance
         self.backend, self.capacity, self.slack, self.threads = backend, capacity, slack, threads
         self.base = others.sum(0)
-        self.counts = Counts(bounded=_visible(attention))
+        self.counts = Counts(bounded=visible(attention))
         self.bounds: Bounds = bound(attention, backend, slack, threads)
         zero = torch.zeros_like(self.bounds.upper)
         self.evaluated = zero.clone()  # sums per row and head: of proximities, and of the same sub-edges' bounds
@@ -267,7 +230,7 @@ def _signed(attention: Attention, floor: float, backend: str, slack: float, thre
     else:
         index, value = _both_signs(attention, bounds, floor, norm, backend, slack, threads)
     heads = bounds.flow * scale[:, None]
-    return Certified(norm, norm, heads, heads, index, value, Counts(bounded=_visible(attention)))
+    return Certified(norm, norm, heads, heads, index, value, Counts(bounded=visible(attention)))
 
 
 def _reference_shares(attention: Attention) -> Tensor:
@@ -281,20 +244,16 @@ def _both_signs(
     attention: Attention, bounds: Bounds, floor: float, norm: Tensor, backend: str, slack: float, threads: int
 ) -> tuple[Tensor, Tensor]:
     """Sub-edges of all (query, key) pairs that one sign alone takes past the floor; a sum of both signs cannot pass it otherwise."""
-    from dataclasses import replace
+    if backend == "cpu":
+        mirrored = replace(attention)
+        mirrored.__dict__["gradient"] = -attention.gradient
+        lists = [candidates(side, bounds, floor * norm, floor * norm, backend, slack, 0, threads).index for side in (attention, mirrored)]
+        pair = torch.cat([index[0].long() * attention.n_key + index[1].long() for index in lists]).unique()
+    else:
+        from flowroutes_fast.ops.certified_gpu import one_sided_pairs
 
-    from flowroutes_fast.ops.bounds import pair_weights
-
-    mirrored = replace(attention)
-    mirrored.__dict__["gradient"] = -attention.gradient
-    pair_lists = []
-    capacity = attention.n_key * attention.n_head
-    for side in (attention, mirrored):
-        listed = candidates(side, bounds, floor * norm, floor * norm, backend, slack, min(capacity, 2**15), threads)
-        if bool((listed.counts > min(capacity, 2**15)).any()):
-            raise RuntimeError("signed flow has more sub-edges above the floor than fit in memory: ask for a larger floor")
-        pair_lists.append(listed.index[0].long() * attention.n_key + listed.index[1].long())
-    pair = torch.cat(pair_lists).unique()
+        assert bounds.lse is not None
+        pair = one_sided_pairs(attention, bounds.lse, floor * norm)
     i, j = pair // attention.n_key, pair % attention.n_key
     heads = torch.arange(attention.n_head, dtype=torch.int64, device=pair.device)
     index = torch.stack([i.repeat_interleave(len(heads)), j.repeat_interleave(len(heads)), heads.repeat(len(pair))])

@@ -138,21 +138,40 @@ def importances(layer: Layer, options: Options, exact_rows: Tensor | None = None
         found.neurons = _neurons(layer, through, found.low - ffn if parallel else None, found.high - found.low, options)
     found.attention_residual, found.bias, found.mixer = _divide(residual, middle), _divide(constant, middle), _divide(mixer, middle)
     found.ffn, found.ffn_residual, found.shape = ffn_share, ffn_residual, layer.block.shape
-    for name in ("low", "high", "heads", "heads_low", "heads_high", "attention_residual", "bias", "mixer", "ffn", "ffn_residual"):
-        setattr(found, name, getattr(found, name).to("cpu", torch.float32))
+    for names in (("low", "high", "attention_residual", "bias", "mixer", "ffn", "ffn_residual"), ("heads", "heads_low", "heads_high")):
+        for name, tensor in zip(names, _to_cpu([getattr(found, name) for name in names]), strict=True):
+            setattr(found, name, tensor)
     found.edges = (found.edges[0].cpu(), found.edges[1].to("cpu", torch.float32))
     return found
+
+
+def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    """In float32, all with one wait for the device."""
+    if tensors[0].device.type == "cpu":
+        return [t.to(torch.float32) for t in tensors]
+    return list(torch.stack([t.to(torch.float32) for t in tensors]).cpu())
 
 
 def attention_of(layer: Layer, parts: Parts, backend: str) -> Attention | None:
     """A layer's sub-edges for the kernels; None where there are none."""
     if layer.query is None or layer.key is None or parts.value is None or parts.w_o is None:
         return None
-    w_o = parts.w_o.to(parts.value.dtype) if backend in ("triton", "cuda") else parts.w_o
+    w_o, whole = parts.w_o, parts.whole
+    if backend in ("triton", "cuda"):
+        if _stored_as_it_is(layer):
+            w_o = w_o.to(layer.query.dtype)
+        whole = layer.resid_post if layer.resid_mid is None else layer.resid_mid  # in the model's type: half the bytes
     return Attention(
-        layer.query, layer.key, parts.value, w_o, parts.whole, layer.scaling, layer.mask, layer.sinks, layer.softcap, layer.window,
+        layer.query, layer.key, parts.value, w_o, whole, layer.scaling, layer.mask, layer.sinks, layer.softcap, layer.window,
         layer.row_scale, layer.gate,
     )  # fmt: skip
+
+
+def _stored_as_it_is(layer: Layer) -> bool:
+    """W_O is the stored weight in the attention's own 16 bits: no gain, multiplier, adapter or quantised format that would be rounded."""
+    weight = getattr(layer.block.output, "weight", None)
+    plain = layer.in_scale is None and layer.out_scale is None and layer.scale == 1 and type(layer.block.output).__name__ in ("Linear", "Conv1D")
+    return plain and isinstance(weight, Tensor) and weight.dtype == layer.query.dtype and weight.dtype in (torch.bfloat16, torch.float16)  # type: ignore[union-attr]
 
 
 def _without_attention(others: Tensor, options: Options) -> LayerImportances:
@@ -227,7 +246,7 @@ def _exact(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | 
     if a.row_scale is not None or a.gate is not None:
         return _exact_in_rows(a, others, options)
     dense, heads, normaliser, index, edge = torch.ops.flowroutes.attention_layer(
-        a.query.float(), a.key.float(), a.value.float(), a.w_o, a.whole, others.sum(0), a.mask, a.sinks, a.scaling, a.softcap, a.window,
+        a.query.float(), a.key.float(), a.value.float(), a.w_o.float(), a.whole.float(), others.sum(0), a.mask, a.sinks, a.scaling, a.softcap, a.window,
         options.dense, -1.0 if options.dense else options.floor, options.backend, options.threads,
     )  # fmt: skip
     return _unfinished(dense.cpu() if options.dense else None, (index, edge), normaliser, normaliser, heads, heads, heads, Counts())
