@@ -24,7 +24,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-RIGHT = (("device",), ("build", "kernels"), ("native", "layers", "traces"), ("sanitizer",))  # side by side: correctness needs no quiet machine
+RIGHT = (
+    ("device",),
+    ("build", "kernels"),
+    ("native", "layers", "traces"),
+    ("sanitizer",),
+)  # side by side: correctness needs no quiet machine
 FAST = (("device",), ("build",), ("timing",), ("model",))
 LIMITS = {"build": 200, "kernels": 240, "native": 120, "layers": 200, "traces": 150, "sanitizer": 100, "timing": 200, "model": 250}
 
@@ -44,7 +49,9 @@ def device(_: argparse.Namespace) -> dict[str, Any]:
     from flowroutes_fast.bench.run import ceilings
 
     properties = torch.cuda.get_device_properties(0)
-    smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"], capture_output=True, text=True)
+    smi = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"], capture_output=True, text=True
+    )
     return {
         "name": properties.name, "capability": list(torch.cuda.get_device_capability()), "processors": properties.multi_processor_count,
         "memory": properties.total_memory, "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
@@ -62,13 +69,22 @@ def build(_: argparse.Namespace) -> dict[str, Any]:
     from flowroutes_fast.ops import cuda
 
     reason = cuda.missing()
-    return {"seconds": time.perf_counter() - start, "missing": reason, "failed": reason is not None or made.returncode, "log": (made.stdout + made.stderr)[-3000:] if reason else ""}
+    return {
+        "seconds": time.perf_counter() - start,
+        "missing": reason,
+        "failed": reason is not None or made.returncode,
+        "log": (made.stdout + made.stderr)[-3000:] if reason else "",
+    }
 
 
 def pytest(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "timeout=0", "--tb=short", *arguments]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return {"failed": ran.returncode != 0, "summary": ran.stdout.strip().splitlines()[-1:], "log": ran.stdout[-9000:] if ran.returncode else ""}
+    return {
+        "failed": ran.returncode != 0,
+        "summary": ran.stdout.strip().splitlines()[-1:],
+        "log": ran.stdout[-9000:] if ran.returncode else "",
+    }
 
 
 def kernels(_: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +130,10 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
 
                 try:
                     first = run()
-                    row = {"interval": max(float(((first.low - total) / total).max()), float(((total - first.high) / total).max())), "width": float(((first.high - first.low) / total).mean())}
+                    row = {
+                        "interval": max(float(((first.low - total) / total).max()), float(((total - first.high) / total).max())),
+                        "width": float(((first.high - first.low) / total).mean()),
+                    }
                     query, key, head = first.index.long()
                     listed = torch.zeros_like(exact, dtype=torch.bool)
                     some = head >= 0
@@ -127,7 +146,11 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
                     row["pairs_missing"] = int(((exact.sum(0) > 1.001e-3 * total[:, None]) & (short > 0)).sum())
                     row["widest_pair"] = float((left / total[:, None]).max())
                     row["evaluated_per_row"] = first.counts.evaluated / len(total)
-                    row["refined"], row["exhausted"], row["listed"] = first.counts.refined, first.counts.exhausted, len(first.value) / len(total)
+                    row["refined"], row["exhausted"], row["listed"] = (
+                        first.counts.refined,
+                        first.counts.exhausted,
+                        len(first.value) / len(total),
+                    )
                     row["same_twice"] = same(first, run())
                     torch.backends.cuda.matmul.allow_tf32 = True
                     row["same_with_tf32"] = same(first, run())
@@ -138,7 +161,13 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
                         beside = run()
                     stream.synchronize()
                     row["same_on_a_stream"] = same(first, beside)
-                    bad = row["interval"] > 1e-5 or row["value"] > 1e-5 or row["missing"] or row["pairs_missing"] or not (row["same_twice"] and row["same_with_tf32"] and row["same_on_a_stream"])
+                    bad = (
+                        row["interval"] > 1e-5
+                        or row["value"] > 1e-5
+                        or row["missing"]
+                        or row["pairs_missing"]
+                        or not (row["same_twice"] and row["same_with_tf32"] and row["same_on_a_stream"])
+                    )
                 except Exception:
                     row, bad = {"error": traceback.format_exc()[-1500:]}, True
                 report[name] = row
@@ -203,8 +232,27 @@ def edges_of(route: Any) -> list[Any]:
 
 def sanitizer(_: argparse.Namespace) -> dict[str, Any]:
     """compute-sanitizer's memory checker on small cases of every kernel."""
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "tests/test_kernels.py", "-k", "odd and bfloat16"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "timeout=0",
+        "tests/test_kernels.py",
+        "-k",
+        "odd and bfloat16",
+    ]
+    ran = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
     return {"failed": ran.returncode != 0, "log": ran.stdout[-3000:]}
 
 
@@ -287,7 +335,9 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
             row[f"pairs_{backend}"] = milliseconds(lambda passes=passes, index=index: passes.evaluate(index, ordered=True))
         row["pair_rests"] = milliseconds(lambda inputs=inputs, cut=cut, low=low, how=how: bound.pair_rests(*inputs, cut, 1e-3 * low, **how))
         row["sdpa"] = milliseconds(
-            lambda a=a: torch.nn.functional.scaled_dot_product_attention(a.query[None], a.key[None], a.value[None], is_causal=True, enable_gqa=True)
+            lambda a=a: torch.nn.functional.scaled_dot_product_attention(
+                a.query[None], a.key[None], a.value[None], is_causal=True, enable_gqa=True
+            )
         )
         flat = torch.randn(tokens, a.w_o.shape[0] * width, device="cuda", dtype=torch.bfloat16)
         w = a.w_o.permute(2, 0, 1).reshape(a.w_o.shape[2], -1)
@@ -356,7 +406,11 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
         averages = seen.key_averages()
         row["profile"] = averages.table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=60)[-9000:]
-        row["waits"] = {e.key: e.count for e in averages if e.key in ("cudaStreamSynchronize", "cudaMemcpyAsync", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaDeviceSynchronize")}
+        row["waits"] = {
+            e.key: e.count
+            for e in averages
+            if e.key in ("cudaStreamSynchronize", "cudaMemcpyAsync", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaDeviceSynchronize")
+        }
         report[str(tokens)] = row
     return report
 

@@ -91,9 +91,7 @@ def rows_kernel(
         if CHUNK == 0:
             scores = product(q, tl.trans(load_tile(p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, B_QK)), UPCAST)
         else:
-            scores = row_products(
-                p_query, first, QUERY_ROW, n_query, BLOCK_Q, p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, CHUNK, UPCAST
-            )
+            scores = row_products(p_query, first, QUERY_ROW, n_query, BLOCK_Q, p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, CHUNK, UPCAST)
         scores = visible_scores(
             scores * scaling, o_query[:, None], o_key[None, :], m_query[:, None] & m_key[None, :],
             i_head, p_mask, mask_head, mask_row, offset, window, softcap, WINDOW, SOFTCAP,
@@ -104,9 +102,7 @@ def rows_kernel(
         decay = tl.exp(high - from_high)
         total = total * decay + tl.sum(e, 1)
         if FLOW:
-            flow = row_products(
-                p_g_high, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V
-            )
+            flow = row_products(p_g_high, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V)
             if SPLIT:
                 flow += row_products(
                     p_g_low, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V

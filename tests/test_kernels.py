@@ -188,7 +188,10 @@ if not IN_CHILD:
         (piece,) = bound.bounds(*inputs, cut, rest, row_scale=case.row_scale, **case.options)
         i, j, h = piece.index.long()
         assert (((h * queries + i) * keys + j).diff() > 0).all(), "sorted by head, query, key, without duplicates"
-        torch.testing.assert_close(piece.start.diff().view(heads, queries), torch.zeros(heads, queries, dtype=torch.int64, device=DEVICE).index_put_((h, i), torch.ones_like(h), accumulate=True))
+        torch.testing.assert_close(
+            piece.start.diff().view(heads, queries),
+            torch.zeros(heads, queries, dtype=torch.int64, device=DEVICE).index_put_((h, i), torch.ones_like(h), accumulate=True),
+        )
         listed = torch.zeros(exact.shape, dtype=torch.bool, device=DEVICE)
         listed[h, i, j] = True
         margin = TOLERANCE[dtype] * case.norm[:, None]
@@ -255,7 +258,10 @@ if not IN_CHILD:
         cut, pair_cut = exact.amax((0, 2)).float() * 0.5, exact.sum(0).amax(-1).float() * 0.4
         row = torch.arange(0, exact.shape[1], 3, dtype=torch.int32, device=DEVICE)
         options = {"row_scale": case.row_scale, **case.options}
-        every, some = ({int(p): float(r) for p, r in zip(*bound.pair_rests(*inputs, cut, pair_cut, which, **options), strict=True)} for which in (None, row))
+        every, some = (
+            {int(p): float(r) for p, r in zip(*bound.pair_rests(*inputs, cut, pair_cut, which, **options), strict=True)}
+            for which in (None, row)
+        )
         assert some.keys() == {p for p in every if p // keys % 3 == 0}
         assert all(every[p] == pytest.approx(r, rel=1e-5) for p, r in some.items())
 
@@ -292,7 +298,7 @@ if not IN_CHILD:
         tile = Tile(*tile)
         if dtype == torch.float32 and not tile.chunk:
             tile = tile._replace(chunk=64)
-        exact, slack = case.bounds()
+        exact, _slack = case.bounds()
         cut = exact.amax((0, 2)).float() * 0.3
         tile = tile._replace(columns=32)
         inputs = case.halves(tile)
@@ -354,7 +360,8 @@ if not IN_CHILD:
         inside = ((value > 0.02 * a) & (value <= 0.02 * b)) | ((value > 0.05 * a) & (value <= 0.05 * b))
         assert marked.nonzero()[:, 0].tolist() == index[0].cpu()[inside].unique().tolist()
         empty = decide.pair_states(name[:0].to(DEVICE), value[:0].to(DEVICE), *moved[2:], size=6, n_key=keys, floor=0.01, well=4.0)
-        assert not empty[1].any() and not len(empty[0])
+        assert not empty[1].any()
+        assert not len(empty[0])
 
     @pytest.mark.parametrize("outliers", [False, True])
     @KINDS

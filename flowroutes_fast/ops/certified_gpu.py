@@ -7,7 +7,8 @@ decision is still open then are listed again, with smaller cuts, at last whole.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ EXPECTED = 0.7  # of the sum of all bounds, to guess a normaliser from; what com
 WELL_ABOVE = 10.0  # sums over heads above this many floors are known to the tolerance
 
 
-class _List(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _List:
     """Evaluated sub-edges: index ``[3, n]``, value ``[n]``, and how often their rows had been listed before."""
 
     index: Tensor

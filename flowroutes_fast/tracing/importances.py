@@ -170,7 +170,12 @@ def attention_of(layer: Layer, parts: Parts, backend: str) -> Attention | None:
 def _stored_as_it_is(layer: Layer) -> bool:
     """W_O is the stored weight in the attention's own 16 bits: no gain, multiplier, adapter or quantised format that would be rounded."""
     weight = getattr(layer.block.output, "weight", None)
-    plain = layer.in_scale is None and layer.out_scale is None and layer.scale == 1 and type(layer.block.output).__name__ in ("Linear", "Conv1D")
+    plain = (
+        layer.in_scale is None
+        and layer.out_scale is None
+        and layer.scale == 1
+        and type(layer.block.output).__name__ in ("Linear", "Conv1D")
+    )
     return plain and isinstance(weight, Tensor) and weight.dtype == layer.query.dtype and weight.dtype in (torch.bfloat16, torch.float16)  # type: ignore[union-attr]
 
 
