@@ -301,8 +301,8 @@ def sharp_case(name: str, tokens: int, listed: float = 100.0) -> Any:
 def timing(options: argparse.Namespace) -> dict[str, Any]:
     """Kernels one by one at the shapes of large models, and whole layers."""
     import torch
-    from flowroutes_fast.kernels import bound, gradient
 
+    from flowroutes_fast.kernels import bound, gradient
     from flowroutes_fast.ops.certified import certified
     from flowroutes_fast.ops.certified_gpu import Passes
 

@@ -219,7 +219,7 @@ def candidates(
         arguments.take("pair_cut", pair_cut.float(), attention.n_query, where="pair_cuts")
         index, value = edges(arguments.call("bound"))
         return _limited(index, value, attention.n_query, capacity)
-    raise ValueError(f"backend {backend!r} makes its lists in certify_gpu.py")
+    raise ValueError(f"backend {backend!r} makes its lists in certified_gpu.py")
 
 
 @in_neutral

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from flowroutes_fast.ops import check_threads
-from flowroutes_fast.ops.bounds import Attention, Bounds, Certified, Counts, bound, candidates, native_arguments, pair_weights, pairs, visible
+from flowroutes_fast.ops.bounds import (
+    Attention,
+    Bounds,
+    Certified,
+    Counts,
+    bound,
+    candidates,
+    native_arguments,
+    pair_weights,
+    pairs,
+    visible,
+)
 from flowroutes_fast.ops.native import edges
 from flowroutes_fast.system.ambient import in_neutral
 
