@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -170,13 +170,7 @@ setup(
     ],
     cmdclass={"build_ext": BuildNative},
     packages=[
-        "flowroutes_fast",
-        "flowroutes_fast.analysis",
-        "flowroutes_fast.corpus",
-        "flowroutes_fast.models",
-        "flowroutes_fast.view",
-        "flowroutes_fast.bench",
-        "flowroutes_fast.integrations",
+        *find_packages(include=["flowroutes_fast", "flowroutes_fast.*"], exclude=["flowroutes_fast.kernels"]),
         "flowroutes_fast.kernels",
     ],
     package_dir={"flowroutes_fast.kernels": "kernels"},

@@ -1,7 +1,7 @@
 """Capture the real activations that ``flowroutes bench`` measures (it does so itself when they are missing)."""
 
 from flowroutes_fast.bench.layers import save_activations
-from flowroutes_fast.load import cache_folder
+from flowroutes_fast.loading.load import cache_folder
 
 if __name__ == "__main__":
     path = cache_folder() / "activations" / "smollm2.safetensors"

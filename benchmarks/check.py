@@ -1,4 +1,4 @@
-"""What the check of every pass costs: processor time of ``conservation.py`` over the model's own forward pass, natively and in PyTorch.
+"""What the check of every pass costs: processor time of ``capture/conservation.py`` over the model's own forward pass, natively and in PyTorch.
 
 Reading W_O, which the importances need too, does not count.
 
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast import conservation
 from flowroutes_fast.bench.run import conditions
-from flowroutes_fast.capture import capture
-from flowroutes_fast.conservation import Conservation
-from flowroutes_fast.load import DEMO_NAME
+from flowroutes_fast.capture import conservation
+from flowroutes_fast.capture.conservation import Conservation
+from flowroutes_fast.capture.hooks import capture
+from flowroutes_fast.loading.load import DEMO_NAME
 
 ROOT = Path(__file__).parent.parent
 TOKENS = (16, 64, 256, 1024)

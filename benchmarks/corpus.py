@@ -108,7 +108,7 @@ def speed(model, tokenizer, sources: dict[str, list[str]], repeats: int = 3) -> 
     import tempfile
 
     import flowroutes_fast as fr
-    from flowroutes_fast.corpus.run import Item, batches
+    from flowroutes_fast.corpora.run import Item, batches
 
     chosen = [text for texts in sources.values() for text in texts[:4]]
     items = [Item(n, 0, t, "", tokenizer(t)["input_ids"], []) for n, t in enumerate(chosen)]

@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast import ablation, faithfulness
 from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.experiments import ablation, faithfulness
 
 ROOT = Path(__file__).parent.parent
 TITLES = {"mean": "mean ablation", "zero": "zero ablation", "positions": "mean ablation, mean over positions"}

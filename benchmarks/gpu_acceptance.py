@@ -66,7 +66,7 @@ def build(_: argparse.Namespace) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability()
     environment = os.environ | {"FLOWROUTES_CUDA_ARCHS": f"{major}{minor}"}
     made = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    from flowroutes_fast import cuda
+    from flowroutes_fast.ops import cuda
 
     reason = cuda.missing()
     return {
@@ -113,7 +113,7 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
     """Intervals and lists of real layers against float64, in three types; twice; under other settings; on another stream."""
     import torch
 
-    from flowroutes_fast.certify import certified
+    from flowroutes_fast.ops.certified import certified
 
     report: dict[str, Any] = {"failed": []}
     how = {"floor": 1e-3, "thresholds": (0.01, 0.03, 0.04)}
@@ -280,7 +280,7 @@ def sharp_case(name: str, tokens: int, listed: float = 100.0) -> Any:
     import torch
 
     from flowroutes_fast.bench.layers import random_case
-    from flowroutes_fast.certify_gpu import Passes
+    from flowroutes_fast.ops.certified_gpu import Passes
 
     case = random_case(name, tokens, "cuda", torch.bfloat16)
     a = case.attention
@@ -301,10 +301,10 @@ def sharp_case(name: str, tokens: int, listed: float = 100.0) -> Any:
 def timing(options: argparse.Namespace) -> dict[str, Any]:
     """Kernels one by one at the shapes of large models, and whole layers."""
     import torch
-    from flowroutes_fast.kernels import bound, gradient
 
-    from flowroutes_fast.certify import certified
-    from flowroutes_fast.certify_gpu import Passes
+    from flowroutes_fast.kernels import bound, gradient
+    from flowroutes_fast.ops.certified import certified
+    from flowroutes_fast.ops.certified_gpu import Passes
 
     report: dict[str, Any] = {}
     for name, tokens in (("llama-2-7b", 2048), ("llama-3-8b", 2048), ("llama-70b", 2048), ("llama-2-7b", 8192), ("llama-3-8b", 8192)):

@@ -24,10 +24,10 @@ import torch
 
 import flowroutes_fast as fr
 from flowroutes_fast.bench.run import conditions
-from flowroutes_fast.load import DEMO_NAME
+from flowroutes_fast.experiments.patching import record
+from flowroutes_fast.experiments.templates import Example
+from flowroutes_fast.loading.load import DEMO_NAME
 from flowroutes_fast.models.families import blocks_of
-from flowroutes_fast.patching import record
-from flowroutes_fast.templates import Example
 
 ROOT = Path(__file__).parent.parent
 THRESHOLD = 0.04

@@ -37,7 +37,7 @@ from dataclasses import replace
 if {rlimit}:
     resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))
 import torch, flowroutes_fast as fr
-from flowroutes_fast import streaming
+from flowroutes_fast.loading import streaming
 places = streaming.tensor_places
 
 def linked(folder):  # hard links: the tensors of layer n are there under the names of layer n % {distinct}
@@ -81,7 +81,7 @@ def build(folder: Path, layers: int) -> None:
     """Random weights: one layer is drawn, the others are its bytes under other names."""
     from transformers import AutoTokenizer, LlamaConfig
 
-    from flowroutes_fast.load import _converted, demo_file
+    from flowroutes_fast.loading.load import _converted, demo_file
 
     folder.mkdir(parents=True, exist_ok=True)
     LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder)

@@ -1,4 +1,4 @@
-// This file, bindings_fields.h and bindings_cuda.h alone know pybind11. Tensors arrive checked (flowroutes_fast/native.py), as integers.
+// This file, bindings_fields.h and bindings_cuda.h alone know pybind11. Tensors arrive checked (flowroutes_fast/ops/native.py), as integers.
 #include "bindings_fields.h"
 #include "proximity.h"
 #ifdef FLOWROUTES_CUDA

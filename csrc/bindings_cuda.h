@@ -1,4 +1,4 @@
-// Bindings of the CUDA kernels. Arguments arrive checked (flowroutes_fast/cuda.py) in a dict; pointers arrive as integers.
+// Bindings of the CUDA kernels. Arguments arrive checked (flowroutes_fast/ops/cuda.py) in a dict; pointers arrive as integers.
 #pragma once
 #include "bindings_fields.h"
 #include "proximity_cuda.h"

@@ -5,23 +5,29 @@ The names below are imported when they are first used, so that ``import flowrout
 
 import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from flowroutes_fast.version import __version__
 
 TYPE_CHECKING = False  # type checkers take it for true; importing typing takes longer than all of this
 if TYPE_CHECKING:
-    from flowroutes_fast import ops, templates
-    from flowroutes_fast.contrast import contrast, head_frequencies
-    from flowroutes_fast.corpus import Corpus, corpus, corpus_on_ray, open_corpus
-    from flowroutes_fast.errors import DamagedFile
-    from flowroutes_fast.estimate import Estimate, estimate
-    from flowroutes_fast.load import load
-    from flowroutes_fast.patching import patching
-    from flowroutes_fast.record import Trace, load_trace
-    from flowroutes_fast.routes import Route, load_route
-    from flowroutes_fast.streaming import open_streaming
-    from flowroutes_fast.trace import trace
+    from flowroutes_fast import ops
+    from flowroutes_fast.corpora import Corpus, corpus, corpus_on_ray, open_corpus
+    from flowroutes_fast.experiments import ablation as ablation
+    from flowroutes_fast.experiments import faithfulness as faithfulness
+    from flowroutes_fast.experiments import templates
+    from flowroutes_fast.experiments.patching import patching
+    from flowroutes_fast.loading import streaming as streaming
+    from flowroutes_fast.loading.load import load
+    from flowroutes_fast.loading.streaming import open_streaming
+    from flowroutes_fast.ops import reference as reference
+    from flowroutes_fast.planning.estimate import Estimate, estimate
+    from flowroutes_fast.results.contrast import contrast, head_frequencies
+    from flowroutes_fast.results.route import Route, load_route
+    from flowroutes_fast.results.trace import Trace, load_trace
+    from flowroutes_fast.system.errors import DamagedFile
+    from flowroutes_fast.tracing.trace import trace
 
 __all__ = [
     "Corpus",
@@ -47,35 +53,58 @@ __all__ = [
 ]
 
 _HOMES = {  # name -> the module that has it
-    "Corpus": "corpus",
-    "DamagedFile": "errors",
-    "Estimate": "estimate",
-    "Route": "routes",
-    "Trace": "record",
-    "contrast": "contrast",
-    "corpus": "corpus",
-    "corpus_on_ray": "corpus",
-    "estimate": "estimate",
-    "head_frequencies": "contrast",
-    "load": "load",
-    "load_route": "routes",
-    "load_trace": "record",
-    "open_corpus": "corpus",
-    "open_streaming": "streaming",
-    "patching": "patching",
-    "trace": "trace",
+    "Corpus": "corpora",
+    "DamagedFile": "system.errors",
+    "Estimate": "planning.estimate",
+    "Route": "results.route",
+    "Trace": "results.trace",
+    "contrast": "results.contrast",
+    "corpus": "corpora",
+    "corpus_on_ray": "corpora",
+    "estimate": "planning.estimate",
+    "head_frequencies": "results.contrast",
+    "load": "loading.load",
+    "load_route": "results.route",
+    "load_trace": "results.trace",
+    "open_corpus": "corpora",
+    "open_streaming": "loading.streaming",
+    "patching": "experiments.patching",
+    "trace": "tracing.trace",
+}
+_MODULES = {  # modules that are imported under another path too: the one they had before
+    f"{__name__}.{name}": f"{__name__}.{home}"
+    for name, home in {
+        "ablation": "experiments.ablation",
+        "bounds": "ops.bounds",
+        "certify": "ops.certified",
+        "errors": "system.errors",
+        "faithfulness": "experiments.faithfulness",
+        "record": "results.trace",
+        "reference": "ops.reference",
+        "routes": "results.route",
+        "streaming": "loading.streaming",
+        "templates": "experiments.templates",
+    }.items()
 }
 
 
-class _Package(ModuleType):
-    """This package. Importing ``flowroutes_fast.trace`` does not put the module in the place of the function of the same name."""
+class _OtherPaths:
+    """Finds and loads the modules of :data:`_MODULES`: the same module under both paths, not a copy."""
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, _OtherPaths) if name in _MODULES else None  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        sys.modules[module.__name__] = import_module(_MODULES[module.__name__])
 
 
-sys.modules[__name__].__class__ = _Package
+sys.meta_path.append(_OtherPaths)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> object:

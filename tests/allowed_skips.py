@@ -22,7 +22,7 @@ def _lacks(module):
 
 
 def _lacks_instruction_set(name):
-    from flowroutes_fast import native
+    from flowroutes_fast.ops import native
 
     return X86 and native.load()[0] is not None and name not in native.instruction_sets()
 

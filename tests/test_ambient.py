@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowroutes_fast import native
-from flowroutes_fast.ambient import matmul, neutral
-from flowroutes_fast.certify import certified
-from flowroutes_fast.neurons import neuron_importances
-from flowroutes_fast.selftest import _layer
+from flowroutes_fast.ops import native
+from flowroutes_fast.ops.certified import certified
+from flowroutes_fast.ops.neurons import neuron_importances
+from flowroutes_fast.ops.selftest import _layer
+from flowroutes_fast.system.ambient import matmul, neutral
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from test_corpus import Tokenizer, sentences
 import flowroutes_fast as fr
 from flowroutes_fast import analysis
 from flowroutes_fast.analysis.concepts import _final_norm, _gain
-from flowroutes_fast.corpus.statistics import PATTERNS, Statistics
-from flowroutes_fast.corpus.texts import Text
+from flowroutes_fast.corpora.statistics import PATTERNS, Statistics
+from flowroutes_fast.corpora.texts import Text
 from flowroutes_fast.models.families import blocks_of
 from flowroutes_fast.models.weights import effective_weight
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowroutes_fast import certify
 from flowroutes_fast.bench import rivals, run
 from flowroutes_fast.bench.layers import SHAPES, Shape, random_case
 from flowroutes_fast.cli import app
+from flowroutes_fast.ops import certified as certify
 
 
 @pytest.fixture

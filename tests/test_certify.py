@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import flowroutes_fast as fr
-from flowroutes_fast import native, reference
-from flowroutes_fast.bounds import Attention, bound, candidates, pairs
-from flowroutes_fast.certify import certified
+from flowroutes_fast.ops import native, reference
+from flowroutes_fast.ops.bounds import Attention, bound, candidates, pairs
+from flowroutes_fast.ops.certified import certified
 
 needs_native = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
 WAYS = ["reference", pytest.param("cpu", marks=needs_native), pytest.param("cpu, in passes", marks=needs_native)]
@@ -25,7 +25,7 @@ IDS = list(range(7, 36))
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch):
     """Certify also where evaluating everything is cheaper, as it is for the few keys of these tests."""
-    monkeypatch.setattr("flowroutes_fast.layer.FEW_KEYS", 0)
+    monkeypatch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)
 
 
 def layer(seed, n_query=19, n_key=None, heads=6, kv=2, d_qk=16, d_v=12, d_model=48, outliers=False, dtype=torch.float32, **options):
@@ -392,8 +392,8 @@ def test_demo_model(demo):
 
 _GROWTH = """
 import sys, torch
-from flowroutes_fast.bounds import Attention
-from flowroutes_fast.certify import certified
+from flowroutes_fast.ops.bounds import Attention
+from flowroutes_fast.ops.certified import certified
 
 def peak():
     return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))
@@ -426,7 +426,7 @@ def test_few_keys_are_evaluated_whole(width, monkeypatch):
     """Where that is cheaper than bounding: the certificate is exact, and the results are those of precision='exact'."""
     from families import make
 
-    monkeypatch.setattr("flowroutes_fast.layer.FEW_KEYS", 256)
+    monkeypatch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 256)
     model = make("llama", hidden_size=width, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, head_dim=16)
     certified, exact = fr.trace(model, None, IDS), fr.trace(model, None, IDS, precision="exact")
     assert certified.certificate["worst_error"] == 0

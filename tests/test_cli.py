@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flowroutes_fast import terminal
-from flowroutes_fast.cli import app, main
+from flowroutes_fast.cli import app, main, terminal
 
 COMMANDS = ("trace", "view", "estimate", "corpus", "analyze", "bench", "models", "doctor")
 PLAIN = {"NO_COLOR": "1", "COLUMNS": "160"}

@@ -80,6 +80,7 @@ def launch(kernel, dtype, width, target):
     Grouped queries, window, soft cap, row scale and gate; with a width of 1 instead everything has size 1 and there is a mask.
     """
     import torch
+
     from flowroutes_fast.kernels import bound, common, dense, gradient, pairs, parts
 
     dtype = getattr(torch, dtype)

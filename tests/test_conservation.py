@@ -6,9 +6,10 @@ from families import VARIANTS, make
 from test_process_state import IDS, LONG, tiny
 
 import flowroutes_fast as fr
-from flowroutes_fast import conservation, native
-from flowroutes_fast.capture import capture
+from flowroutes_fast.capture import conservation
+from flowroutes_fast.capture.hooks import capture
 from flowroutes_fast.models.families import FAMILIES
+from flowroutes_fast.ops import native
 
 EXPERTS = ("afmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "granitemoehybrid", "jamba", "minimax", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next")  # fmt: skip
 NAMES = [name for name in (*sorted(FAMILIES), *sorted(VARIANTS)) if name.split(",")[0] not in EXPERTS]  # tiny experts are float32 on a CPU

@@ -6,9 +6,10 @@ import pytest
 from families import make
 
 import flowroutes_fast as fr
-from flowroutes_fast.contrast import difference_interval, wilson
-from flowroutes_fast.routes import COLUMNS, Route
-from flowroutes_fast.templates import greater_than, ioi
+from flowroutes_fast.experiments.templates import greater_than, ioi
+from flowroutes_fast.results.contrast import difference_interval, wilson
+from flowroutes_fast.results.edges import COLUMNS
+from flowroutes_fast.results.route import Route
 
 PROMPTS = [[5, 17, 33, 8, 60, 71, 12], [9, 17, 2, 8, 6, 71, 12], [5, 88, 33, 4, 60, 7, 12]]
 

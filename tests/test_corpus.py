@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import flowroutes_fast as fr
 from flowroutes_fast.cli import app
-from flowroutes_fast.corpus.results import vectors
-from flowroutes_fast.corpus.run import batches
-from flowroutes_fast.corpus.statistics import PATTERNS, observe
-from flowroutes_fast.corpus.texts import Skipped, Stream, Text, pieces, read_texts
-from flowroutes_fast.corpus.words import first_of_several, later, word_start, words
+from flowroutes_fast.corpora.results import vectors
+from flowroutes_fast.corpora.run import batches
+from flowroutes_fast.corpora.statistics import PATTERNS, observe
+from flowroutes_fast.corpora.texts import Skipped, Stream, Text, pieces, read_texts
+from flowroutes_fast.corpora.words import first_of_several, later, word_start, words
 
 pytest.importorskip("pyarrow")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -154,7 +154,7 @@ KILLED = """
 import os, sys
 sys.path.insert(0, sys.argv[3])
 import flowroutes_fast as fr
-from flowroutes_fast.corpus import run
+from flowroutes_fast.corpora import run
 from test_corpus import TEXTS, Tokenizer
 from families import make
 left = [int(sys.argv[2])]
@@ -199,7 +199,7 @@ def test_no_row_is_lost_or_doubled_by_a_kill(model, whole, tmp_path, name, calls
 def test_another_run_in_the_folder(model, tmp_path, monkeypatch):
     from filelock import FileLock
 
-    from flowroutes_fast.corpus import run
+    from flowroutes_fast.corpora import run
 
     def again(texts=TEXTS, where=tmp_path / "run", **options):
         return fr.corpus(model, Tokenizer(), texts, where, window=5, batch_tokens=100, **options)
@@ -339,7 +339,7 @@ class Bar:
 @pytest.mark.parametrize("options", [{}, {"shard": (1, 3)}, {"max_tokens": 6}, {"max_tokens": 6, "overflow": "split"}])
 def test_the_bar_foretells_tokens(model, tmp_path, monkeypatch, options):
     """From the first window on it knows the total within a few tokens, and at the end exactly."""
-    from flowroutes_fast.corpus import run
+    from flowroutes_fast.corpora import run
 
     bars = []
     monkeypatch.setattr(run, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
@@ -353,7 +353,7 @@ def test_the_bar_foretells_tokens(model, tmp_path, monkeypatch, options):
 
 
 def test_the_bar_goes_on_after_a_kill(model, tmp_path, monkeypatch):
-    from flowroutes_fast.corpus import run
+    from flowroutes_fast.corpora import run
 
     write, bars = run.Folder.write, []
 
@@ -408,7 +408,7 @@ def test_words_of_subwords():
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120))
 def test_batches_hold_everything_once(lengths, limit):
-    from flowroutes_fast.corpus.run import Item
+    from flowroutes_fast.corpora.run import Item
 
     items = [Item(n, 0, "", "", [0] * length, []) for n, length in enumerate(lengths)]
     found = list(batches(items, limit))

@@ -9,7 +9,7 @@ import pytest
 from faults import Scenario, every_fault, one_sentence
 from test_corpus import TEXTS, Tokenizer, make
 
-from flowroutes_fast.corpus.run import run, settings_of, trace_items
+from flowroutes_fast.corpora.run import run, settings_of, trace_items
 
 pytest.importorskip("pyarrow")
 OPTIONS = {

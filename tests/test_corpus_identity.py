@@ -13,12 +13,12 @@ import torch
 from test_corpus import TEXTS, Tokenizer, make
 
 import flowroutes_fast as fr
-from flowroutes_fast.corpus import run as runs
-from flowroutes_fast.corpus import state
-from flowroutes_fast.corpus.state import read_state, text_of
-from flowroutes_fast.corpus.texts import Stream, Text
-from flowroutes_fast.errors import DamagedFile
-from flowroutes_fast.identity import config_digest, tokenizer_digest, weights_digest
+from flowroutes_fast.corpora import run as runs
+from flowroutes_fast.corpora import state
+from flowroutes_fast.corpora.state import read_state, text_of
+from flowroutes_fast.corpora.texts import Stream, Text
+from flowroutes_fast.models.identity import config_digest, tokenizer_digest, weights_digest
+from flowroutes_fast.system.errors import DamagedFile
 
 TEXTS = TEXTS[:13]
 OPTIONS = {"window": 5, "batch_tokens": 100}
@@ -272,7 +272,7 @@ def test_two_processes(model, folder):
 
 
 def runs_options():
-    from flowroutes_fast.corpus.on_ray import DEFAULTS
+    from flowroutes_fast.corpora.on_ray import DEFAULTS
 
     return DEFAULTS | OPTIONS
 
@@ -393,7 +393,7 @@ def test_tables_that_cannot_be(done, tmp_path, name, column):
 
 def test_a_run_that_goes_on_meanwhile_is_read(model, begun, tmp_path, monkeypatch):
     """Between its state and its sums another process wrote the next window."""
-    from flowroutes_fast.corpus import results
+    from flowroutes_fast.corpora import results
 
     folder, read = shutil.copytree(begun, tmp_path / "run"), results.read_sums
 

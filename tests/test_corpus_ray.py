@@ -9,7 +9,7 @@ import torch
 from test_corpus import TEXTS, Tokenizer, make
 
 import flowroutes_fast as fr
-from flowroutes_fast.corpus.results import vectors
+from flowroutes_fast.corpora.results import vectors
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
@@ -84,7 +84,7 @@ def test_a_worker_dies_and_nothing_is_lost(cluster, whole, tmp_path):
 
 
 def test_one_process_goes_on_where_workers_stopped(cluster, whole, tmp_path, monkeypatch):
-    from flowroutes_fast.corpus import run
+    from flowroutes_fast.corpora import run
 
     write = run.Folder.write
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowroutes_fast import cuda, native, reference
+from flowroutes_fast.ops import cuda, native, reference
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")

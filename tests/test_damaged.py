@@ -14,9 +14,9 @@ from families import make
 
 import flowroutes_fast as fr
 from flowroutes_fast import load as load_function  # noqa: F401
-from flowroutes_fast.checkpoints import gguf_head, tensor_places
+from flowroutes_fast.loading.checkpoints import gguf_head, tensor_places
 
-loading = sys.modules["flowroutes_fast.load"]
+loading = sys.modules["flowroutes_fast.loading.load"]
 IDS = [3, 14, 15, 92, 65]
 EXPECTED = (FileNotFoundError, ValueError, OSError, MemoryError)
 

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import flowroutes_fast as fr
 from flowroutes_fast.cli import app
-from flowroutes_fast.estimate import check_memory
-from flowroutes_fast.layer import Options
+from flowroutes_fast.system import memory
+from flowroutes_fast.tracing.importances import Options
+from flowroutes_fast.tracing.memory import check_memory
 
 module = sys.modules[check_memory.__module__]  # fr.estimate is the function
 
@@ -51,7 +52,7 @@ def _child(code):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_little_address_space_is_refused(monkeypatch):
     """Threads that libraries start then would end the process."""
-    monkeypatch.setattr(module, "_address_space", lambda: 100 * 2**20)
+    monkeypatch.setattr(module, "address_space", lambda: 100 * 2**20)
     with pytest.raises(MemoryError, match=r"the address space of this process is limited .*: 105 MB are left"):
         check_memory(tiny("llama"), 3, Options())
 
@@ -172,19 +173,19 @@ def test_available_memory_reads_cgroups(tmp_path):
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{usage}\n")
     (inner.parent / "memory.stat").write_text("anon 600\ninactive_file 200\nactive_file 50\n")
-    assert module._cgroup_memory(tmp_path / "cgroup", tmp_path) == 350
+    assert memory._cgroup_memory(tmp_path / "cgroup", tmp_path) == 350
     old = tmp_path / "memory"
     old.mkdir()
     (tmp_path / "cgroup1").write_text("5:cpu:/x\n4:memory:/docker/xyz\n")  # a path of the host's, not visible in a container
     (old / "memory.limit_in_bytes").write_text("500\n")
     (old / "memory.usage_in_bytes").write_text("100\n")
-    assert module._cgroup_memory(tmp_path / "cgroup1", tmp_path) == 400
-    assert module._cgroup_memory(tmp_path / "none", tmp_path) is None
-    assert module._system_memory(tmp_path / "none") is None
+    assert memory._cgroup_memory(tmp_path / "cgroup1", tmp_path) == 400
+    assert memory._cgroup_memory(tmp_path / "none", tmp_path) is None
+    assert memory._system_memory(tmp_path / "none") is None
 
 
 def test_address_space_is_respected():
-    code = "import resource; from flowroutes_fast.estimate import _address_space as f; a = f(); resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); print(a, f() < 2**36)"
+    code = "import resource; from flowroutes_fast.system.memory import address_space as f; a = f(); resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); print(a, f() < 2**36)"
     assert _child(code) == "None True"
 
 

@@ -8,9 +8,9 @@ from conftest import IOI
 from families import make
 
 import flowroutes_fast as fr
-from flowroutes_fast import ablation, faithfulness
-from flowroutes_fast.ablation import clean, kept_logits, mask_gradient, value_means
-from flowroutes_fast.faithfulness import curve, measure, per_layer, rank_sub_edges, strongest, summary
+from flowroutes_fast.experiments import ablation, faithfulness
+from flowroutes_fast.experiments.ablation import clean, kept_logits, mask_gradient, value_means
+from flowroutes_fast.experiments.faithfulness import curve, measure, per_layer, rank_sub_edges, strongest, summary
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "gpt_oss", "deepseek_v3", "phi", "gpt_neox", "mistral", "bitnet"]

@@ -8,10 +8,10 @@ import torch
 from families import OPTIONS, VARIANTS, make
 
 import flowroutes_fast as fr
-from flowroutes_fast.capture import capture
-from flowroutes_fast.layer import conservation_error
+from flowroutes_fast.capture.hooks import capture
 from flowroutes_fast.models.families import FAMILIES, REFUSED, blocks_of
 from flowroutes_fast.models.table import markdown, rows
+from flowroutes_fast.tracing.importances import conservation_error
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 7, 51]
 NAMES = sorted(FAMILIES) + sorted(VARIANTS)

@@ -7,9 +7,9 @@ from conftest import IOI
 
 import flowroutes_fast as fr
 from flowroutes_fast.bench.layers import long_prompt
-from flowroutes_fast.capture import capture
-from flowroutes_fast.layer import conservation_error
-from flowroutes_fast.load import cache_folder
+from flowroutes_fast.capture.hooks import capture
+from flowroutes_fast.loading.load import cache_folder
+from flowroutes_fast.tracing.importances import conservation_error
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 KEYS = ["layer", "kind", "source", "target", "head"]

@@ -7,7 +7,7 @@ import torch
 from test_process_state import IDS, LONG, same, tiny
 
 import flowroutes_fast as fr
-from flowroutes_fast.tokens import single_token, token_texts
+from flowroutes_fast.models.tokens import single_token, token_texts
 
 
 def llama4(implementation):

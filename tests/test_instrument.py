@@ -17,8 +17,8 @@ from conftest import IOI
 from families import make
 
 import flowroutes_fast as fr
-from flowroutes_fast.record import Trace
-from flowroutes_fast.routes import KINDS
+from flowroutes_fast.results.edges import KINDS
+from flowroutes_fast.results.trace import Trace
 from flowroutes_fast.view import packing, page
 from flowroutes_fast.view.details import details
 from flowroutes_fast.view.text import show_token

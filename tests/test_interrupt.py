@@ -9,10 +9,12 @@ import time
 
 import pytest
 
-from flowroutes_fast import interrupt
+from flowroutes_fast.cli import interrupt
 
 # Interrupts are not ignored, as they are where the tests themselves run in the background; a line says when our code starts.
-START = "import os, signal, sys; signal.signal(signal.SIGINT, {handler}); import flowroutes_fast.interrupt; os.write(2, b'started\\n'); "
+START = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, {handler}); import flowroutes_fast.cli.interrupt; os.write(2, b'started\\n'); "
+)
 MAIN = "from flowroutes_fast.cli import main; main()"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 SENTENCE = f"{interrupt.SENTENCE}\n"
@@ -22,7 +24,8 @@ DRIVER = r"""
 import importlib, json, os, signal, sys, traceback
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from flowroutes_fast import cli, interrupt
+from flowroutes_fast import cli
+from flowroutes_fast.cli import interrupt
 from families import make
 fr = cli._package()
 model = make("llama")
@@ -36,7 +39,7 @@ class Tokenizer:
 
 load = lambda name, **_: (model, Tokenizer())
 fr.load = load
-sys.modules["flowroutes_fast.load"].load = load
+sys.modules["flowroutes_fast.loading.load"].load = load
 calls = 0
 fr.trace(model, Tokenizer(), "Hello").save("given.safetensors")
 Path("lines.txt").write_text("One text.\\nAnother.\\n")

@@ -33,8 +33,7 @@ if IN_CHILD:
 else:
     from flowroutes_fast.kernels import bound, decide, dense, gradient, pairs, parts
     from flowroutes_fast.kernels.common import Tile
-
-    from flowroutes_fast import reference
+    from flowroutes_fast.ops import reference
 
 
 class Case:
@@ -405,8 +404,8 @@ if not IN_CHILD:
 
     def test_certified_layer():
         """Bound, list, evaluate, refine: intervals hold the exact normaliser, and everything above the floor is listed with its value."""
-        from flowroutes_fast.bounds import Attention
-        from flowroutes_fast.certify import certified
+        from flowroutes_fast.ops.bounds import Attention
+        from flowroutes_fast.ops.certified import certified
 
         case = Case(4, 2, 20, 20, 16, 16, 48, dtype=torch.bfloat16, sinks=True, row_scale=True)
         a = Attention(

@@ -9,10 +9,11 @@ import textwrap
 import pytest
 import torch
 
-from flowroutes_fast import native, ops
-from flowroutes_fast.bounds import pairs
-from flowroutes_fast.neurons import neuron_importances
-from flowroutes_fast.selftest import OPERATIONS, _layer, self_test
+from flowroutes_fast import ops
+from flowroutes_fast.ops import native
+from flowroutes_fast.ops.bounds import pairs
+from flowroutes_fast.ops.neurons import neuron_importances
+from flowroutes_fast.ops.selftest import OPERATIONS, _layer, self_test
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
 LAYER = (4, 2, 5, 9, 7, 6, 33)
@@ -68,7 +69,7 @@ def test_a_broken_kernel_is_told(name, tests, monkeypatch):
     module = Broken(name)
     monkeypatch.setattr(native, "extension", lambda: module)
     monkeypatch.setattr(native, "instruction_sets", lambda: ["baseline"])
-    monkeypatch.setattr("flowroutes_fast.selftest.SHAPES", ((3, 1, 5, 9, 7, 5, 33),))
+    monkeypatch.setattr("flowroutes_fast.ops.selftest.SHAPES", ((3, 1, 5, 9, 7, 5, 33),))
     found = self_test()
     assert {key.split(",")[0] for key, wrong in found.items() if wrong} == {tests}
     assert "differs from float64 by" in found[f"{tests}, baseline"]
@@ -78,7 +79,7 @@ def test_the_extension_refuses_unknown_missing_and_null_fields():
     layer = _layer(LAYER)
 
     def arguments():
-        from flowroutes_fast.bounds import native_arguments
+        from flowroutes_fast.ops.bounds import native_arguments
 
         made = native_arguments(layer)
         for name in ("upper", "flow"):
@@ -162,10 +163,10 @@ def test_memory_that_runs_out_is_a_memory_error():
     import resource
     import torch
     from flowroutes_fast import ops
-    from flowroutes_fast.bounds import Bounds, bound, pairs
-    from flowroutes_fast.certify import certified
-    from flowroutes_fast.neurons import neuron_importances
-    from flowroutes_fast.selftest import _layer
+    from flowroutes_fast.ops.bounds import Bounds, bound, pairs
+    from flowroutes_fast.ops.certified import certified
+    from flowroutes_fast.ops.neurons import neuron_importances
+    from flowroutes_fast.ops.selftest import _layer
 
     a = _layer((8, 2, 100, 1000, 16, 16, 256))
     others = torch.ones(1, 100)
@@ -212,7 +213,7 @@ def test_doctor_says_what_the_self_test_found(monkeypatch):
     assert found.exit_code == 0, found.output
     assert "self-test  ok: every native operation agrees with float64" in found.output
     monkeypatch.setattr(
-        "flowroutes_fast.selftest.self_test", lambda: {"pairs, avx2": "differs from float64 by 1.0e+00", "parts, avx2": None}
+        "flowroutes_fast.ops.selftest.self_test", lambda: {"pairs, avx2": "differs from float64 by 1.0e+00", "parts, avx2": None}
     )
     found = CliRunner().invoke(app, ["doctor"])
     assert found.exit_code == 1

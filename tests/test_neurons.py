@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowroutes_fast as fr
-from flowroutes_fast import reference
-from flowroutes_fast.capture import capture
-from flowroutes_fast.neurons import neuron_importances
+from flowroutes_fast.capture.hooks import capture
+from flowroutes_fast.ops import reference
+from flowroutes_fast.ops.neurons import neuron_importances
 
 IDS = list(range(7, 30))
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowroutes_fast import native, ops, reference
+from flowroutes_fast import ops
+from flowroutes_fast.ops import native, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # importances, absolute, on the rounded inputs
 needs_native = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
@@ -463,7 +464,7 @@ def test_a_backend_runs_what_was_asked_or_refuses(monkeypatch):
 
 
 def test_cuda_without_triton_is_not_available(monkeypatch):
-    monkeypatch.setattr("flowroutes_fast.cuda.missing", lambda: None)
+    monkeypatch.setattr("flowroutes_fast.ops.cuda.missing", lambda: None)
     monkeypatch.setattr(ops, "_triton_missing", lambda: "triton cannot be imported")
     assert ops.backend_status()["cuda"] == "its bounds are Triton's: triton cannot be imported"
 

@@ -6,8 +6,8 @@ import torch
 from families import make
 
 import flowroutes_fast as fr
+from flowroutes_fast.experiments.patching import Patch, patched_logits, record
 from flowroutes_fast.models.families import blocks_of
-from flowroutes_fast.patching import Patch, patched_logits, record
 
 CLEAN, CORRUPTED = [5, 17, 33, 8, 60, 71, 12], [5, 18, 33, 9, 60, 71, 44]
 SOME = ("llama", "gpt2", "gemma2", "gpt_neox", "gptj", "bitnet", "gpt_oss", "deepseek_v3", "jamba", "qwen3_next", "falcon", "mixtral")

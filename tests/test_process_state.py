@@ -10,7 +10,7 @@ import torch
 from families import make
 
 import flowroutes_fast as fr
-from flowroutes_fast import ablation
+from flowroutes_fast.experiments import ablation
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79]
 LONG = [3 + i % 90 for i in range(300)]
@@ -365,7 +365,8 @@ def test_foreign_attention_functions():
 
 def test_the_check_costs_little(demo, monkeypatch):
     """Counted, not timed: it looks at a few rows and channels of a plain model."""
-    from flowroutes_fast import conservation, native
+    from flowroutes_fast.capture import conservation
+    from flowroutes_fast.ops import native
 
     model, tokenizer = demo
     fr.trace(model, tokenizer, "warm")
@@ -649,8 +650,8 @@ def test_layers_that_are_one_module(what):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_scores_in_few_bits(kind, dtype):
     """Eager attention rounds scores to half precision: where they are large, its weights count and not better ones."""
-    from flowroutes_fast import conservation
-    from flowroutes_fast.capture import capture
+    from flowroutes_fast.capture import conservation
+    from flowroutes_fast.capture.hooks import capture
 
     model = make(kind)
     with torch.no_grad():

@@ -17,9 +17,11 @@ from families import make
 from faults import Scenario, every_fault, one_sentence
 
 import flowroutes_fast as fr
-from flowroutes_fast import by_layer, files, resume
-from flowroutes_fast.identity import weights_digest
-from flowroutes_fast.streaming import stream_of
+from flowroutes_fast.loading.streaming import stream_of
+from flowroutes_fast.models.identity import weights_digest
+from flowroutes_fast.system import files
+from flowroutes_fast.tracing import layer_by_layer as by_layer
+from flowroutes_fast.tracing import resume
 
 IDS = [3, 14, 15, 92, 65]
 PROMPTS = [IDS, [9, 8]]
@@ -421,7 +423,7 @@ def test_code_is_known_in_every_process():
         sys.path.insert(0, sys.argv[1])
         from families import make
         from test_resume import called, replaced, scaled, steered
-        from flowroutes_fast.identity import code_of
+        from flowroutes_fast.models.identity import code_of
         found = []
         for put in (scaled, steered, replaced, called):
             model = make("llama", num_hidden_layers=2)

@@ -134,7 +134,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
-    from flowroutes_fast.files import write_atomically
+    from flowroutes_fast.system.files import write_atomically
 
     def stop(path):
         path.write_text("half")

@@ -288,7 +288,7 @@ def test_view_writes_a_page(files, monkeypatch):
 
 
 def test_view_with_a_model(files, monkeypatch):
-    loading = importlib.import_module("flowroutes_fast.load")
+    loading = importlib.import_module("flowroutes_fast.loading.load")
     monkeypatch.setattr(loading, "load", lambda name: (make("llama"), Tokenizer()))
     page = command.view([files / "a-proximity.safetensors"], model="any")
     sets = json.loads(re.search(r'id="about-data">(.*?)</script>', page.read_text(), re.S)[1])["sets"]
@@ -337,7 +337,7 @@ def runner(words):
 
 def test_serving_from_the_command_line(files):
     """A whole run: the port is said, the page answers, a second server on the port is refused, Ctrl+C ends the first."""
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import importlib; l = importlib.import_module('flowroutes_fast.load'); from test_server import Tokenizer, make; l.load = lambda n: (make('llama'), Tokenizer()); from flowroutes_fast.cli import main; main()"
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import importlib; l = importlib.import_module('flowroutes_fast.loading.load'); from test_server import Tokenizer, make; l.load = lambda n: (make('llama'), Tokenizer()); from flowroutes_fast.cli import main; main()"
     words = [sys.executable, "-c", code, "view", str(files / "a-proximity.safetensors"), "--serve", "--no-open", "--port"]
     process = subprocess.Popen([*words, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -13,9 +13,9 @@ from conftest import IOI
 from families import OPTIONS, VARIANTS, make
 
 import flowroutes_fast as fr
-from flowroutes_fast import by_layer
-from flowroutes_fast.checkpoints import GgufSource, tensor_places
-from flowroutes_fast.streaming import parse_memory, stream_of
+from flowroutes_fast.loading.checkpoints import GgufSource, tensor_places
+from flowroutes_fast.loading.streaming import parse_memory, stream_of
+from flowroutes_fast.tracing import layer_by_layer as by_layer
 
 pytest.importorskip("accelerate")
 PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5, 6, 7], [50, 40]]
@@ -211,7 +211,7 @@ def test_a_layer_that_does_not_fit_comes_in_piece_by_piece(half):
 
 
 def test_an_unembedding_in_pieces(monkeypatch):
-    from flowroutes_fast import streaming
+    from flowroutes_fast.loading import streaming
 
     monkeypatch.setattr(streaming, "PIECE", 100)
     head, x = torch.nn.Linear(16, 33).bfloat16(), torch.randn(2, 3, 16)
@@ -226,7 +226,7 @@ def test_many_prompts_in_groups_that_fit(half, monkeypatch, tmp_path):
     streamed, _ = fr.open_streaming(folder)
     stream = stream_of(streamed)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(sys.modules["flowroutes_fast.trace"], "working_memory", lambda model, tokens, options, batch: batch)
+    monkeypatch.setattr(sys.modules["flowroutes_fast.tracing.trace"], "working_memory", lambda model, tokens, options, batch: batch)
     stream.budget = stream.weights + 2
     read, spilled = [], []
     load, close = stream.feed._load, by_layer.States.close
@@ -247,7 +247,7 @@ def test_many_prompts_in_groups_that_fit(half, monkeypatch, tmp_path):
 KILLED = """
 import os, sys
 import flowroutes_fast as fr
-from flowroutes_fast import by_layer
+from flowroutes_fast.tracing import layer_by_layer as by_layer
 model, _ = fr.open_streaming(sys.argv[1])
 write = by_layer.Store.write
 

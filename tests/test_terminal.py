@@ -14,8 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import flowroutes_fast as fr
-from flowroutes_fast import cli, terminal
-from flowroutes_fast.escape import json_text, printable
+from flowroutes_fast import cli
+from flowroutes_fast.cli import terminal
+from flowroutes_fast.system.escape import json_text, printable
 
 HOSTILE = "a\x1b[31m\x1b]8;;http://x\x07[bold]red[/bold]\x9b2J\u202eb\nc\x08d:smile:\u2028\x7f\udcff"
 SHOWN = "a\\x1b[31m\\x1b]8;;http://x\\x07[bold]red[/bold]\\x9b2J\\u202eb↵c\\x08d:smile:\\u2028\\x7f\\udcff"
@@ -197,7 +198,7 @@ def test_a_reader_that_is_gone(redirect, tmp_path):
 def test_a_full_disk_and_a_narrow_encoding():
     done = subprocess.run(["bash", "-c", f"{sys.executable} -W ignore -c '{SHELL}' --version > /dev/full"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "flowroutes: cannot write to standard output: No space left on device\n")
-    code = "from flowroutes_fast.terminal import open_streams, print_json, say; open_streams(); say('é 日'); print_json({'日': 1})"
+    code = "from flowroutes_fast.cli.terminal import open_streams, print_json, say; open_streams(); say('é 日'); print_json({'日': 1})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert done.stdout == b'\xe9 \\u65e5\n{"\\u65e5": 1}\n', done.stderr
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import flowroutes_fast as fr
 from flowroutes_fast import ops
-from flowroutes_fast.capture import capture
-from flowroutes_fast.layer import conservation_error, parts_of
-from flowroutes_fast.reference import attention_pattern
+from flowroutes_fast.capture.hooks import capture
+from flowroutes_fast.ops.reference import attention_pattern
+from flowroutes_fast.tracing.importances import conservation_error, parts_of
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]
 
@@ -221,7 +221,7 @@ def open_trace():
     """A model and a certified trace with rows that its intervals leave open at other thresholds."""
     model = tiny("llama")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowroutes_fast.layer.FEW_KEYS", 0)  # also where evaluating everything is cheaper
+        patch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)  # also where evaluating everything is cheaper
         return model, fr.trace(model, None, list(range(7, 36)), tolerance=0.3, thresholds=(), neurons=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny
 
 import flowroutes_fast as fr
-from flowroutes_fast import workers
+from flowroutes_fast.tracing import workers
 
 PROMPTS = [list(range(1, 30)), [5, 4, 3], list(range(40, 60)), [7, 7]]
 

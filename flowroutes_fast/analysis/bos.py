@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowroutes_fast.corpus.results import Corpus, vectors
+from flowroutes_fast.corpora.results import Corpus, vectors
 
 FIRST, LAST = 0.15, 0.15  # of the layers at both ends that do not count
 LIMIT, MOST = 0.05, 0.8  # of a state's mass, in this share of the layers between
@@ -129,7 +129,7 @@ def attention_on(corpus: Corpus, model: Any, found: Untouched, texts: int = 50) 
     Raises:
         ValueError: the model is not that of the run.
     """
-    from flowroutes_fast.ablation import clean
+    from flowroutes_fast.experiments.ablation import clean
 
     corpus.check_model(model)
     keys = found.positions[["number", "piece"]].drop_duplicates()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowroutes_fast.corpus.results import Corpus, vectors
-from flowroutes_fast.corpus.words import later
+from flowroutes_fast.corpora.results import Corpus, vectors
+from flowroutes_fast.corpora.words import later
 
 LEAST_POSITIONS = 50
 FUNCTION = {"ADP": "function", "DET": "function", "PRON": "function", "CONJ": "function", "PRT": "function", "AUX": "function"}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flowroutes_fast.capture import unwrap
+from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.models.families import Block, blocks_of
+from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.models.weights import effective_weight
-from flowroutes_fast.tokens import token_texts
 
 TOGETHER = 16  # heads whose vectors meet the unembedding at a time: it is read once for all of them
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from flowroutes_fast.corpus.results import Corpus, vectors
+from flowroutes_fast.corpora.results import Corpus, vectors
 
 CUT, GENERAL = 0.015, 0.015  # the paper's: importance in the domain above, in general text below
 LEAST_TEXTS = 20

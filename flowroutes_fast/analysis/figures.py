@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from flowroutes_fast.analysis.clusters import Clusters
-from flowroutes_fast.corpus.statistics import Statistics
-from flowroutes_fast.files import write_atomically, write_text
+from flowroutes_fast.corpora.statistics import Statistics
+from flowroutes_fast.system.files import write_atomically, write_text
 
 COLOURS = [
     "#0072b2",

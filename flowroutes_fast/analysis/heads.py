@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from flowroutes_fast.corpus.statistics import PATTERNS, Statistics
+from flowroutes_fast.corpora.statistics import PATTERNS, Statistics
 
 SHARE = 0.7  # of positions, the paper's
 PLACES = tuple(name for name in PATTERNS if name != "same word")

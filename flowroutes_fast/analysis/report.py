@@ -16,9 +16,9 @@ from flowroutes_fast.analysis.clusters import LEAST_POSITIONS, Tagger, clusters,
 from flowroutes_fast.analysis.concepts import concepts
 from flowroutes_fast.analysis.domains import LEAST_TEXTS, domain_heads, domain_means, domain_overlap
 from flowroutes_fast.analysis.heads import positional_heads
-from flowroutes_fast.corpus.results import Corpus
-from flowroutes_fast.corpus.state import software
-from flowroutes_fast.files import check_writable, write_text
+from flowroutes_fast.corpora.results import Corpus
+from flowroutes_fast.corpora.state import software
+from flowroutes_fast.system.files import check_writable, write_text
 
 SHOWN = 400  # rows of a table on the page; its file has all
 POINTS = ["number", "piece", "position", "token", "tag", "subword", "digits", "pca_x", "pca_y", "x", "y"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowroutes_fast.bounds import Attention
+from flowroutes_fast.ops.bounds import Attention
 
 REAL_LAYERS = (0, 8, 23)
 REAL_TOKENS = 1024
@@ -97,10 +97,10 @@ def save_activations(path: Path) -> None:
     from safetensors.torch import save_file
 
     import flowroutes_fast as fr
-    from flowroutes_fast import reference
-    from flowroutes_fast.capture import Layer, capture
-    from flowroutes_fast.files import write_atomically
-    from flowroutes_fast.layer import parts_of
+    from flowroutes_fast.capture.hooks import Layer, capture
+    from flowroutes_fast.ops import reference
+    from flowroutes_fast.system.files import write_atomically
+    from flowroutes_fast.tracing.importances import parts_of
 
     model, tokenizer = fr.load("demo")
     stored: dict[str, Tensor] = {}

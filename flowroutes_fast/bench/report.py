@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from flowroutes_fast.files import write_atomically
+from flowroutes_fast.system.files import write_atomically
 
 KERNELS = ("certified", "bound", "signed", "exact")
 

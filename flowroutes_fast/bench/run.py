@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from flowroutes_fast import native, ops, reference
+from flowroutes_fast import ops
 from flowroutes_fast.bench.layers import SHAPES, Case, long_prompt, random_case, real_cases
 from flowroutes_fast.bench.rivals import RIVALS
-from flowroutes_fast.bounds import bound
-from flowroutes_fast.certify import certified
-from flowroutes_fast.files import check_writable, write_text
-from flowroutes_fast.load import cache_folder
+from flowroutes_fast.loading.load import cache_folder
+from flowroutes_fast.ops import native, reference
+from flowroutes_fast.ops.bounds import bound
+from flowroutes_fast.ops.certified import certified
+from flowroutes_fast.system.files import check_writable, write_text
 
 RIVAL_BYTES = 4e9
 RIVAL_SECONDS = 90.0
@@ -216,7 +217,7 @@ def memory(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 def write_profile(path: Path, tokens: int) -> None:
     """A Chrome trace (chrome://tracing, Perfetto) of one traced pass over the demo model."""
     import flowroutes_fast as fr
-    from flowroutes_fast.files import write_atomically
+    from flowroutes_fast.system.files import write_atomically
 
     model, tokenizer = fr.load("demo")
     ids = long_prompt(tokenizer, tokens)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import Any
-
-FOREIGN = {"transformer_lens": "transformer_lens", "nnsight": "nnsight", "nnterp": "nnsight"}  # where a model's class comes from -> adapter
 
 
 def require(module: str, extra: str, *, package: str | None = None, at_least: str = "", below: str = "") -> ModuleType:
@@ -29,11 +26,3 @@ def require(module: str, extra: str, *, package: str | None = None, at_least: st
     if (at_least and found < Version(at_least)) or (below and found >= Version(below)):
         raise ImportError(f"{name} {found} is not supported: {advice}")
     return importlib.import_module(module)
-
-
-def adapter_of(model: Any) -> ModuleType | None:
-    """The file here that traces another library's model (its ``trace`` has :func:`flowroutes_fast.trace`'s signature), or None."""
-    for kind in type(model).__mro__:
-        if (name := FOREIGN.get(kind.__module__.partition(".")[0])) is not None:
-            return importlib.import_module(f"flowroutes_fast.integrations.{name}")
-    return None

@@ -1,6 +1,6 @@
 """Routes as a result of captum: what each prompt token supplies to each output token, in the object that its plots take.
 
-The token attribution of a whole route (see :mod:`flowroutes_fast.mass`) is not what captum's own methods measure: those change or
+The token attribution of a whole route (see :mod:`flowroutes_fast.results.flow`) is not what captum's own methods measure: those change or
 differentiate the input and watch a probability; here one forward pass is read.
 """
 
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from flowroutes_fast.integrations import require
-from flowroutes_fast.routes import check_traced, same_token_parts
+from flowroutes_fast.results.edges import check_traced, same_token_parts
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from flowroutes_fast.record import Trace
+    from flowroutes_fast.results.trace import Trace
 
 AT_LEAST, BELOW = "0.9", "1"
 GREEDY = {"max_new_tokens": 25, "do_sample": False, "temperature": None, "top_p": None}
@@ -86,8 +86,8 @@ def attribute(
         ValueError: a prompt or target without tokens, and what :func:`flowroutes_fast.trace` raises. TypeError: ``gen_args`` beside a
             target, a prompt that is not one text.
     """
-    from flowroutes_fast.prompts import token_ids
-    from flowroutes_fast.trace import trace
+    from flowroutes_fast.tracing.prompts import token_ids
+    from flowroutes_fast.tracing.trace import trace
 
     _captum()
     if target is not None and gen_args is not None:

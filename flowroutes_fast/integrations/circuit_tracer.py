@@ -18,12 +18,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowroutes_fast.documents import a_list, parse, plain_file
-from flowroutes_fast.errors import DamagedFile
-from flowroutes_fast.files import write_text
+from flowroutes_fast.system.documents import a_list, parse, plain_file
+from flowroutes_fast.system.errors import DamagedFile
+from flowroutes_fast.system.files import write_text
 
 if TYPE_CHECKING:
-    from flowroutes_fast.routes import Route
+    from flowroutes_fast.results.route import Route
 
 SCHEMA_VERSION = 1
 METADATA = "graph-metadata.json"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowroutes_fast.capture import unwrap
+from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.integrations import require
 from flowroutes_fast.integrations.captum import token_matrix
 from flowroutes_fast.models.families import blocks_of
-from flowroutes_fast.record import Trace
-from flowroutes_fast.trace import DEFAULT_FLOOR, trace
+from flowroutes_fast.results.trace import Trace
+from flowroutes_fast.tracing.trace import DEFAULT_FLOOR, trace
 
 METHOD = "information_flow_routes"
 SCORES = ("sub-edges", "tokens")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowroutes_fast import reference
+from flowroutes_fast.ops import reference
 
 PACKAGE = "llm_transparency_tool"
 METHODS = ("model_info", "tokens", "residual_in", "residual_after_attn", "residual_out", "ffn_out", "decomposed_attn")

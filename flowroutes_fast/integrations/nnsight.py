@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flowroutes_fast.capture import unwrap
-from flowroutes_fast.estimate import available_memory
+from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.integrations import require
-from flowroutes_fast.record import Settle
-from flowroutes_fast.trace import trace as trace_model
+from flowroutes_fast.results.trace import Settle
+from flowroutes_fast.system.memory import available_memory
+from flowroutes_fast.tracing.trace import trace as trace_model
 
 AT_LEAST, BELOW = "0.7", "0.9"
 ACCESSOR = "__source_accessor__"

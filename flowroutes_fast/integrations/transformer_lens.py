@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from flowroutes_fast.capture import Layer, _evaluation_mode, _lock, rows_of, span_of, undisturbed, unwrap
+from flowroutes_fast.capture.hooks import Layer, _evaluation_mode, _lock, rows_of, span_of, undisturbed, unwrap
 from flowroutes_fast.integrations import require
-from flowroutes_fast.layer import LayerImportances, Options, check_finite, conservation_error, importances
+from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.ops import choose_backend
-from flowroutes_fast.prompts import read_prompts, refuse_inputs
-from flowroutes_fast.tokens import token_texts
-from flowroutes_fast.trace import (
+from flowroutes_fast.tracing.importances import LayerImportances, Options, check_finite, conservation_error, importances
+from flowroutes_fast.tracing.prompts import read_prompts, refuse_inputs
+from flowroutes_fast.tracing.trace import (
     _TOLERANCE,
     DENSE_LIMIT,
     _check_options,
@@ -39,7 +39,7 @@ from flowroutes_fast.trace import (
     model_name,
     most_probable,
 )
-from flowroutes_fast.trace import trace as trace_model
+from flowroutes_fast.tracing.trace import trace as trace_model
 
 AT_LEAST, BELOW = "3.9", "5"
 PROBE = 8  # tokens on which a bridge and its transformers model are compared

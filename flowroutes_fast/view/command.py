@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowroutes_fast.files import check_writable, write_text
-from flowroutes_fast.record import load_trace
+from flowroutes_fast.results.trace import load_trace
+from flowroutes_fast.system.files import check_writable, write_text
 from flowroutes_fast.view.page import trace_html
 
 if TYPE_CHECKING:
-    from flowroutes_fast.record import Trace
+    from flowroutes_fast.results.trace import Trace
 
 Say = Callable[[str], None]
 
@@ -89,7 +89,7 @@ def serve(
     say: Say = print,
 ) -> None:
     """Serve the page on 127.0.0.1 until interrupted; prompts typed into it are traced by ``model``."""
-    from flowroutes_fast.load import load
+    from flowroutes_fast.loading.load import load
     from flowroutes_fast.view import server
 
     _check(threshold)
@@ -131,8 +131,8 @@ def _read(files: Sequence[Path]) -> Prompts:
 
 def _with_model(prompts: Prompts, name: str, position: int) -> dict[str, Any]:
     """Logit lens and attention weights of the prompts, and their traces with the other measure where none was given."""
-    from flowroutes_fast.load import load
-    from flowroutes_fast.trace import DEFAULT_FLOOR, trace
+    from flowroutes_fast.loading.load import load
+    from flowroutes_fast.tracing.trace import DEFAULT_FLOOR, trace
     from flowroutes_fast.view.details import details
 
     model, tokenizer = load(name)

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.ambient import in_neutral
-from flowroutes_fast.capture import Layer, capture, only_here, prepared, unwrap
-from flowroutes_fast.integrations import adapter_of
+from flowroutes_fast.capture.hooks import Layer, capture, only_here, prepared, unwrap
+from flowroutes_fast.loading.streaming import stream_of
 from flowroutes_fast.models.families import Block, blocks_of, text_config
 from flowroutes_fast.models.heads import check_predicts_tokens
-from flowroutes_fast.prompts import check_tokens_alone, token_ids
-from flowroutes_fast.reference import attention_pattern
-from flowroutes_fast.streaming import stream_of
-from flowroutes_fast.tokens import token_texts
-from flowroutes_fast.trace import check_weights
+from flowroutes_fast.models.tokens import token_texts
+from flowroutes_fast.ops.reference import attention_pattern
+from flowroutes_fast.system.ambient import in_neutral
+from flowroutes_fast.tracing.adapters import adapter_of
+from flowroutes_fast.tracing.prompts import check_tokens_alone, token_ids
+from flowroutes_fast.tracing.trace import check_weights
 from flowroutes_fast.view.text import show_token
 
 if TYPE_CHECKING:
-    from flowroutes_fast.record import Trace
+    from flowroutes_fast.results.trace import Trace
 
 TOP_TOKENS = 5
 TOP_KEYS = 8

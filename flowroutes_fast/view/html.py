@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.cells import cell_len
 
-from flowroutes_fast.escape import printable
+from flowroutes_fast.system.escape import printable
 from flowroutes_fast.view.text import clip, head_name, rule_text, show_token, states_of, strongest_edges
 
 if TYPE_CHECKING:
-    from flowroutes_fast.routes import Route
+    from flowroutes_fast.results.route import Route
 
 KINDS = {
     "attention": "attention",

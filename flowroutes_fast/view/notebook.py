@@ -11,8 +11,8 @@ from flowroutes_fast.view.page import trace_html
 from flowroutes_fast.view.text import show_importance, show_token
 
 if TYPE_CHECKING:
-    from flowroutes_fast.record import Trace
-    from flowroutes_fast.routes import Route
+    from flowroutes_fast.results.route import Route
+    from flowroutes_fast.results.trace import Trace
 
 MAX_CELL = 3_000_000  # bytes of a cell's page: notebooks keep their output
 MAX_EDGES = 5_000  # of a route that is drawn

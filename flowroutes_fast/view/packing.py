@@ -12,7 +12,7 @@ import numpy as np
 from flowroutes_fast.view.text import show_token
 
 if TYPE_CHECKING:
-    from flowroutes_fast.record import Trace
+    from flowroutes_fast.results.trace import Trace
     from flowroutes_fast.view.details import Details
 
 MAX_SUB_EDGES = 800_000  # per trace: about 4 MB of the page

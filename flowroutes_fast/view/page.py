@@ -14,14 +14,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from flowroutes_fast.escape import printable
+from flowroutes_fast.system.escape import printable
 from flowroutes_fast.view import packing
 from flowroutes_fast.view.html import static_picture
 from flowroutes_fast.view.text import show_token, states_of
 
 if TYPE_CHECKING:
-    from flowroutes_fast.record import Trace
-    from flowroutes_fast.routes import Route
+    from flowroutes_fast.results.route import Route
+    from flowroutes_fast.results.trace import Trace
     from flowroutes_fast.view.details import Details
 
 SCRIPTS = ("route.js", "scene.js", "paint.js", "panel.js", "instrument.js")

@@ -1,4 +1,4 @@
-// Traces as the page holds them, and routes extracted from them exactly as routes.py does.
+// Traces as the page holds them, and routes extracted from them exactly as results/extract.py does.
 
 const REST = 65535; // head of the sub-edges that are known only as a sum
 const KINDS = ["attention", "mixer", "attention_residual", "ffn", "ffn_residual"];

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flowroutes_fast.prompts import token_ids
-from flowroutes_fast.trace import DEFAULT_FLOOR, DEFAULT_THRESHOLDS, model_name, trace
+from flowroutes_fast.tracing.prompts import token_ids
+from flowroutes_fast.tracing.trace import DEFAULT_FLOOR, DEFAULT_THRESHOLDS, model_name, trace
 from flowroutes_fast.view import page
 from flowroutes_fast.view.details import details
 
@@ -33,7 +33,7 @@ except ImportError as error:
     raise ImportError("the page's server needs FastAPI and uvicorn: pip install 'flowroutes_fast[view]'") from error
 
 if TYPE_CHECKING:
-    from flowroutes_fast.record import Trace
+    from flowroutes_fast.results.trace import Trace
 
 HOST = "127.0.0.1"
 MAX_CHARACTERS = 20_000  # of a prompt

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from rich.cells import cell_len, set_cell_size
 
-from flowroutes_fast.escape import JOINERS, WHITESPACE, code_of, hidden, printable
+from flowroutes_fast.system.escape import JOINERS, WHITESPACE, code_of, hidden, printable
 
 if TYPE_CHECKING:
-    from flowroutes_fast.routes import Route
+    from flowroutes_fast.results.route import Route
 
 NARROW = 60  # terminal cells: below this the edges go under their layer instead of beside it
 MARKS = {

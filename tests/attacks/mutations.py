@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import flowroutes_fast as fr
-from flowroutes_fast import documents, trace_file
+from flowroutes_fast.results import trace_file
+from flowroutes_fast.system import documents
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from families import make
@@ -40,7 +41,7 @@ WHOLE = [-(2**31), -2, -1, 0, 1, 2, 5, 6, 7, 100, 2**31 - 1]
 def valid_traces():
     models = {name: make(name) for name, _ in KINDS.values()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowroutes_fast.layer.FEW_KEYS", 0)  # intervals also where evaluating everything is cheaper
+        patch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)  # intervals also where evaluating everything is cheaper
         found = {kind: fr.trace(models[name], None, IDS, **options) for kind, (name, options) in KINDS.items()}
     assert (found["certified"].normaliser_low < found["certified"].normaliser_high).any()
     assert any((index[2] < 0).any() for index, _ in found["certified"].sparse)

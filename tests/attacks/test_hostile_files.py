@@ -12,7 +12,7 @@ import torch
 from mutations import IDS, make, parts_of, write_parts
 
 import flowroutes_fast as fr
-from flowroutes_fast import documents
+from flowroutes_fast.system import documents
 
 LOADERS = (fr.load_trace, fr.load_route)
 

@@ -1,0 +1,1 @@
+"""How activations leave a model, and the check that they are all of them."""

@@ -1,9 +1,0 @@
-"""Importances over many texts: :func:`corpus` runs them, :class:`Corpus` reads what it wrote."""
-
-from flowroutes_fast.corpus.on_ray import corpus_on_ray
-from flowroutes_fast.corpus.results import Corpus
-from flowroutes_fast.corpus.run import corpus
-
-__all__ = ["Corpus", "corpus", "corpus_on_ray", "open_corpus"]
-
-open_corpus = Corpus

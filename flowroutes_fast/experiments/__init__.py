@@ -1,0 +1,1 @@
+"""The paper's experiments with routes: ablation, faithfulness, patching, task templates."""

@@ -1,0 +1,1 @@
+"""Models and weights from disk: whole, converted, or a layer at a time."""

@@ -1,0 +1,206 @@
+"""Every native operation on every instruction set of this processor against float64, on small odd shapes: what ``flowroutes doctor`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowroutes_fast import ops
+from flowroutes_fast.ops import native, reference
+from flowroutes_fast.ops.bounds import Attention, Bounds, bound, candidates, pairs
+from flowroutes_fast.ops.certified import certified
+from flowroutes_fast.ops.neurons import neuron_importances
+from flowroutes_fast.system.ambient import in_neutral
+
+TOLERANCE = 1e-5  # of |y|_1
+
+# heads, kv heads, queries, keys, d_qk, d_v, d_model
+SHAPES = ((1, 1, 1, 1, 1, 1, 1), (3, 1, 5, 9, 7, 5, 33), (6, 2, 27, 41, 17, 20, 67))
+
+
+@in_neutral
+def self_test() -> dict[str, str | None]:
+    """Run it; takes about a second.
+
+    Returns:
+        for every ``"operation, instruction set"``, in that order, None or a sentence that says what differs.
+    """
+    found: dict[str, str | None] = {}
+    for isa in native.instruction_sets():
+        for name, operation in OPERATIONS.items():
+            with native.instruction_set(isa):
+                found[f"{name}, {isa}"] = _run(operation)
+    return found
+
+
+def _run(operation: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]) -> str | None:
+    worst = 0.0
+    try:
+        for value, wanted, unit in operation():
+            if value.shape != wanted.shape:
+                return f"shape {list(value.shape)} instead of {list(wanted.shape)}"
+            error = ((value.double() - wanted).abs() / unit).nan_to_num(nan=torch.inf)
+            worst = max(worst, float(error.max()) if error.numel() else 0.0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return f"differs from float64 by {worst:.1e} of the state's norm, more than {TOLERANCE:.0e}" if worst > TOLERANCE else None
+
+
+def _layer(shape: tuple[int, ...], **options: Any) -> Attention:
+    """A random layer; sinks, gate and row_scale where they are True."""
+    heads, kv, queries, keys, d_qk, d_v, d_model = shape
+    g = torch.Generator().manual_seed(sum(shape))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float32, device="cpu")
+
+    query, key, value, w_o = 2 * normal(heads, queries, d_qk), normal(kv, keys, d_qk), normal(kv, keys, d_v), normal(heads, d_v, d_model)
+    whole = normal(queries, d_model) * 2
+    whole[:, ::5] *= 0.01
+    whole[:, 1::7] = -0.0
+    extra = {"sinks": normal(heads), "gate": normal(queries, heads, d_v).sigmoid(), "row_scale": normal(queries).abs() + 0.1}
+    chosen: dict[str, Any] = {name: extra[name] if value is True else value for name, value in options.items()}
+    return Attention(query, key, value, w_o, whole, d_qk**-0.5, **chosen)
+
+
+def _layers() -> Iterator[tuple[Attention, Attention, Tensor]]:
+    """Layers, the same in float64, and what errors are measured in ``[query]``."""
+    for shape in SHAPES:
+        variants: tuple[dict[str, Any], ...] = ({}, {"window": 4, "softcap": 3.0, "sinks": True}, {"gate": True, "row_scale": True})
+        for options in variants:
+            layer = _layer(shape, **options)
+            names = ("query", "key", "value", "w_o", "whole", "sinks", "row_scale", "gate")
+            tensors = {name: getattr(layer, name) for name in names}
+            doubles: dict[str, Any] = {name: None if t is None else t.double() for name, t in tensors.items()}
+            exact = replace(layer, **doubles)
+            flow = _flow(exact).abs().sum((0, 2))
+            yield layer, exact, torch.maximum(exact.whole.abs().sum(-1), flow) + 1e-30
+
+
+def _flow(a: Attention) -> Tensor:
+    return reference.sign_flow(a.pattern, a.value, a.w_o, a.whole, row_scale=a.row_scale, gate=a.gate)
+
+
+def _near(a: Attention) -> Tensor:
+    return reference.attention_proximity(a.pattern, a.value, a.w_o, a.whole, row_scale=a.row_scale, gate=a.gate)
+
+
+def _attention() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for layer, exact, unit in _layers():
+        if layer.gate is not None:
+            continue
+        wanted = _near(exact)
+        yield (
+            torch.ops.flowroutes.attention_proximity(exact.pattern.float(), layer.value, layer.w_o, layer.whole, "cpu"),
+            wanted,
+            unit[:, None],
+        )
+        base = torch.ones(layer.n_query, dtype=torch.float32, device="cpu")
+        options = (layer.scaling, layer.softcap, layer.window, True, 0.0, "cpu")
+        a = layer
+        dense, by_head, norm, index, value = torch.ops.flowroutes.attention_layer(
+            a.query, a.key, a.value, a.w_o, a.whole, base, None, a.sinks, *options
+        )
+        total = wanted.sum((0, 2)) + 1
+        yield dense * norm[:, None], wanted, unit[:, None]
+        yield by_head * norm[:, None], wanted.sum(-1).T, unit[:, None]
+        yield norm, total, unit
+        listed = torch.zeros_like(dense)
+        listed[index[2].long(), index[0].long(), index[1].long()] = value
+        yield listed, dense.double(), torch.ones_like(dense)
+
+
+def _certified() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for layer, exact, unit in _layers():
+        near, others = _near(exact), torch.ones(1, layer.n_query, dtype=torch.float32, device="cpu")
+        total = near.sum((0, 2)) + 1
+        every = certified(layer, others, floor=1e-3, tolerance=0.0)
+        yield every.low, total, unit
+        yield every.high, total, unit
+        yield every.head_low, near.sum(-1).T, unit[:, None]
+        found = certified(layer, others, floor=1e-3, tolerance=0.05)
+        yield torch.minimum(found.low.double(), total), found.low.double(), unit  # the interval holds it
+        yield torch.maximum(found.high.double(), total), found.high.double(), unit
+        query, key, head = found.index[:, found.index[2] >= 0].long()
+        yield found.value[found.index[2] >= 0], near[head, query, key], unit[query]
+        signed = certified(layer, others, floor=0.0, measure="signed")
+        norm = exact.whole.abs().sum(-1)
+        scale = torch.where(norm > 0, norm, 1)
+        yield signed.head_low * norm[:, None], torch.where(norm > 0, _flow(exact).sum(-1), 0).T * (norm / scale)[:, None], unit[:, None]
+
+
+def _bound() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for layer, exact, unit in _layers():
+        flow = _flow(exact)
+        found = bound(layer, "cpu")
+        yield found.upper, flow.clamp_min(0).sum(-1).T, unit[:, None]
+        yield found.flow, flow.sum(-1).T, unit[:, None]
+        nothing = torch.zeros(layer.n_query, dtype=torch.float32, device="cpu")
+        listed = candidates(layer, found, nothing, nothing, "cpu")
+        dense = torch.zeros_like(flow, dtype=torch.float32)
+        query, key, head = listed.index.long()
+        dense[head, query, key] = listed.bound
+        yield dense, flow.clamp_min(0), unit[:, None]
+
+
+def _pairs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for layer, exact, unit in _layers():
+        near = _near(exact)
+        index = torch.ones_like(near[:, :, ::2], dtype=torch.bool).permute(1, 2, 0).nonzero().T.flip(1).contiguous()
+        index[1] *= 2
+        query, key, head = index
+        yield pairs(layer, Bounds(near, near), index, "cpu"), near[head, query, key], unit[query]
+
+
+def _states(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(rows * width)
+    whole, part = (torch.randn(rows, width, generator=g, dtype=torch.float32, device="cpu") for _ in range(2))
+    whole[:, ::5] *= 0.01
+    whole[:, 1::7] = -0.0
+    return part, whole
+
+
+def _parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for rows, width in ((1, 1), (5, 33), (27, 67)):
+        part, whole = _states(rows, width)
+        unit = whole.double().abs().sum(-1) + part.double().abs().sum(-1)
+        for some in (part, part[:1]):
+            yield torch.ops.flowroutes.part_proximity(some, whole, "cpu"), reference.proximity(some.double(), whole.double()), unit
+
+
+def _components() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for rows, width in ((1, 1), (5, 33), (27, 67)):
+        part, whole = _states(rows, width)
+        outputs = torch.stack([part, whole, part.flip(0), part + whole], 1)
+        for some in (outputs, outputs[:, :3]):
+            wanted = reference.proximity(some.double(), whole.double()[:, None])
+            unit = some.double().abs().sum((1, 2)) + whole.double().abs().sum(-1)
+            yield ops.component_proximity(some, whole, backend="cpu"), wanted, unit[:, None]
+
+
+def _rank1() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for rows, width in ((1, 1), (5, 33), (27, 67)):
+        w_down, whole = _states(rows, width)
+        activation = (whole @ w_down.T).contiguous()
+        near = reference.proximity(activation.double()[..., None] * w_down.double(), whole.double()[:, None])
+        found = neuron_importances(activation, w_down, whole, torch.ones_like(whole[:, 0]), floor=0.0, backend="cpu")
+        dense = torch.zeros_like(activation)
+        dense[found.index[0].long(), found.index[1].long()] = found.importance * found.low[found.index[0].long()]
+        unit = whole.double().abs().sum(-1) + (activation.double()[..., None] * w_down.double()).abs().sum((1, 2))
+        yield dense, near, unit[:, None]
+        yield found.low, near.sum(-1) + 1, unit
+
+
+OPERATIONS = {
+    "attention": _attention,
+    "certified": _certified,
+    "bound": _bound,
+    "pairs": _pairs,
+    "rank1": _rank1,
+    "parts": _parts,
+    "components": _components,
+}

@@ -1,0 +1,1 @@
+"""What a trace will take, before it is made."""

@@ -1,0 +1,1 @@
+"""What a forward pass gave: traces, routes, their edges, flow and files."""

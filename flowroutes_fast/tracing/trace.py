@@ -1,0 +1,449 @@
+"""``trace()``: a model and a text in, the importances of one forward pass out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flowroutes_fast.capture.hooks import Layer, capture, last_logits, rows_of, unwrap
+from flowroutes_fast.loading.streaming import Stream, stream_of
+from flowroutes_fast.models.families import blocks_of, rotary_regime, text_config
+from flowroutes_fast.models.heads import predicts
+from flowroutes_fast.models.tokens import token_texts
+from flowroutes_fast.models.weights import check_adapters, state_of
+from flowroutes_fast.ops import choose_backend
+from flowroutes_fast.ops.certified import MEASURES, Counts
+from flowroutes_fast.results.trace import Settle, Trace
+from flowroutes_fast.system.ambient import in_neutral, uncompiled
+from flowroutes_fast.tracing import layer_by_layer as by_layer
+from flowroutes_fast.tracing.adapters import adapter_of
+from flowroutes_fast.tracing.importances import BIAS_MODES, LayerImportances, Options, importances
+from flowroutes_fast.tracing.layer_by_layer import Store, identity_of
+from flowroutes_fast.tracing.memory import check_memory, working_memory
+from flowroutes_fast.tracing.prompts import digests, read_prompts
+from flowroutes_fast.tracing.workers import check_threads, run_all
+
+DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
+SIDE_BY_SIDE = 256 * 2**20  # bytes that all workers together may hold of u = v W_O
+DEFAULT_FLOOR = 1e-3
+DEFAULT_THRESHOLDS = (0.01, 0.03, 0.04)  # those of the paper
+PRECISIONS = ("certified", "exact")
+PREDICTIONS = 10
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+Exact = dict[int, np.ndarray]
+
+
+@uncompiled
+@in_neutral
+def trace(
+    model: nn.Module,
+    tokenizer: Any,
+    text: Any,
+    *,
+    attention_mask: Any = None,
+    positions: Sequence[int] | None = None,
+    precision: str = "certified",
+    measure: str = "proximity",
+    backend: str = "auto",
+    floor: float = DEFAULT_FLOOR,
+    thresholds: Sequence[float] = DEFAULT_THRESHOLDS,
+    tolerance: float = 1e-2,
+    dense: bool | None = None,
+    bias: str = "part",
+    neurons: bool = False,
+    threads: int = 0,
+    progress: bool = False,
+    resume: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Importances of every sub-edge, residual connection and FFN of one forward pass.
+
+    Args:
+        model: a transformers decoder; it comes back unchanged (attention implementation, hooks, training mode). Or a model or activation
+            cache of TransformerLens, a model of nnsight or nnterp (see :mod:`flowroutes_fast.integrations`).
+        tokenizer: its tokenizer; may be None when ``text`` is given as ids.
+        text: a prompt, or token ids ``[token]`` (list or integer tensor): one :class:`Trace`. Several prompts, ids ``[batch, token]``, lists of
+            ids, or what a tokenizer returned: a list of traces from one padded forward pass, each as if its prompt ran alone.
+            A generated text is traced as prompt and continuation together; ``trace.route(position=k)`` explains token k + 1.
+        attention_mask: for ids ``[batch, token]``: 1 for tokens, 0 for padding on the left or on the right.
+        positions: positions whose states are explained (negative from the end); None for all. The other rows are NaN, cost nothing, and
+            routes that reach them are refused; heads, edges and neurons of these positions need no more.
+        precision: ``"certified"``: every sub-edge is bounded, those that matter are evaluated, and everything carries an interval;
+            routes are those of exact importances. ``"exact"``: every sub-edge by the paper's formula, to float32 rounding.
+        measure: ``"proximity"``, the paper's; or ``"signed"``: ⟨sign(y), z⟩ / ‖y‖₁, which sums to 1 over all parts, is at least the
+            paper's proximity / ‖y‖₁ wherever that is positive, and is negative for parts that push the state away (suppression).
+        backend: ``"auto"``, ``"cpu"`` (native), ``"triton"``, ``"cuda"`` or ``"reference"`` (PyTorch).
+        floor: importance above which sub-edges are kept; routes can be extracted at any threshold from here on.
+        thresholds: certified: rows are refined until no decision at these is open. At other thresholds, a route that meets an open
+            decision runs the model once more to settle it.
+        tolerance: certified: largest relative error of a normaliser's estimate, and so of every importance.
+        dense: exact: keep the importances of all sub-edges; None: while all layers together take less than 1 GB.
+        bias: ``"part"``: output and value biases are one part without a source token; ``"value"``: the value bias stays inside the
+            sub-edges; ``"exclude"``: the constant part is left out of the normalisation.
+        neurons: also split every FFN into its neurons (``trace.neurons(layer)``).
+        threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
+        progress: show a bar over the layers (a streamed model takes its time).
+        resume: a new folder in which every finished layer is kept. The same call after a kill goes on from the last finished layer, and
+            after the end returns the result at once; remove the folder when the result is saved (the command line does). It goes on only
+            with the same weights, options and prompts, by content.
+
+    Raises:
+        ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a model whose
+            captured parts do not add up to its states, NaN in the activations (the layer is named).
+        TypeError: text of a wrong type. OSError: weights that cannot be read, a folder that cannot be written to.
+    """
+    if (adapter := adapter_of(model)) is not None:
+        return adapter.trace(
+            model, tokenizer, text, attention_mask=attention_mask, positions=positions, precision=precision, measure=measure, backend=backend,
+            floor=floor, thresholds=thresholds, tolerance=tolerance, dense=dense, bias=bias, neurons=neurons, threads=threads,
+            progress=progress, resume=resume,
+        )  # fmt: skip
+    _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
+    check_threads(threads)
+    model = unwrap(model)
+    if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+        raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
+    blocks = blocks_of(model)
+    check_weights(model)
+    check_adapters(model)
+    given = read_prompts(model, tokenizer, text, attention_mask)
+    prompts = given.ids
+    rows = [_positions(positions, len(ids)) for ids in prompts]
+    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
+    heads = int(getattr(text_config(model), "num_attention_heads", 1))
+    if precision == "certified":
+        dense = False
+    elif dense is None:
+        dense = positions is None and len(blocks) * heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
+    if dense and positions is not None:
+        raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
+    wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
+    options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
+    needed = options if positions is None else replace(options, precision="certified", neurons=False)  # few rows: no table of all
+    alone = any(block.mixer is not None for block in blocks) or predicts(model) != "tokens"  # mixers and pooled heads see padding
+    groups = _groups(model, [len(ids) for ids in prompts], needed, alone)
+    check_memory(model, max(map(len, prompts)), needed, batch=max(map(len, groups)))
+    results: list[list[LayerImportances]] = [[] for _ in prompts]
+    outputs: list[Tensor | None] = [None] * len(prompts)
+    total, ours = 0.0, 0.0
+    store, stream = None, stream_of(model)
+    if given.inputs and (resume is not None or stream is not None):
+        raise ValueError(f"{', '.join(map(repr, given.inputs))} cannot be used with a streamed model or with resume=: load the model whole")
+    if resume is not None:
+        settings = {"rows": [r.tolist() for r in rows], "groups": groups, "options": options, "dtype": _dtype_of(model)}
+        store = Store(resume, identity_of(model, prompts, stream.feed if stream else None, **settings))
+    streamed = store is not None or stream is not None
+    try:
+        for together in [groups] if streamed else [[group] for group in groups]:
+            start = time.perf_counter()
+            members = sorted(i for group in together for i in group)
+            with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:
+                found, seconds = _run(
+                    model, [prompts[i] for i in members], [rows[i] for i in members], options, step=bar.update, store=store,
+                    groups=[[members.index(i) for i in group] for group in together] if streamed else None, inputs=given.inputs,
+                )  # fmt: skip
+            total, ours = total + time.perf_counter() - start, ours + seconds
+            for i, (layers, logits) in zip(members, found, strict=True):
+                results[i], outputs[i] = layers, logits
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    if store is not None:
+        store.finish()
+    weak = weakref.ref(model)
+    mixers = [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks]
+    traces = [
+        _record(
+            found, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
+            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours}, inputs=digests(given.inputs),
+            settle=_settler(weak, ids, row, replace(options, neurons=False), given.inputs) if precision == "certified" else None,
+        )
+        for found, ids, row, logits in zip(results, prompts, rows, outputs, strict=True)
+    ]  # fmt: skip
+    return traces if given.several else traces[0]
+
+
+def _run(
+    model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None, step: Any = None,
+    store: Store | None = None, groups: list[list[int]] | None = None, inputs: dict[str, Tensor] | None = None,
+) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:  # fmt: skip
+    """One forward pass over prompts, padded on the right: per prompt its layers and last logits; and the seconds that were ours.
+
+    ``exact``: {layer: which query positions to evaluate whole}; other layers are left out. ``groups``: prompts that are padded together,
+    all groups going through the layers side by side; always so for streamed models. ``inputs``: what else the model is given.
+    """
+    stream, seconds = stream_of(model), 0.0
+    if stream is not None and groups is None:
+        groups = [list(range(len(prompts)))]
+
+    def evaluate(item: int, layer: Layer, options: Options) -> LayerImportances | None:
+        if exact is not None and layer.index not in exact:
+            return None
+        whole = None if exact is None else torch.isin(rows[item], torch.from_numpy(exact[layer.index]))
+        return _everywhere(importances(rows_of(layer, rows[item]), options, whole), rows[item], len(prompts[item]))
+
+    def of(item: int, layer: Layer) -> LayerImportances | None:
+        nonlocal seconds
+        start = time.perf_counter()
+        found = evaluate(item, layer, options)
+        seconds += time.perf_counter() - start
+        return found
+
+    device = stream.feed.device if stream is not None else model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = _device(model) if device.type == "meta" else device
+    if groups is not None:
+        found = by_layer.run(
+            model, prompts, groups, of, neurons=options.neurons, feed=stream.feed if stream else None, device=device,
+            step=step, store=store, budget=_room_for_states(stream),
+        )  # fmt: skip
+        return found, seconds
+    group = by_layer.group_of(prompts, list(range(len(prompts))), device)
+    lasts = sorted({len(ids) - 1 for ids in prompts})
+    results: list[list[LayerImportances]] = [[] for _ in prompts]
+
+    workers, single = _workers(model, options, [len(ids) for ids in prompts])
+    waiting: list[tuple[int, Layer, Options]] = []
+
+    def on_item(item: int, layer: Layer) -> None:
+        nonlocal seconds
+        waiting.append((item, layer, single))
+        if item < len(prompts) - 1:
+            return
+        start = time.perf_counter()
+        for (at, *_), result in zip(waiting, run_all(evaluate, waiting, workers), strict=True):
+            if result is not None:
+                results[at].append(result)
+        waiting.clear()
+        seconds += time.perf_counter() - start
+        if step is not None:
+            step()
+
+    output = capture(
+        model, group.ids, neurons=options.neurons, attention_mask=group.mask, on_item=on_item,
+        logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device), inputs=inputs,
+    )  # fmt: skip
+    logits = last_logits(output, lasts, [len(ids) - 1 for ids in prompts])
+    return [(found, logits.get(i)) for i, found in enumerate(results)], seconds
+
+
+def _workers(model: nn.Module, options: Options, lengths: list[int]) -> tuple[int, Options]:
+    """How many threads evaluate a batch's prompts side by side, and the options of each."""
+    threads = options.threads or torch.get_num_threads()
+    if options.backend != "cpu" or len(lengths) < 2 or threads < 2 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return 1, options  # weights of offloaded modules come in for one reader at a time
+    config = text_config(model)
+    each = 4 * int(getattr(config, "num_attention_heads", 1)) * int(getattr(config, "hidden_size", 1)) * max(lengths)
+    workers = max(1, min(threads, len(lengths), SIDE_BY_SIDE // each))
+    return workers, replace(options, threads=threads // workers)
+
+
+def _groups(model: nn.Module, lengths: list[int], options: Options, alone: bool) -> list[list[int]]:
+    """Which prompts run together: those that the model treats alike at their lengths, and (streamed, where memory is short) as many as fit."""
+    if alone:
+        return [[i] for i in range(len(lengths))]
+    alike: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        alike.setdefault(rotary_regime(text_config(model), length), []).append(i)
+    return [group for members in alike.values() for group in _fitting(model, members, lengths, options)]
+
+
+def _fitting(model: nn.Module, everyone: list[int], lengths: list[int], options: Options) -> list[list[int]]:
+    stream = stream_of(model)
+    if stream is None or stream.budget is None:
+        return [everyone]
+    room = stream.budget - stream.weights
+
+    def fits(members: list[int]) -> bool:
+        return len(members) == 1 or working_memory(model, max(lengths[i] for i in members), options, len(members)) <= room
+
+    if fits(everyone):
+        return [everyone]
+    groups: list[list[int]] = []
+    for i in sorted(everyone, key=lambda i: -lengths[i]):
+        if groups and fits([*groups[-1], i]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _room_for_states(stream: Stream | None) -> float:
+    """Bytes of residual states that may wait in memory: half of what the weights leave."""
+    return float("inf") if stream is None or stream.budget is None else max(0, stream.budget - stream.weights) / 2
+
+
+def _everywhere(found: LayerImportances, rows: Tensor, tokens: int) -> LayerImportances:
+    """Importances of some rows at their places among all positions, NaN elsewhere."""
+    if len(rows) == tokens:
+        return found
+    for name in ("low", "high", "heads", "heads_low", "heads_high", "attention_residual", "bias", "mixer", "ffn", "ffn_residual"):
+        part = getattr(found, name)
+        whole = part.new_full((tokens, *part.shape[1:]), float("nan"))
+        whole[rows] = part
+        setattr(found, name, whole)
+
+    def moved(index: Tensor) -> Tensor:
+        return torch.cat([rows[index[0].long()].to(index.dtype)[None], index[1:]])
+
+    found.edges = (moved(found.edges[0]), found.edges[1])
+    if found.neurons is not None:
+        parts = found.neurons
+        low, high = (t.new_full((tokens,), float("nan")) for t in (parts.low, parts.high))
+        low[rows], high[rows] = parts.low, parts.high
+        found.neurons = replace(parts, index=moved(parts.index), low=low, high=high)
+    return found
+
+
+def _record(results: list[LayerImportances], options: Options, **known: Any) -> Trace:
+    counts = [r.counts for r in results]
+    return Trace(
+        shapes=[r.shape for r in results],
+        heads=_heads_of(results, "heads"),
+        heads_low=_heads_of(results, "heads_low"),
+        heads_high=_heads_of(results, "heads_high"),
+        normaliser_low=torch.stack([r.low for r in results]),
+        normaliser_high=torch.stack([r.high for r in results]),
+        attention_residual=torch.stack([r.attention_residual for r in results]),
+        attention_bias=torch.stack([r.bias for r in results]),
+        mixer=torch.stack([r.mixer for r in results]),
+        ffn=torch.stack([r.ffn for r in results]),
+        ffn_residual=torch.stack([r.ffn_residual for r in results]),
+        precision=options.precision,
+        measure=options.measure,
+        backend=options.backend,
+        bias=options.bias,
+        tolerance=options.tolerance,
+        thresholds=options.thresholds,
+        work={name: sum(getattr(c, name) for c in counts) for name in Counts.__dataclass_fields__},
+        dense=_same_heads([r.dense for r in results]) if options.dense else None,  # type: ignore[misc]
+        sparse=None if options.dense else [r.edges for r in results],
+        neuron_parts=[r.neurons for r in results] if options.neurons else None,  # type: ignore[misc]
+        **known,
+    )
+
+
+def model_name(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or model.config.model_type)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    stream = stream_of(model)
+    return stream.dtype if stream is not None else next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the first weights are that are anywhere."""
+    if (stream := stream_of(model)) is not None:
+        return stream.feed.device
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def check_weights(model: nn.Module) -> None:
+    """``ValueError`` for a model without (all of) its weights; those that accelerate loads on demand are there."""
+    for name, module in model.named_modules():
+        missing = [n for n, p in module.named_parameters(recurse=False) if p.is_meta]
+        if missing and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"the model has no weights for {name}.{missing[0]} (it is on the meta device): load it whole, or with device_map="
+            )
+
+
+def _positions(positions: Sequence[int] | None, tokens: int) -> Tensor:
+    if positions is None:
+        return torch.arange(tokens)
+    chosen = [positions] if isinstance(positions, int) else [int(p) for p in positions]
+    if not chosen:
+        raise ValueError("positions is empty: there is nothing to explain")
+    for p in chosen:
+        if not -tokens <= p < tokens:
+            raise ValueError(f"position {p} is out of range: the prompt has {tokens} tokens")
+    return torch.tensor(sorted({p % tokens for p in chosen}))
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    """``[query, head]`` of every layer as one tensor; layers with fewer heads are filled with zeros."""
+    most = max(r.shape[1] for r in rows)
+    return torch.stack([torch.nn.functional.pad(r, (0, most - r.shape[1])) for r in rows])
+
+
+def _heads_of(results: list[LayerImportances], name: str) -> Tensor:
+    heads = _stack([getattr(r, name) for r in results])
+    heads[torch.stack([r.low for r in results]).isnan()] = float("nan")
+    return heads
+
+
+def _same_heads(dense: list[Tensor]) -> list[Tensor]:
+    most = max(d.shape[0] for d in dense)
+    return [torch.nn.functional.pad(d, (0, 0, 0, 0, 0, most - d.shape[0])) for d in dense]
+
+
+def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options, inputs: dict[str, Tensor]) -> Settle:
+    """A function that runs the model again and evaluates the given rows whole: ``{layer: [query]}`` in, ``{layer: ...}`` out.
+
+    It returns None once the model is gone; ``ValueError`` if it has changed.
+    """
+
+    traced = state_of(model())  # type: ignore[arg-type]
+
+    @in_neutral
+    def settle(rows: dict[int, np.ndarray]) -> dict[int, LayerImportances] | None:
+        alive = model()
+        if alive is None:
+            return None
+        if state_of(alive) != traced:
+            raise ValueError("the model has changed since it was traced (its weights, or which adapters act): trace again")
+        ((found, _),), _ = _run(alive, [ids], [positions], options, rows, inputs=inputs)
+        return dict(zip(sorted(rows), found, strict=True))
+
+    return settle
+
+
+def _check_options(
+    precision: str, measure: str, floor: float, thresholds: Sequence[float], tolerance: float, dense: bool | None, bias: str
+) -> None:
+    for name, value, known in (("precision", precision, PRECISIONS), ("measure", measure, MEASURES), ("bias mode", bias, BIAS_MODES)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, known))}")
+    if measure == "signed" and precision == "exact":
+        raise ValueError("measure='signed' is known exactly with precision='certified'; precision='exact' is about proximities")
+    if dense and precision == "certified":
+        raise ValueError("dense importances need precision='exact'; 'certified' keeps sub-edges above the floor and stores nothing else")
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must lie in [0, 1), got {floor}")
+    if floor == 0 and precision == "certified":
+        raise ValueError("floor must be above 0 with precision='certified'; to have all sub-edges, use precision='exact'")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must lie in [0, 1), got {tolerance}")
+    for threshold in thresholds:
+        if not 0 <= threshold < 1:
+            raise ValueError(f"thresholds must lie in [0, 1), got {threshold}")
+
+
+def _prediction(logits: Tensor | None, tokenizer: Any, model: Any) -> list[tuple[str, float]]:
+    """Most probable next tokens, or classes of a classifier; nothing for a model that predicts neither."""
+    if logits is None or predicts(model) == "numbers":
+        return []
+    independent = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    if predicts(model) == "tokens":
+        return most_probable(logits, tokenizer)
+    scores = logits.float().sigmoid() if independent else logits.float().softmax(-1)
+    top = scores.topk(min(PREDICTIONS, logits.shape[-1]))
+    return [(str(model.config.id2label.get(i, i)), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+
+def most_probable(logits: Tensor | None, tokenizer: Any) -> list[tuple[str, float]]:
+    """The most probable next tokens, from logits ``[vocabulary]``."""
+    if logits is None:
+        return []
+    top = logits.float().softmax(-1).topk(min(PREDICTIONS, logits.shape[-1]))
+    return list(zip(token_texts(tokenizer, top.indices.tolist()), top.values.tolist(), strict=True))
