@@ -4,12 +4,14 @@
     python benchmarks/gpu_acceptance.py fast --activations FILE --out out/gpu     # what does it cost? at most nine minutes
 
 Every step runs in a process of its own with a limit, so that a crash or a hang costs that step alone, and writes OUT/STEP.json at its end.
-``--steps`` chooses some. FILE is written by benchmarks/capture_activations.py; without it the steps on real layers are left out.
+``--steps`` chooses some. FILE is written by benchmarks/capture_activations.py; without it the step on real layers is left out. ``--dry`` runs
+the steps ``layers``, ``traces``, ``timing`` and ``model`` on tiny random shapes in Triton's interpreter, to see that they run at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -34,10 +36,35 @@ FAST = (("device",), ("build",), ("timing",), ("model",))
 LIMITS = {"build": 200, "kernels": 240, "native": 120, "layers": 200, "traces": 150, "sanitizer": 100, "timing": 200, "model": 250}
 
 
+DEVICE = "cpu" if "--dry" in sys.argv else "cuda"
+BACKENDS = ("triton", "cuda") if DEVICE == "cuda" else ("triton",)
+
+
+def wait() -> None:
+    import torch
+
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(function: Callable[[], Any]) -> int:
+    """Most bytes that a call held on the device, with what was there before."""
+    import torch
+
+    if DEVICE == "cpu":
+        function()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
 def link_kernels() -> None:
     """The package's kernels are a folder beside it: in a source tree without an installation, a link."""
     place = ROOT / "flowroutes_fast" / "kernels"
-    if not place.exists():
+    if importlib.util.find_spec("flowroutes_fast.kernels") is None and not place.exists():
         place.symlink_to("../kernels")
 
 
@@ -99,14 +126,23 @@ def real_layers(path: Path, dtype: Any) -> list[Any]:
     """Stored layers with operands in ``dtype`` and states in float32, on the GPU."""
     from dataclasses import replace
 
-    from flowroutes_fast.bench.layers import real_cases
+    import torch
+
+    from flowroutes_fast.bench.layers import random_case, real_cases
 
     found = []
-    for case in real_cases(1024, path):
+    for case in [random_case(tiny_shape(), 24, "cpu", torch.float32)] if DEVICE == "cpu" else real_cases(1024, path):
         a = case.attention
-        a = type(a)(*(t.to("cuda", dtype) for t in (a.query, a.key, a.value, a.w_o)), a.whole.cuda(), a.scaling)
-        found.append(replace(case, attention=a, others=case.others.cuda()))
+        a = type(a)(*(t.to(DEVICE, dtype) for t in (a.query, a.key, a.value, a.w_o)), a.whole.to(DEVICE), a.scaling)
+        found.append(replace(case, attention=a, others=case.others.to(DEVICE)))
     return found
+
+
+def tiny_shape() -> str:
+    from flowroutes_fast.bench.layers import SHAPES, Shape
+
+    SHAPES["tiny"] = Shape(4, 2, 16, 64)
+    return "tiny"
 
 
 def layers(options: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +158,7 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
             a, others = case.attention, case.others
             exact = attention64(a)
             total = exact.sum((0, 2)) + others[0].double()
-            for backend in ("triton", "cuda"):
+            for backend in BACKENDS:
                 name = f"{case.name}, {str(dtype)[6:]}, {backend}"
 
                 def run(backend: str = backend, a: Any = a, others: Any = others) -> Any:
@@ -155,12 +191,7 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
                     torch.backends.cuda.matmul.allow_tf32 = True
                     row["same_with_tf32"] = same(first, run())
                     torch.backends.cuda.matmul.allow_tf32 = False
-                    stream = torch.cuda.Stream()
-                    stream.wait_stream(torch.cuda.current_stream())
-                    with torch.cuda.stream(stream):
-                        beside = run()
-                    stream.synchronize()
-                    row["same_on_a_stream"] = same(first, beside)
+                    row["same_on_a_stream"] = same(first, on_a_stream(run))
                     bad = (
                         row["interval"] > 1e-5
                         or row["value"] > 1e-5
@@ -174,6 +205,19 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
                 if bad:
                     report["failed"].append(name)
     return report
+
+
+def on_a_stream(run: Callable[[], Any]) -> Any:
+    import torch
+
+    if DEVICE == "cpu":
+        return run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = run()
+    stream.synchronize()
+    return found
 
 
 def same(one: Any, other: Any) -> bool:
@@ -203,14 +247,14 @@ def traces(_: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(101, (2, 40))
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
-    for kind in KINDS:
+    for kind in KINDS if DEVICE == "cuda" else KINDS[:1]:
         model = tiny(kind)
         wanted = fr.trace(model, None, ids, attention_mask=mask, backend="reference", precision="exact")
-        for backend in ("triton", "cuda"):
+        for backend in BACKENDS:
             for dtype in (torch.float32, torch.bfloat16):
                 name = f"{kind}, {backend}, {str(dtype)[6:]}"
                 try:
-                    on_gpu = tiny(kind).to("cuda", dtype)
+                    on_gpu = tiny(kind).to(DEVICE, dtype)
                     found = fr.trace(on_gpu, None, ids, attention_mask=mask, backend=backend)
                     row: dict[str, Any] = {"heads": [], "routes": []}
                     for w, f in zip(wanted, found, strict=True):
@@ -260,6 +304,10 @@ def milliseconds(function: Callable[[], Any], budget: float = 1.0) -> float:
     """Median milliseconds on the device, by events."""
     import torch
 
+    if DEVICE == "cpu":
+        begun = time.perf_counter()
+        function()
+        return (time.perf_counter() - begun) * 1e3
     function()
     function()
     torch.cuda.synchronize()
@@ -275,27 +323,23 @@ def milliseconds(function: Callable[[], Any], budget: float = 1.0) -> float:
     return statistics.median(times)
 
 
-def sharp_case(name: str, tokens: int, listed: float = 100.0) -> Any:
-    """A random layer whose attention is sharp: about ``listed`` sub-edges of a row are above 1e-3 of what is known of its normaliser."""
+def sharp_case(name: str, tokens: int, listed: float = 100.0) -> tuple[Any, float]:
+    """A random layer whose attention is sharp: about ``listed`` sub-edges of a row are above 1e-3 of what is known of its normaliser; how many."""
     import torch
 
     from flowroutes_fast.bench.layers import random_case
     from flowroutes_fast.ops.certified_gpu import Passes
 
-    case = random_case(name, tokens, "cuda", torch.bfloat16)
+    case = random_case(name, tokens, DEVICE, torch.bfloat16)
     a = case.attention
     a.query.mul_(4.0)
     mean = 0.0
     while mean < listed:
-        passes = Passes(a, case.others, 1e-3, (), 1e-2, "triton")
-        cut = 1e-3 * case.others[0]
-        options = a.triton_options
-        index = [p.index for p in passes.kernels.bounds(a.query, a.key, passes.v, passes.g, passes.lse, cut, passes.rest, **options)]
-        mean = sum(i.shape[1] for i in index) / tokens
         a.w_o.mul_(1.25)
-    a.w_o.mul_(0.8)
-    case.listed = mean  # type: ignore[attr-defined]
-    return case
+        passes = Passes(a, case.others, 1e-3, (), 1e-2, "triton")
+        pieces = passes.kernels.bounds(*passes.inputs, 1e-3 * case.others[0], passes.rest, **a.triton_options)
+        mean = sum(piece.index.shape[1] for piece in pieces) / tokens
+    return case, mean
 
 
 def timing(options: argparse.Namespace) -> dict[str, Any]:
@@ -306,52 +350,41 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
     from flowroutes_fast.ops.certified import certified
     from flowroutes_fast.ops.certified_gpu import Passes
 
+    attend = torch.nn.functional.scaled_dot_product_attention
     report: dict[str, Any] = {}
-    for name, tokens in (("llama-2-7b", 2048), ("llama-3-8b", 2048), ("llama-70b", 2048), ("llama-2-7b", 8192), ("llama-3-8b", 8192)):
-        case = sharp_case(name, tokens)
-        a = case.attention
-        row: dict[str, Any] = {"listed_above_floor": case.listed}
+    shapes = [("llama-2-7b", 2048), ("llama-3-8b", 2048), ("llama-70b", 2048), ("llama-2-7b", 8192), ("llama-3-8b", 8192)]
+    if DEVICE == "cpu":
+        shapes = [(tiny_shape(), 40)]
+    for name, tokens in shapes:
+        case, listed = sharp_case(name, tokens, 100.0 if DEVICE == "cuda" else 5.0)
+        a, how = case.attention, case.attention.triton_options
         passes = Passes(a, case.others, 1e-3, (), 1e-2, "triton")
-        inputs = (a.query, a.key, passes.v, passes.g, passes.lse)
-        how = a.triton_options
-        cut, _ = passes._first_cuts()
-        low = case.others[0].float() + passes.rest.sum(1)
-        width = a.value.shape[2]
-        row["gradient"] = milliseconds(lambda a=a: gradient.gradient(a.whole, a.w_o))
-        row["values"] = milliseconds(lambda a=a: gradient.values(a.value, 64))
-        row["log_sum_exp"] = milliseconds(lambda a=a, how=how: bound.attention_rows(a.query, a.key, **how))
-        row["first_cuts"] = milliseconds(lambda passes=passes: passes._first_cuts())
-
-        def listing(inputs: Any = inputs, cut: Any = cut, passes: Any = passes, how: Any = how) -> Any:
-            return list(bound.bounds(*inputs, cut, passes.rest, **how))
-
-        row["bounds_and_list"] = milliseconds(listing)
-        pieces = listing()
-        row["listed_per_row"] = sum(p.index.shape[1] for p in pieces) / tokens
-        index = pieces[0].index
-        row["pairs_evaluated"] = index.shape[1]
-        for backend in ("triton", "cuda"):
-            passes.backend = backend
-            row[f"pairs_{backend}"] = milliseconds(lambda passes=passes, index=index: passes.evaluate(index, ordered=True))
-        row["pair_rests"] = milliseconds(lambda inputs=inputs, cut=cut, low=low, how=how: bound.pair_rests(*inputs, cut, 1e-3 * low, **how))
-        row["sdpa"] = milliseconds(
-            lambda a=a: torch.nn.functional.scaled_dot_product_attention(
-                a.query[None], a.key[None], a.value[None], is_causal=True, enable_gqa=True
-            )
-        )
-        flat = torch.randn(tokens, a.w_o.shape[0] * width, device="cuda", dtype=torch.bfloat16)
+        passes.cut = passes._first_cuts()
+        pieces = list(bound.bounds(*passes.inputs, passes.cut, passes.rest, **how))
+        piece, low = pieces[0], case.others[0].float() + passes.rest.sum(1)
+        head_start = piece.start[:: tokens if piece.row is None else len(piece.row)].contiguous()
+        flat = torch.randn(tokens, a.n_head * a.value.shape[2], device=DEVICE, dtype=torch.bfloat16)
         w = a.w_o.permute(2, 0, 1).reshape(a.w_o.shape[2], -1)
-        row["o_proj"] = milliseconds(lambda flat=flat, w=w: flat @ w.T)
-
-        def whole(a: Any = a, others: Any = case.others) -> Any:
-            return certified(a, others, floor=1e-3, thresholds=(0.01, 0.03, 0.04), backend="triton")
-
-        row["certified"] = milliseconds(whole)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        row["counts"] = vars(whole().counts)
-        row["peak_over_inputs"] = torch.cuda.max_memory_allocated() - before
+        work = {
+            "gradient": lambda a=a: gradient.gradient(a.whole, a.w_o),
+            "values": lambda a=a: gradient.values(a.value, bound.tile_of(a.query, a.value.shape[2]).columns),
+            "log_sum_exp": lambda a=a, how=how: bound.attention_rows(a.query, a.key, **how),
+            "first_cuts": passes._first_cuts,
+            "bounds_and_list": lambda p=passes, how=how: list(bound.bounds(*p.inputs, p.cut, p.rest, **how)),
+            "pair_rests": lambda p=passes, low=low, how=how: bound.pair_rests(*p.inputs, p.cut, 1e-3 * low, **how),
+            "sdpa": lambda a=a: attend(a.query[None], a.key[None], a.value[None], is_causal=True, enable_gqa=True),
+            "o_proj": lambda flat=flat, w=w: flat @ w.T,
+            "certified": lambda a=a, o=case.others: certified(a, o, floor=1e-3, thresholds=(0.01, 0.03, 0.04), backend="triton"),
+        }
+        row: dict[str, Any] = {"listed_above_floor": listed, "listed_per_row": sum(p.index.shape[1] for p in pieces) / tokens}
+        row |= {each: milliseconds(function) for each, function in work.items()}
+        row["pairs_evaluated"] = piece.index.shape[1]
+        for backend in BACKENDS:
+            passes.backend = backend
+            row[f"pairs_{backend}"] = milliseconds(lambda p=passes, piece=piece, start=head_start: p.evaluate(piece.index, start))
+        row["counts"] = vars(work["certified"]().counts)
+        before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+        row["peak_over_inputs"] = peak(work["certified"]) - before
         report[f"{name}, {tokens}"] = row
     return report
 
@@ -364,10 +397,13 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
 
     import flowroutes_fast as fr
 
-    config = LlamaConfig(num_hidden_layers=4, max_position_embeddings=32768)
+    config, lengths = LlamaConfig(num_hidden_layers=4, max_position_embeddings=32768), (2048, 8192)
+    if DEVICE == "cpu":
+        small = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4, "vocab_size": 50}
+        config, lengths = LlamaConfig(num_hidden_layers=1, **small), (20,)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         net = AutoModelForCausalLM.from_config(config).eval()
     torch.set_default_dtype(torch.float32)
     with torch.no_grad():
@@ -375,8 +411,8 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
             layer.self_attn.q_proj.weight.mul_(6)
             layer.self_attn.o_proj.weight.mul_(6)
     report: dict[str, Any] = {}
-    for tokens in (2048, 8192):
-        ids = torch.randint(32000, (1, tokens), device="cuda")
+    for tokens in lengths:
+        ids = torch.randint(config.vocab_size, (1, tokens), device=DEVICE)
 
         def forward(ids: Any = ids) -> None:
             with torch.no_grad():
@@ -386,32 +422,25 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
             return fr.trace(net, None, ids[0].tolist(), backend="triton")
 
         forward(), traced()
-        torch.cuda.synchronize()
+        wait()
         row: dict[str, Any] = {"forward": [], "trace": []}
         for _ in range(4):
             row["forward"].append(milliseconds(forward, 0.2))
-            torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             found = traced()
-            torch.cuda.synchronize()
+            wait()
             row["trace"].append((time.perf_counter() - start) * 1e3)
-            row["peak"] = torch.cuda.max_memory_allocated()
-        row["work"] = found.work
-        forward()
-        torch.cuda.reset_peak_memory_stats()
-        forward()
-        row["peak_forward"] = torch.cuda.max_memory_allocated()
+        row |= {"work": found.work, "peak": peak(traced), "peak_forward": peak(forward)}
+        report[str(tokens)] = row
+        if DEVICE == "cpu":
+            continue
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
             traced()
-            torch.cuda.synchronize()
+            wait()
         averages = seen.key_averages()
         row["profile"] = averages.table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=60)[-9000:]
-        row["waits"] = {
-            e.key: e.count
-            for e in averages
-            if e.key in ("cudaStreamSynchronize", "cudaMemcpyAsync", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaDeviceSynchronize")
-        }
-        report[str(tokens)] = row
+        calls = ("cudaStreamSynchronize", "cudaMemcpyAsync", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaDeviceSynchronize")
+        row["waits"] = {e.key: e.count for e in averages if e.key in calls}
     return report
 
 
@@ -434,9 +463,12 @@ def step(name: str, options: argparse.Namespace) -> int:
 
 def begin(name: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, name, "--one", "--out", str(options.out)]
+    if options.dry:
+        command += ["--dry"]
     if options.activations:
         command += ["--activations", str(options.activations)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if options.dry else {})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def finish(name: str, process: subprocess.Popen[str], options: argparse.Namespace, since: float) -> None:
@@ -459,6 +491,7 @@ def main() -> int:
     parser.add_argument("--activations", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", default="")
+    parser.add_argument("--dry", action="store_true")
     parser.add_argument("--one", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -466,7 +499,8 @@ def main() -> int:
         return step(options.what, options)
     groups = {"right": RIGHT, "fast": FAST}.get(options.what, ((options.what,),))
     chosen = options.steps.split(",") if options.steps else [name for group in groups for name in group]
-    link_kernels()
+    if options.activations is None and not options.dry:
+        chosen = [name for name in chosen if name != "layers"]
     for group in groups:
         since = time.perf_counter()
         running = {name: begin(name, options) for name in group if name in chosen}

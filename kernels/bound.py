@@ -9,7 +9,7 @@ where e is what rounding v and g to 16 bits lost (``gradient``). query [H, Tq, d
 key i + Tk - Tq; b has the unit of |y|_1. alpha is exp(score - lse); ``attention_rows`` makes lse, and the signed flow where it is asked for.
 
 ``bounds``: one pass over the rows asked for. Heads that share keys and values are packed into a tile's rows. What is at or below its row's cut is
-summed, what is above leaves one bit; ``listed`` makes a list of the bits, in (head, query, key) order, whatever the schedule was.
+summed, what is above leaves one bit; the bits become a list, in (head, query, key) order, whatever the schedule was.
 ``pair_rests``: sums over heads; pairs above a cut of their own, with the sum of their heads at or below the row's cut.
 
 R rows, Tk keys: 2 H R Tk (d_qk + d_v) FLOPs per pass, causal and window tiles skipped; k and v are read once per tile of rows,
@@ -170,6 +170,33 @@ def row_unit(p_lse, p_scale, p_row_scale, i_query, i_head, m_row, n_query, n_hea
 
 
 @triton.jit
+def packed_rows(
+    p_query, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_lse, p_row_scale, i_tile, i_kv, n_row, n_query, n_head, group, query_head,
+    QUERY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One tile of the rows of a key-value head, (row, head of the group) flattened: where they are, and what a pass needs of each."""
+    flat = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = flat // group
+    m_row = place < n_row
+    i_head = i_kv * group + flat % group
+    i_query = tl.load(p_row + place, mask=m_row, other=0) if p_row is not None else tl.where(m_row, place, 0)
+    o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
+    wide = i_query.to(tl.int64)
+    at = wide * n_head + i_head
+    p_q = p_query + i_head.to(tl.int64)[:, None] * query_head
+    if CHUNK == 0:
+        q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
+    else:  # read piece by piece
+        q = tl.zeros([BLOCK_M, 1], tl.float32)
+    g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
+    error = tl.load(p_g_error + at, mask=m_row, other=0.0)
+    length = tl.load(p_g_length + at, mask=m_row, other=0.0)
+    unit = row_unit(p_lse, p_g_scale, p_row_scale, i_query, i_head, m_row, n_query, n_head)
+    return flat, place, m_row, i_head, i_query, at, p_q, q, g, error, length, unit
+
+
+@triton.jit
 def bounds_kernel(
     p_query, p_key, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut,
     p_mask, p_rest, p_count, p_bits,
@@ -179,23 +206,10 @@ def bounds_kernel(
 ):  # fmt: skip
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_kv = tl.program_id(1)
-    flat = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of a key-value head: (row, head of the group)
-    place = flat // group
-    m_row = place < n_row
-    i_head = i_kv * group + flat % group
-    i_query = tl.load(p_row + place, mask=m_row, other=0) if p_row is not None else tl.where(m_row, place, 0)
-    o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
-    p_q = p_query + i_head.to(tl.int64)[:, None] * query_head
-    wide = i_query.to(tl.int64)
-    at = wide * n_head + i_head
-    if CHUNK == 0:
-        q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
-    else:
-        q = tl.zeros([BLOCK_M, 1], tl.float32)
-    g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
-    error = tl.load(p_g_error + at, mask=m_row, other=0.0)
-    length = tl.load(p_g_length + at, mask=m_row, other=0.0)
-    unit = row_unit(p_lse, p_g_scale, p_row_scale, i_query, i_head, m_row, n_query, n_head)
+    flat, place, m_row, i_head, i_query, at, p_q, q, g, error, length, unit = packed_rows(
+        p_query, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_lse, p_row_scale, i_tile, i_kv, n_row, n_query, n_head, group, query_head,
+        QUERY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_M, CHUNK,
+    )  # fmt: skip
     cut = tl.load(p_cut + i_query, mask=m_row, other=float("inf"))
     rest = tl.zeros([BLOCK_M], tl.float32)
     count = tl.zeros([BLOCK_M], tl.int32)
@@ -210,33 +224,21 @@ def bounds_kernel(
     p_v = p_value + i_kv.to(tl.int64) * n_key * D_V
     WORD: tl.constexpr = BLOCK_K // 32
     p_word = p_bits + (i_kv.to(tl.int64) * n_row * group + flat)[:, None] * (n_block * WORD) + tl.arange(0, WORD)[None, :]
-    m_word = m_row[:, None] & (tl.arange(0, WORD) < WORD)[None, :]
     shift = tl.arange(0, 32)[None, None, :]
     i_block = i_kv * n_block
-    for b_key in range(start, whole):
-        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
-        b = tile_bounds(
-            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
-            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
-            True, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
-        )  # fmt: skip
-        above = b > cut[:, None]
-        rest += tl.sum(tl.where(above, 0.0, b), 1)
-        listed = above.to(tl.int32)
-        count += tl.sum(listed, 1)
-        tl.store(p_word + b_key * WORD, tl.sum(tl.reshape(listed, [BLOCK_M, WORD, 32]) << shift, 2), mask=m_word)
-    for b_key in range(whole, end):
-        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
-        b = tile_bounds(
-            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
-            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
-            False, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
-        )  # fmt: skip
-        above = b > cut[:, None]
-        rest += tl.sum(tl.where(above, 0.0, b), 1)
-        listed = above.to(tl.int32)
-        count += tl.sum(listed, 1)
-        tl.store(p_word + b_key * WORD, tl.sum(tl.reshape(listed, [BLOCK_M, WORD, 32]) << shift, 2), mask=m_word)
+    for edge in tl.static_range(0, 2):  # blocks that every row sees whole, then the others
+        for b_key in range(start if edge == 0 else whole, whole if edge == 0 else end):
+            o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
+            b = tile_bounds(
+                q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
+                p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
+                edge == 0, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
+            )  # fmt: skip
+            above = b > cut[:, None]
+            rest += tl.sum(tl.where(above, 0.0, b), 1)
+            listed = above.to(tl.int32)
+            count += tl.sum(listed, 1)
+            tl.store(p_word + b_key * WORD, tl.sum(tl.reshape(listed, [BLOCK_M, WORD, 32]) << shift, 2), mask=m_row[:, None])
     tl.store(p_rest + at, rest * grown, mask=m_row)
     tl.store(p_count + i_head.to(tl.int64) * n_row + place, count, mask=m_row)
 
@@ -250,22 +252,10 @@ def levels_kernel(
 ):  # fmt: skip
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_kv = tl.program_id(1)
-    flat = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = flat // group < n_query
-    i_query = tl.where(m_row, flat // group, 0)
-    i_head = i_kv * group + flat % group
-    o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
-    p_q = p_query + i_head.to(tl.int64)[:, None] * query_head
-    wide = i_query.to(tl.int64)
-    at = wide * n_head + i_head
-    if CHUNK == 0:
-        q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
-    else:
-        q = tl.zeros([BLOCK_M, 1], tl.float32)
-    g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
-    error = tl.load(p_g_error + at, mask=m_row, other=0.0)
-    length = tl.load(p_g_length + at, mask=m_row, other=0.0)
-    unit = row_unit(p_lse, p_g_scale, p_row_scale, i_query, i_head, m_row, n_query, n_head)
+    _, _, m_row, i_head, i_query, at, p_q, q, g, error, length, unit = packed_rows(
+        p_query, None, p_g, p_g_scale, p_g_error, p_g_length, p_lse, p_row_scale, i_tile, i_kv, n_query, n_query, n_head, group, query_head,
+        QUERY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_M, CHUNK,
+    )  # fmt: skip
     cut = tl.load(p_cut + i_query, mask=m_row, other=0.0)
     sum_0, sum_1, sum_2, sum_3, sum_4, total = (
         tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32),
@@ -285,32 +275,24 @@ def levels_kernel(
     p_k = p_key + i_kv.to(tl.int64) * key_head
     p_v = p_value + i_kv.to(tl.int64) * n_key * D_V
     i_block = i_kv * n_block
-    for b_key in range(start, whole):
-        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
-        b = tile_bounds(
-            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
-            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
-            True, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
-        )  # fmt: skip
-        total += tl.sum(b, 1)
-        sum_0 += tl.sum(tl.where(b > cut[:, None], 0.0, b), 1)
-        sum_1 += tl.sum(tl.where(b > cut_1[:, None], 0.0, b), 1)
-        sum_2 += tl.sum(tl.where(b > cut_2[:, None], 0.0, b), 1)
-        sum_3 += tl.sum(tl.where(b > cut_3[:, None], 0.0, b), 1)
-        sum_4 += tl.sum(tl.where(b > cut_4[:, None], 0.0, b), 1)
-    for b_key in range(whole, end):
-        o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
-        b = tile_bounds(
-            q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
-            p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
-            False, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
-        )  # fmt: skip
-        total += tl.sum(b, 1)
-        sum_0 += tl.sum(tl.where(b > cut[:, None], 0.0, b), 1)
-        sum_1 += tl.sum(tl.where(b > cut_1[:, None], 0.0, b), 1)
-        sum_2 += tl.sum(tl.where(b > cut_2[:, None], 0.0, b), 1)
-        sum_3 += tl.sum(tl.where(b > cut_3[:, None], 0.0, b), 1)
-        sum_4 += tl.sum(tl.where(b > cut_4[:, None], 0.0, b), 1)
+    for edge in tl.static_range(0, 2):  # blocks that every row sees whole, then the others
+        for b_key in range(start if edge == 0 else whole, whole if edge == 0 else end):
+            o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
+            b = tile_bounds(
+                q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
+                p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
+                edge == 0, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
+            )  # fmt: skip
+            total += tl.sum(b, 1)
+            b = tl.where(b > cut[:, None], 0.0, b)  # each cut is below the one before
+            sum_0 += tl.sum(b, 1)
+            b = tl.where(b > cut_1[:, None], 0.0, b)
+            sum_1 += tl.sum(b, 1)
+            b = tl.where(b > cut_2[:, None], 0.0, b)
+            sum_2 += tl.sum(b, 1)
+            b = tl.where(b > cut_3[:, None], 0.0, b)
+            sum_3 += tl.sum(b, 1)
+            sum_4 += tl.sum(tl.where(b > cut_4[:, None], 0.0, b), 1)
     step = tl.cast(n_query, tl.int64) * n_head
     tl.store(p_out + at, sum_0 * grown, mask=m_row)
     tl.store(p_out + step + at, sum_1 * grown, mask=m_row)

@@ -1,6 +1,10 @@
 """The benchmark refuses wrong kernels, and writes what it measured."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ from flowroutes_fast.bench import rivals, run
 from flowroutes_fast.bench.layers import SHAPES, Shape, random_case
 from flowroutes_fast.cli import app
 from flowroutes_fast.ops import certified as certify
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -58,3 +64,18 @@ def test_command(small, tmp_path):
 def test_unknown_names(option, value, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(app, ["bench", option, value, "--out", str(tmp_path)], catch_exceptions=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_gpu_acceptance_script_runs(tmp_path):
+    """Every step that needs no GPU's own tools, on tiny shapes: a lent GPU must not be spent on a misspelt name."""
+    for what, steps in (("right", "layers,traces"), ("fast", "timing,model")):
+        command = [sys.executable, str(ROOT / "benchmarks/gpu_acceptance.py"), what, "--dry", "--steps", steps, "--out", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert found.keys() == {"layers", "traces", "timing", "model"}
+    for name, report in found.items():
+        assert not report.get("failed"), (name, report)
+    assert found["layers"]["tiny, random, bfloat16, triton"]["missing"] == 0
+    assert found["timing"]["tiny, 40"]["counts"]["evaluated"] > 0

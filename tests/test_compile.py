@@ -19,7 +19,9 @@ TARGETS = {80: 99, 90: 227, 100: 227}  # compute capability: shared memory of a 
 WIDTHS = (64, 80, 128, 256)
 TILED = ("rows", "levels", "bounds", "pair_rests", "gradient", "pairs", "dense")
 CASES = [(kernel, dtype, width, target) for target in TARGETS for kernel in TILED for dtype in ("bfloat16", "float32") for width in WIDTHS]
-CASES += [("parts", "bfloat16", 64, target) for target in TARGETS]
+SMALL = ("parts", "values", "list", "sums", "open", "states")  # one shape is as good as another
+CASES += [(kernel, "bfloat16", 64, target) for target in TARGETS for kernel in SMALL]
+CASES += [(f"{kernel}-plain", "bfloat16", 128, target) for target in TARGETS for kernel in TILED]  # as most models are
 CASES += [(kernel, "bfloat16", 1, 90) for kernel in TILED]  # every size is 1, which the launcher makes a constant
 MATRIX = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 WORKERS = 2
@@ -49,12 +51,13 @@ def compiled(request, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_compiles(compiled, case):
     kernel, dtype, _, target = case
+    kernel = kernel.removesuffix("-plain")
     found = compiled[name(case)]
     assert "error" not in found, found
     assert found["stack"] == found["local"] == 0, f"spills: {found}"
     assert found["shared"] <= 1024 * TARGETS[target], found
     passes = kernel in ("levels", "bounds", "pair_rests")  # g and v are float16 whatever the model is
-    assert found["matrix"] == (passes or (dtype == "bfloat16" and kernel != "parts")), found
+    assert found["matrix"] == (passes or (dtype == "bfloat16" and kernel not in SMALL)), found
 
 
 class Recorder:
@@ -77,22 +80,26 @@ def record(module, name):
 def launch(kernel, dtype, width, target):
     """Kernel, its launch arguments and tile, from the library's own wrappers.
 
-    Grouped queries, window, soft cap, row scale and gate; with a width of 1 instead everything has size 1 and there is a mask.
+    Grouped queries, window, soft cap, row scale and gate, none of these for names that end in -plain; with a width of 1 instead everything has
+    size 1 and there is a mask.
     """
     import torch
 
-    from flowroutes_fast.kernels import bound, common, dense, gradient, pairs, parts
+    from flowroutes_fast.kernels import bound, common, decide, dense, gradient, pairs, parts
 
     dtype = getattr(torch, dtype)
     n, heads, group, channels = (32, 4, 2, 64) if width > 1 else (1, 1, 1, 1)
     q, k, v = (torch.zeros(h, n, width, dtype=dtype) for h in (heads, heads // group, heads // group))
     g, lse, row, whole = torch.zeros(n, heads, width), torch.zeros(heads, n), torch.zeros(n), torch.zeros(n, channels)
     w_o = torch.zeros(channels, heads, width, dtype=dtype).permute(1, 2, 0)
-    if width > 1:
+    if kernel.endswith("-plain"):
+        kernel, options, gate = kernel.removesuffix("-plain"), {"scaling": 0.5}, {}
+    elif width > 1:
         options, gate = {"scaling": 0.5, "window": 16, "softcap": 30.0, "row_scale": row}, {"gate": g}
     else:
         options, gate = {"scaling": 0.5, "mask": torch.zeros(1, 1, 1)}, {}
-    if kernel in ("levels", "bounds", "pair_rests"):
+    if kernel in ("levels", "bounds", "list", "pair_rests"):
+        record(bound, "list_kernel")
         recorder, tiles = record(bound, f"{kernel}_kernel"), bound.configurations(width, width, dtype)
         halves = [
             gradient.Halves(torch.zeros(*shape, width, dtype=torch.float16), *(torch.zeros(shape[0], shape[1]) for _ in range(3)))
@@ -104,12 +111,34 @@ def launch(kernel, dtype, width, target):
         call = partial(bound.attention_rows, q, k, sinks=row[:heads], **options)
     elif kernel == "levels":
         call = partial(bound.sums_below, *inputs, **options)
-    elif kernel == "bounds":
+    elif kernel in ("bounds", "list"):
 
         def call(tile):
-            record(bound, "list_kernel")
-            torch.empty = torch.zeros  # the kernel that counts does not run
+            record(bound, "bounds_kernel")
+            torch.empty = torch.zeros if kernel == "bounds" else torch.ones  # the kernel that counts does not run; "list" needs something
             next(bound.bounds(*inputs, torch.zeros(n, heads), row[:16].to(torch.int32), tile=tile, **options))
+
+    elif kernel == "sums":
+        recorder, tiles = record(bound, "sums_kernel"), parts.configurations()
+
+        def call(tile):
+            bound.segment_sums(row, torch.arange(n + 1))
+
+    elif kernel in ("open", "states"):
+        recorder, tiles = record(decide, f"{kernel}_kernel"), parts.configurations()
+        two = torch.zeros(2)
+
+        def call(tile):
+            if kernel == "open":
+                decide.mark_open(torch.zeros(3, n, dtype=torch.int32), row, row, row, two, row.to(torch.int32))
+            else:
+                decide.pair_states(torch.arange(n), row, row, row, 0.1, two, size=5, n_key=n, floor=0.1, well=4.0)
+
+    elif kernel == "values":
+        recorder, tiles = record(gradient, "values_kernel"), parts.configurations()
+
+        def call(tile):
+            gradient.values(v, 64)
 
     elif kernel == "pair_rests":
         call = partial(bound.pair_rests, *inputs, row, **options)
@@ -135,7 +164,14 @@ def source(kernel, arguments):
     import torch
     from triton.compiler import ASTSource
 
-    pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+    pointers = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+        torch.int8: "*i8",
+    }
     signature, constants, attributes = {}, {}, {}
     for parameter in kernel.params:
         value = arguments[parameter.name]
@@ -168,7 +204,7 @@ def compile_all(cases):
     results = {}
     for case in cases:
         function, arguments, tile = launch(*case)
-        options = {name: arguments[name] for name in ("num_warps", "num_stages")}
+        options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
         try:
             binary = triton.compile(source(function, arguments), target=GPUTarget("cuda", case[-1], 32), options=options)
         except Exception as error:

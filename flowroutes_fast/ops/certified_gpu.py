@@ -8,7 +8,7 @@ decision is still open then are listed again, with smaller cuts, at last whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Passes:
         start = self.floor * torch.maximum(self.base, 0.5 * a.whole.abs().sum(1, dtype=torch.float32))
         sums = kernels.sums_below(*self.inputs, start, **a.triton_options).sum(2)  # [level, query]
         expected = self.base + EXPECTED * sums[-1]
-        ratios = _small([kernels.RATIO**k for k in range(kernels.LEVELS)], start.device)
+        ratios = _small(tuple(kernels.RATIO**k for k in range(kernels.LEVELS)), start.device)
         cuts = start * ratios[:, None]
         fits = (sums[:-1] <= 1.8 * self.tolerance * expected) & (cuts <= self.floor * expected)
         fits[-1] = True
@@ -184,15 +184,10 @@ class Passes:
         return name, torch.cat([value[keep], self.evaluate(index)])[order]
 
 
-_NUMBERS: dict[tuple[Any, ...], Tensor] = {}
-
-
-def _small(numbers: Any, device: torch.device) -> Tensor:
-    """Some numbers as a float32 tensor on the device, copied there once per process."""
-    key = (tuple(numbers), device)
-    if key not in _NUMBERS:
-        _NUMBERS[key] = torch.tensor(key[0], dtype=torch.float32, device=device)
-    return _NUMBERS[key]
+@lru_cache(maxsize=64)
+def _small(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Some numbers as a float32 tensor on the device, copied there once."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def one_sided_pairs(attention: Attention, lse: Tensor, cut: Tensor) -> Tensor:
