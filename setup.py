@@ -1,6 +1,7 @@
 """Builds the native extension. Metadata lives in pyproject.toml; without a compiler the package installs all the same."""
 
 import contextlib
+import ctypes
 import glob
 import os
 import platform
@@ -109,7 +110,7 @@ class BuildNative(build_ext):
             ext.extra_link_args += cuda[1]
             ext.define_macros.append(("FLOWROUTES_CUDA", None))
         ext.extra_compile_args += flags
-        ext.extra_link_args += openmp
+        ext.extra_link_args += [*openmp, *self.standard_library()]
         super().build_extension(ext)
 
     def openmp(self):
@@ -127,6 +128,20 @@ class BuildNative(build_ext):
                 print(f"\nflowroutes_fast: built without OpenMP, for one thread ({error}).\n", file=sys.stderr)
                 return []
         return ["-fopenmp"]
+
+    def standard_library(self):
+        """The option that links C++'s library where CXX is a driver of C, or nothing: such an extension would link, and not be imported."""
+        with tempfile.TemporaryDirectory() as directory:
+            source, library = os.path.join(directory, "throws.cpp"), os.path.join(directory, "throws.so")
+            with open(source, "w") as file:
+                file.write('#include <stdexcept>\nextern "C" void throws(int n) { if (n) throw std::runtime_error("n"); }\n')
+            try:
+                objects = self.compiler.compile([source], output_dir=directory, extra_postargs=["-fPIC"])
+                self.compiler.link_shared_object(objects, library, target_lang="c++")
+                ctypes.CDLL(library, os.RTLD_NOW)
+            except Exception:
+                return [] if sys.platform == "darwin" else ["-lstdc++"]
+        return []
 
     def remove_stale(self, ext):
         """An extension from an earlier build must not pass for this one."""

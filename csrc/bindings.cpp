@@ -1,5 +1,6 @@
 // This file, bindings_fields.h and bindings_cuda.h alone know pybind11. Tensors arrive checked (flowroutes_fast/ops/native.py), as integers.
 #include "bindings_fields.h"
+#include "few_rows.h"
 #include "proximity.h"
 #ifdef FLOWROUTES_CUDA
 #include "bindings_cuda.h"
@@ -45,16 +46,24 @@ void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }
 
-// Runs the work without the interpreter's lock.
+// Runs the work, with MemoryError where it has none.
 template <class Work>
-void unlocked(Work&& work) {
+void locked(Work&& work) {
     try {
-        py::gil_scoped_release release;
         work();
     } catch (const std::bad_alloc&) {
         PyErr_SetString(PyExc_MemoryError, "the native kernel cannot allocate its memory: trace fewer tokens at a time, or free some");
         throw py::error_already_set();
     }
+}
+
+// The same without the interpreter's lock.
+template <class Work>
+void unlocked(Work&& work) {
+    locked([&] {
+        py::gil_scoped_release release;
+        work();
+    });
 }
 
 void weights(Fields& f, Alpha& a) {
@@ -63,26 +72,29 @@ void weights(Fields& f, Alpha& a) {
     f.optional("k", a.k).optional("k_head", a.k_head).optional("k_row", a.k_row);
     f.optional("d_qk", a.d_qk).optional("scale", a.scale).optional("softcap", a.softcap);
     f.optional("mask", a.mask).optional("mask_head", a.mask_head).optional("mask_query", a.mask_query);
-    f.optional("window", a.window).optional("offset", a.offset).optional("sinks", a.sinks);
+    f.optional("window", a.window).optional("offset", a.offset).optional("sinks", a.sinks).optional("positions", a.positions);
     require(a.pattern || (a.q && a.k && a.d_qk > 0), "either 'pattern' or 'q', 'k' and 'd_qk' must be given");
 }
 
 // what every problem over one layer shares
 template <class P>
-void layer(Fields& f, P& p) {
+void layer(Fields& f, P& p, bool with_g = true) {
     weights(f, p.alpha);
+    if (with_g) f("g", p.g);
     f("queries", p.queries)("keys", p.keys)("heads", p.heads)("group", p.group)("d_v", p.d_v)("d_model", p.d_model);
-    f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("g", p.g)("w_o", p.w_o)("w_row", p.w_row)("y", p.y);
+    f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("w_o", p.w_o)("w_row", p.w_row)("y", p.y);
     f.optional("threads", p.threads);
     require(p.queries >= 0 && p.keys > 0 && p.heads > 0 && p.d_v > 0 && p.d_model > 0, "keys, heads, d_v and d_model must be positive");
     require(p.group > 0 && p.heads % p.group == 0, "'group' must divide 'heads'");
     require(p.queries <= INT32_MAX && p.keys <= INT32_MAX && p.d_model <= INT32_MAX, "queries, keys and d_model must fit 32 bits");
-    require(p.v && p.g && p.w_o && p.y, "'v', 'g', 'w_o' and 'y' must not be null");
-    require(p.alpha.pattern || p.alpha.mask || p.alpha.offset >= 0, "causal attention needs a key for every query");
+    require(p.v && (p.g || !with_g) && p.w_o && p.y, "'v', 'g', 'w_o' and 'y' must not be null");
+    require(!p.alpha.causal() || p.alpha.positions || p.alpha.offset >= 0, "causal attention needs a key for every query");
+    for (int64_t i = 0; p.alpha.positions && i < p.queries; ++i)
+        require(p.alpha.positions[i] > (i ? p.alpha.positions[i - 1] : -1) && p.alpha.positions[i] < p.keys, "'positions' must rise and be among the keys");
 }
 
-void certified_layer(Fields& f, Certified& p) {
-    layer(f, p);
+void certified_layer(Fields& f, Certified& p, bool with_g = true) {
+    layer(f, p, with_g);
     f.optional("row_scale", p.row_scale).optional("gate", p.gate);
 }
 
@@ -131,7 +143,8 @@ PYBIND11_MODULE(_native, m) {
         "attention_proximity",
         [](const py::dict& arguments, const std::string& isa) {
             AttentionProximity p;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             layer(f, p);
             f("by_head", p.by_head)("normaliser", p.normaliser)("normalise", p.normalise)("floor", p.floor);
             f.optional("dense", p.dense).optional("base", p.base).done();
@@ -146,7 +159,8 @@ PYBIND11_MODULE(_native, m) {
         "certified",
         [](const py::dict& arguments, const std::string& isa) {
             Certified p;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             certified_layer(f, p);
             f("others", p.others)("n_others", p.n_others)("thresholds", p.thresholds)("n_thresholds", p.n_thresholds);
             f("floor", p.floor)("cut", p.cut)("capacity", p.capacity)("low", p.low)("high", p.high)("head_low", p.head_low)("head_high", p.head_high);
@@ -162,10 +176,37 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
+        "few_rows",
+        [](const py::dict& arguments, const std::string& isa) {
+            FewRows p;
+            static Names names;
+            Fields f(arguments, names);
+            certified_layer(f, p.layer, false);
+            int64_t stored = 0;
+            f("thresholds", p.layer.thresholds)("n_thresholds", p.layer.n_thresholds)("floor", p.layer.floor)("cut", p.layer.cut);
+            f("capacity", p.layer.capacity)("tolerance", p.layer.tolerance)("at", p.at)("stored", stored)("table", p.table);
+            f("residual", p.residual)("residual_row", p.residual_row)("ffn", p.ffn)("ffn_row", p.ffn_row);
+            f("parallel", p.parallel)("exact", p.exact);
+            f.optional("through", p.through).optional("through_row", p.through_row).optional("post", p.post).optional("constant", p.constant);
+            f.optional("probe", p.layer.probe).optional("answer", p.layer.answer).done();
+            require(!p.layer.probe || p.layer.answer, "a probe needs an 'answer'");
+            require(p.layer.alpha.q && p.layer.alpha.positions, "few rows need queries, keys and 'positions'");
+            require(p.layer.queries == 0 || (p.at && p.residual && p.ffn && p.table), "no tensor may be null");
+            for (int64_t i = 0; i < p.layer.queries; ++i) require(p.at[i] >= 0 && p.at[i] < stored, "'at' must name rows of the stored states");
+            const Kernels& k = kernels(isa);
+            std::vector<Edge> edges;
+            Counts counts;
+            unlocked([&] { few_rows(k, p, edges, counts); });
+            const py::tuple found = table(edges);
+            return py::make_tuple(found[0], found[1], py::make_tuple(counts.bounded, counts.evaluated, counts.refined, counts.exhausted));
+        },
+        py::arg("arguments"), py::arg("isa") = "auto");
+    m.def(
         "bound",
         [](const py::dict& arguments, const std::string& isa) {
             Bound b;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             certified_layer(f, b.layer);
             f("upper", b.upper)("flow", b.flow).optional("cuts", b.cut).optional("pair_cuts", b.pair_cut).done();
             require(b.layer.queries == 0 || (b.upper && b.flow), "'upper' and 'flow' must not be null");
@@ -179,7 +220,8 @@ PYBIND11_MODULE(_native, m) {
         "pairs",
         [](const py::dict& arguments, const std::string& isa) {
             Certified p;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             certified_layer(f, p);
             const int32_t* at = nullptr;
             float* value = nullptr;
@@ -203,7 +245,8 @@ PYBIND11_MODULE(_native, m) {
             float* near = nullptr;
             int64_t rows = 0, parts = 0, d_model = 0;
             int threads = 0;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             f("activation", activation)("w", w)("whole", whole)("near", near)("rows", rows)("parts", parts)("d_model", d_model);
             f.optional("threads", threads).done();
             require(rows >= 0 && parts >= 0 && d_model > 0 && d_model <= INT32_MAX, "d_model must be positive");
@@ -219,7 +262,8 @@ PYBIND11_MODULE(_native, m) {
             float* out = nullptr;
             int64_t stride = 0, count = 0, rows = 0, d_model = 0;
             int threads = 0;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             f("output", output)("stride", stride)("count", count)("whole", whole)("out", out)("rows", rows)("d_model", d_model);
             f.optional("threads", threads).done();
             require(rows >= 0 && count >= 0 && d_model > 0, "d_model must be positive");
@@ -235,7 +279,8 @@ PYBIND11_MODULE(_native, m) {
             float* out = nullptr;
             int64_t rows = 0, part_rows = 0, d_model = 0;
             int threads = 0;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             f("part", part)("whole", whole)("out", out)("rows", rows)("part_rows", part_rows)("d_model", d_model);
             f.optional("threads", threads).done();
             require(rows >= 0 && d_model > 0 && (rows == 0 || part_rows > 0), "d_model and part_rows must be positive");
@@ -248,7 +293,8 @@ PYBIND11_MODULE(_native, m) {
         "conservation",
         [](const py::dict& arguments, const std::string& isa) {
             Conservation p;
-            Fields f(arguments);
+            static Names names;
+            Fields f(arguments, names);
             weights(f, p.alpha);
             f("tokens", p.tokens)("heads", p.heads)("group", p.group)("d_v", p.d_v)("d_model", p.d_model)("kv_head", p.kv_head);
             f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("mixed", p.mixed)("mixed_row", p.mixed_row)("w_o", p.w_o)("w_row", p.w_row);
@@ -268,7 +314,8 @@ PYBIND11_MODULE(_native, m) {
                 require(p.channels[n] >= 0 && p.channels[n] < p.d_model, "'channels' holds one that there is not");
             const Kernels& k = kernels(isa);
             float errors[3];
-            unlocked([&] { k.conservation(p, errors); });
+            const auto work = [&] { k.conservation(p, errors); };
+            p.tokens > 512 ? unlocked(work) : locked(work);  // of short prompts in some ten microseconds
             return py::make_tuple(errors[0], errors[1], errors[2]);
         },
         py::arg("arguments"), py::arg("isa") = "auto");

@@ -22,12 +22,12 @@ struct Rest {
 
 class RowBlock {
   public:
-    RowBlock(const Layer& layer) : l(layer), p(layer.p), stride(layer.padded) {
-        alpha.resize(p.heads * ROWS * stride);
-        pair.resize(ROWS * stride);
-        rest.resize(ROWS * p.heads);
-        sum_evaluated.resize(ROWS * p.heads);
-        flow.resize(ROWS * p.heads);
+    RowBlock(const Layer& layer) : l(layer), p(layer.p), stride(layer.padded), height(layer.height) {
+        alpha = Pool::shared().take(p.heads * height * stride, l.few());
+        pair.resize(height * stride);
+        rest.resize(height * p.heads);
+        sum_evaluated.resize(height * p.heads);
+        flow.resize(height * p.heads);
         gated.resize(p.d_v);
         known.resize(stride);
         whole.resize(stride);
@@ -36,7 +36,7 @@ class RowBlock {
 
     void start(int64_t first) {
         i0 = first;
-        rows = static_cast<int>(std::min<int64_t>(ROWS, p.queries - i0));
+        rows = static_cast<int>(std::min<int64_t>(height, p.queries - i0));
         at_hand = -1;
         std::fill(pair.begin(), pair.end(), 0.f);
         std::fill(rest.begin(), rest.end(), Rest{});
@@ -52,8 +52,8 @@ class RowBlock {
 
     // attention weights of one head into the buffer
     void weights(int64_t h) {
-        float* a = alpha.data() + h * ROWS * stride;
-        visible = attention_rows(p.alpha, p.keys, h, i0, rows, l.k[h / p.group].data(), a, stride);
+        float* a = alpha.get() + h * height * stride;
+        visible = attention_rows(p.alpha, p.keys, h, p.group, i0, rows, l.k[h / p.group].get(), a, stride);
         for (int r = 0; r < rows; ++r) {
             if (p.row_scale)
                 for (int64_t j = 0; j < visible; ++j) a[r * stride + j] *= p.row_scale[i0 + r];
@@ -77,11 +77,13 @@ class RowBlock {
         const int64_t end = round_up(std::min<int64_t>(p.keys, reach(to)), NR);
         for (int64_t j0 = begin(from); j0 < end; j0 += SEGMENT) {
             const int64_t j1 = std::min<int64_t>(end, j0 + SEGMENT);
-            for (int64_t j = j0; j < j1; j += NR)
+            for (int r = from; r < to && !l.packed; ++r)
+                dots_of_rows(g + (r - from) * g_row, p.v + kv * p.v_head + j0 * p.v_row, p.v_row, std::min(j1, l.seen) - j0, j1 - j0, p.d_v, b + r * SEGMENT);
+            for (int64_t j = j0; j < j1 && l.packed; j += NR)
                 for (int r = from; r < to; r += MR)
-                    tile(g + (r - from) * g_row, g_row, std::min(MR, to - r), l.v[kv].data() + j * p.d_v, p.d_v, b + r * SEGMENT + (j - j0), SEGMENT);
+                    tile(g + (r - from) * g_row, g_row, std::min(MR, to - r), l.v[kv].get() + j * p.d_v, p.d_v, b + r * SEGMENT + (j - j0), SEGMENT);
             for (int r = from; r < to; ++r) {
-                const float* a = alpha.data() + (h * ROWS + r) * stride;
+                const float* a = alpha.get() + (h * height + r) * stride;
                 float* pairs = pair.data() + r * stride;
                 const vec limit = splat(cut[r]), small = splat(class_end[r][0] * inverse(h)), medium = splat(class_end[r][1] * inverse(h));
                 vec w0 = {}, w1 = {}, w2 = {}, t0 = {}, t1 = {}, signed_sum = {};
@@ -171,7 +173,7 @@ class RowBlock {
     // evaluates a sub-edge and takes it out of the open ones
     void evaluate(int r, int64_t h, int32_t key, float weight, float w) {
         const float value = exact(r, h, key, weight, w);
-        float& kept = alpha[(h * ROWS + r) * stride + key];
+        float& kept = alpha[(h * height + r) * stride + key];
         kept = -std::fabs(kept);
         sum_evaluated[r * p.heads + h] += value;
         pair[r * stride + key] += value - w;
@@ -183,7 +185,7 @@ class RowBlock {
     void complete(int r, const std::vector<int32_t>& keys) {
         for (int64_t h = 0; h < p.heads; ++h) {
             const int64_t kv = h / p.group;
-            const float* weights = alpha.data() + (h * ROWS + r) * stride;
+            const float* weights = alpha.get() + (h * height + r) * stride;
             const float* g = p.g + ((i0 + r) * p.heads + h) * p.d_v;
             aim(r, h);
             for (const int32_t key : keys) {
@@ -260,7 +262,7 @@ class RowBlock {
         int32_t aimed = -1;
         for (Open& e : reserve[r]) {
             if (!(e.w > cut)) continue;
-            if (alpha[(e.head * ROWS + r) * stride + e.key] > 0.f) {
+            if (alpha[(e.head * height + r) * stride + e.key] > 0.f) {
                 if (e.head != aimed) aim(r, aimed = e.head);
                 account(r, e.head, e.key, e.weight, e.w, -1.f);
                 evaluate(r, e.head, e.key, e.weight, e.w);
@@ -308,20 +310,22 @@ class RowBlock {
     }
 
     int64_t begin(int row) const {
-        const bool windowed = p.alpha.window > 0 && !p.alpha.mask && !p.alpha.pattern;
-        return windowed ? std::max<int64_t>(0, i0 + row + p.alpha.offset + 1 - p.alpha.window) / NR * NR : 0;
+        const bool windowed = p.alpha.window > 0 && p.alpha.causal();
+        return windowed ? std::max<int64_t>(0, p.alpha.position(i0 + row) + 1 - p.alpha.window) / SEGMENT * SEGMENT : 0;  // sums in the same order whatever rows are beside
     }
-    int64_t reach(int to) const { return p.alpha.mask || p.alpha.pattern ? p.keys : i0 + to + p.alpha.offset; }
+    int64_t reach(int to) const { return p.alpha.causal() ? p.alpha.position(i0 + to - 1) + 1 : p.keys; }
 
     const Layer& l;
     const Certified& p;
-    int64_t stride, i0 = 0, visible = 0;
+    const int64_t stride;
+    int64_t i0 = 0, visible = 0;
     int rows = 0;
-    std::vector<float> alpha;                  // [head, ROWS, stride]; negative: evaluated
-    std::vector<float> pair;                   // [ROWS, stride]: sums over heads of proximities where known, else of bounds
-    std::vector<Rest> rest;                    // [ROWS, head]
-    std::vector<float> sum_evaluated, flow;    // [ROWS, head]
-    std::vector<float> share;                  // [head, ROWS, stride]: signed flow
+    const int height;                          // rows at most
+    Pool::Buffer alpha;                        // [head, height, stride]; negative: evaluated
+    std::vector<float> pair;                   // [height, stride]: sums over heads of proximities where known, else of bounds
+    std::vector<Rest> rest;                    // [height, head]
+    std::vector<float> sum_evaluated, flow;    // [height, head]
+    std::vector<float> share;                  // [head, height, stride]: signed flow
     std::vector<Evaluated> evaluated[ROWS];
     int at_hand = -1;                          // row that focus() was called for
     std::vector<float> slopes;                 // [head, 2], of the row at hand
@@ -352,21 +356,6 @@ class RowBlock {
         const vec4 w = reinterpret_cast<vec4>(reinterpret_cast<ivec4>(z) ^ (bits & INT32_MIN));
         const vec4 excess = w - reinterpret_cast<vec4>(bits & INT32_MAX);
         return excess > vec4{} ? excess : vec4{};
-    }
-
-    static vec4 dots(const float* a, const float* b0, const float* b1, const float* b2, const float* b3, int64_t n) {
-        vec x0 = {}, x1 = {}, x2 = {}, x3 = {};
-        int64_t c = 0;
-        for (; c + LANES <= n; c += LANES) {
-            const vec x = load(a + c);
-            x0 += x * load(b0 + c);
-            x1 += x * load(b1 + c);
-            x2 += x * load(b2 + c);
-            x3 += x * load(b3 + c);
-        }
-        vec4 out = sums(x0, x1, x2, x3);
-        for (; c < n; ++c) out += a[c] * vec4{b0[c], b1[c], b2[c], b3[c]};
-        return out;
     }
 
     float inverse(int64_t h) const { return l.widest[h] > 0.f ? 1.f / l.widest[h] : std::numeric_limits<float>::max(); }

@@ -81,7 +81,7 @@ void certify(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& counts) 
         const float* row = x.pair.data() + r * x.stride;
         for (const Evaluated& e : x.evaluated[r])
             if (e.value > 0.f && row[e.key] > above) edges.push_back({int32_t(i), e.key, e.head, e.value});
-        for (int64_t key = 0; key < p.keys; ++key)
+        for (int64_t key = 0; key < std::min(p.keys, x.stride); ++key)
             if (row[key] > above && x.open(r, key) > 1e-6f * row[key]) edges.push_back({int32_t(i), int32_t(key), -1, x.open(r, key)});
     }
 }
@@ -91,21 +91,21 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
     const Certified& p = x.p;
     x.start(i0);
     std::vector<float>&share = x.share, &pair = x.pair;
-    share.assign(p.heads * ROWS * x.stride, 0.f);
+    share.assign(p.heads * x.height * x.stride, 0.f);
     for (int64_t h = 0; h < p.heads; ++h) {
         x.weights(h);
         const int64_t end = round_up(x.visible, NR);
-        const float* panels = x.l.v[h / p.group].data();
+        const float* panels = x.l.v[h / p.group].get();
         for (int r = 0; r < x.rows; r += MR) {
             const int n = std::min(MR, x.rows - r);
             for (int64_t j = 0; j < end; j += NR)
-                tile(p.g + ((i0 + r) * p.heads + h) * p.d_v, p.heads * p.d_v, n, panels + j * p.d_v, p.d_v, &share[(h * ROWS + r) * x.stride + j], x.stride);
+                tile(p.g + ((i0 + r) * p.heads + h) * p.d_v, p.heads * p.d_v, n, panels + j * p.d_v, p.d_v, &share[(h * x.height + r) * x.stride + j], x.stride);
         }
         for (int r = 0; r < x.rows; ++r) {
             const int64_t i = i0 + r;
             const float scale = p.whole_norm[i] > 0.f ? 1.f / p.whole_norm[i] : 0.f;
-            float* s = &share[(h * ROWS + r) * x.stride];
-            const float* a = x.alpha.data() + (h * ROWS + r) * x.stride;
+            float* s = &share[(h * x.height + r) * x.stride];
+            const float* a = x.alpha.get() + (h * x.height + r) * x.stride;
             vec total = {};
             for (int64_t j = 0; j < end; j += LANES) {
                 const vec f = load(s + j) * load(a + j) * scale;
@@ -121,7 +121,7 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
         counts.bounded += std::max<int64_t>(0, std::min(p.keys, x.reach(r + 1)) - x.begin(r)) * p.heads;
         for (int64_t h = 0; h < p.heads; ++h)
             for (int64_t j = 0; j < x.stride; ++j) {
-                const float f = share[(h * ROWS + r) * x.stride + j];
+                const float f = share[(h * x.height + r) * x.stride + j];
                 if (f != 0.f && (std::fabs(f) > p.floor || std::fabs(pair[r * x.stride + j]) > p.floor))
                     edges.push_back({int32_t(i0 + r), int32_t(j), int32_t(h), f});
             }
@@ -154,14 +154,14 @@ void bound_rows(RowBlock& x, int64_t i0, const Bound& b, std::vector<Edge>& edge
 // Calls work(row block, first row, slot) for all row blocks, a RowBlock per thread; blocks with most keys first.
 template <class Work>
 void for_row_blocks(const Layer& layer, int threads, Work&& work) {
-    const int64_t blocks = (layer.p.queries + ROWS - 1) / ROWS;
+    const int64_t blocks = layer.blocks();
     Failure failure;
 #pragma omp parallel num_threads(threads)
     {
         std::optional<RowBlock> x;
         failure.guard([&] { x.emplace(layer); });
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = blocks - 1; b >= 0; --b) failure.guard([&] { work(*x, b * ROWS, b); });
+        for (int64_t b = blocks - 1; b >= 0; --b) failure.guard([&] { work(*x, b * layer.height, b); });
     }
     failure.rethrow();
 }
@@ -178,7 +178,7 @@ void join(const std::vector<std::vector<Edge>>& found, std::vector<Edge>& edges)
 void certified(const Certified& p, std::vector<Edge>& edges, Counts& counts) {
     const int threads = thread_count(p.threads);
     const Layer layer(p, threads);
-    const int64_t blocks = (p.queries + ROWS - 1) / ROWS;
+    const int64_t blocks = layer.blocks();
     std::vector<std::vector<Edge>> found(blocks);
     std::vector<Counts> counted(blocks);
     for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t b) {
@@ -197,7 +197,7 @@ void certified(const Certified& p, std::vector<Edge>& edges, Counts& counts) {
 void bound(const Bound& b, std::vector<Edge>& edges) {
     const int threads = thread_count(b.layer.threads);
     const Layer layer(b.layer, threads);
-    std::vector<std::vector<Edge>> found((b.layer.queries + ROWS - 1) / ROWS);
+    std::vector<std::vector<Edge>> found(layer.blocks());
     for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t n) { bound_rows(x, i0, b, found[n]); });
     join(found, edges);
 }
@@ -205,8 +205,8 @@ void bound(const Bound& b, std::vector<Edge>& edges) {
 void pairs(const Certified& p, const int32_t* query, const int32_t* key, const int32_t* head, float* value, int64_t n) {
     const int threads = thread_count(p.threads);
     const Layer layer(p, threads);
-    std::vector<std::vector<int64_t>> listed((p.queries + ROWS - 1) / ROWS);
-    for (int64_t e = 0; e < n; ++e) listed[query[e] / ROWS].push_back(e);
+    std::vector<std::vector<int64_t>> listed(layer.blocks());
+    for (int64_t e = 0; e < n; ++e) listed[query[e] / layer.height].push_back(e);
     for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t b) {
         if (listed[b].empty()) return;
         x.start(i0);
@@ -216,7 +216,7 @@ void pairs(const Certified& p, const int32_t* query, const int32_t* key, const i
             const int64_t h = head[e];
             if (h != current) x.weights(current = h);
             const int r = static_cast<int>(query[e] - i0);
-            const float weight = x.alpha[(h * ROWS + r) * x.stride + key[e]];
+            const float weight = x.alpha[(h * x.height + r) * x.stride + key[e]];
             x.aim(r, h);
             const float* v = p.v + h / p.group * p.v_head + key[e] * p.v_row;
             const float w = weight * dot(p.g + (int64_t(query[e]) * p.heads + h) * p.d_v, v, p.d_v);

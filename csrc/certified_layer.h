@@ -3,59 +3,163 @@
 #pragma once
 #include "rows.h"
 
+#include <memory>
 #include <numeric>
 
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
+// Memory for packed keys and values, given back to be taken again: a walk packs every layer once, and fresh pages cost more than packing.
+class Pool {
+  public:
+    struct Return {
+        int64_t size = 0;
+        void operator()(float* memory) const noexcept { Pool::shared().give(memory, size); }
+    };
+    using Buffer = std::unique_ptr<float[], Return>;
+
+    static Pool& shared() {
+        static Pool* pool = new Pool;  // outlives whatever is destroyed at exit
+        return *pool;
+    }
+    // ``keep``: the memory may come from an earlier call, and be kept for a later one
+    Buffer take(int64_t size, bool keep) {
+        size = std::max<int64_t>(size, 1);
+        if (!keep) return Buffer(new float[size], Return{0});
+        if (const std::unique_lock<std::mutex> one(lock, std::try_to_lock); one) {  // held by nobody in a process that was forked
+            for (size_t n = 0; n < kept.size(); ++n)
+                if (kept[n].second >= size && kept[n].second <= 2 * size) {
+                    const auto found = kept[n];
+                    kept.erase(kept.begin() + n);
+                    total -= found.second;
+                    return Buffer(found.first, Return{found.second});
+                }
+        }
+        return Buffer(new float[size], Return{size});
+    }
+    void give(float* memory, int64_t size) noexcept {
+        if (const std::unique_lock<std::mutex> one(lock, std::try_to_lock); one && size && total + size <= MOST && kept.size() < kept.capacity()) {
+            kept.emplace_back(memory, size);
+            total += size;
+            return;
+        }
+        delete[] memory;
+    }
+
+  private:
+    Pool() { kept.reserve(64); }
+    static constexpr int64_t MOST = 16 << 20;  // floats
+    std::mutex lock;
+    std::vector<std::pair<float*, int64_t>> kept;
+    int64_t total = 0;
+};
+
+constexpr int FEW = 64;        // rows of a walk: then fresh pages would cost more than the work
+constexpr int PART = 8 * NR;   // keys that are packed at a time
 constexpr int WIDE = 8;        // channels per head whose |W_O[h, :, d]| is kept apart, so that outliers do not loosen the rest
 
 struct Layer {
     const Certified& p;
     Magnitudes order;
-    int64_t padded;                           // keys, rounded up to whole panels
-    std::vector<std::vector<float>> k, v;     // [kv_head]: panels [key / NR][d][NR]
+    int64_t seen;                             // keys that some query may see
+    int64_t padded;                           // those, rounded up to whole panels
+    int height;                               // queries that a thread works on together
+    bool packed;                              // else keys and values are read as they are stored
+    std::vector<Pool::Buffer> k, v;           // [kv_head]: panels [key / NR][d][NR]
     std::vector<float> length;                // [kv_head, padded]: |v_j|
     std::vector<float> width, widest, common; // [head, d_model], [head]: |W_O[h, :, d]|, its largest, its largest without the wide ones
     std::vector<int32_t> wide;                // [head, WIDE]: channels of the largest, -1 where there are fewer
 
     explicit Layer(const Certified& problem, int threads)
-        : p(problem), order(problem.y, problem.queries, problem.d_model, threads), padded(round_up(problem.keys, NR)) {
+        : p(problem),
+          order(problem.y, problem.queries, problem.d_model, threads),
+          seen(p.alpha.causal() && p.queries ? std::min<int64_t>(p.keys, p.alpha.position(p.queries - 1) + 1) : p.keys),
+          padded(round_up(seen, NR)),
+          height(static_cast<int>(std::clamp<int64_t>((p.queries + threads - 1) / threads, 1, ROWS))),
+          packed(p.queries > MR || p.whole_norm) {
         const int64_t kv_heads = p.heads / p.group;
         k.resize(kv_heads);
         v.resize(kv_heads);
+        for (int64_t kv = 0; kv < kv_heads && packed; ++kv) {
+            if (!p.alpha.pattern) k[kv] = Pool::shared().take(padded * p.alpha.d_qk, few());
+            v[kv] = Pool::shared().take(padded * p.d_v, few());
+        }
         length.assign(kv_heads * padded, 0.f);
         width.resize(p.heads * p.d_model);
         widest.resize(p.heads);
         common.resize(p.heads);
         wide.assign(p.heads * WIDE, -1);
+        const int64_t parts = (padded + PART - 1) / PART;
         Failure failure;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static) nowait
-            for (int64_t kv = 0; kv < kv_heads; ++kv) failure.guard([&] { pack_head(kv); });
+            for (int64_t part = 0; part < kv_heads * parts; ++part) failure.guard([&] { pack_part(part / parts, part % parts); });
 #pragma omp for schedule(static)
-            for (int64_t h = 0; h < p.heads; ++h) failure.guard([&] { measure(h); });
+            for (int64_t n = 0; n < threads; ++n)
+                failure.guard([&] {
+                    if (p.g_out) products(p.heads * n / threads, p.heads * (n + 1) / threads);
+                    else
+                        for (int64_t d = p.d_model * n / threads; d < p.d_model * (n + 1) / threads; ++d) measure(d, 0, p.heads);
+                });
+#pragma omp for schedule(static)
+            for (int64_t h = 0; h < p.heads; ++h) failure.guard([&] { rank(h); });
         }
         failure.rethrow();
     }
 
-    // keys, values and lengths of one kv head
-    void pack_head(int64_t kv) {
-        if (!p.alpha.pattern) {
-            k[kv].resize(padded * p.alpha.d_qk);
-            pack(p.alpha.k + kv * p.alpha.k_head, p.alpha.k_row, p.keys, p.alpha.d_qk, k[kv].data());
-        }
-        v[kv].resize(padded * p.d_v);
-        pack(p.v + kv * p.v_head, p.v_row, p.keys, p.d_v, v[kv].data());
-        for (int64_t j = 0; j < p.keys; ++j) length[kv * padded + j] = norm(p.v + kv * p.v_head + j * p.v_row, p.d_v);
+    bool few() const { return p.queries <= FEW; }
+    int64_t blocks() const { return (p.queries + height - 1) / height; }
+
+    // some keys, values and lengths of one kv head
+    void pack_part(int64_t kv, int64_t part) {
+        const int64_t first = part * PART, end = std::min(seen, first + PART), d_qk = p.alpha.d_qk;
+        if (packed && !p.alpha.pattern) pack(p.alpha.k + kv * p.alpha.k_head + first * p.alpha.k_row, p.alpha.k_row, end - first, d_qk, k[kv].get() + first * d_qk);
+        const float* values = p.v + kv * p.v_head;
+        if (packed) pack(values + first * p.v_row, p.v_row, end - first, p.d_v, v[kv].get() + first * p.d_v);
+        float* lengths = length.data() + kv * padded + first;
+        norms(values + first * p.v_row, p.v_row, end - first, p.d_v, [lengths](int64_t j, float x) { lengths[j] = x; });
     }
 
-    // widths of one head's channels
-    void measure(int64_t h) {
-        float* w = width.data() + h * p.d_model;
-        for (int64_t d = 0; d < p.d_model; ++d) w[d] = norm(p.w_o + d * p.w_row + h * p.d_v, p.d_v);
+    // widths of a channel, for some heads: W_O is read once, in order
+    void measure(int64_t d, int64_t from, int64_t to) {
+        norms(p.w_o + d * p.w_row + from * p.d_v, p.d_v, to - from, p.d_v, [=](int64_t h, float length) { width[(from + h) * p.d_model + d] = length; });
+    }
+
+    // the same of all channels, and while a channel is at hand g[i, h] = sum_d sign(y_d) W_O[h, :, d] of the rows and the answer to the probe;
+    // summed CHANNELS at a time
+    void products(int64_t from, int64_t to) {
+        constexpr int64_t CHANNELS = 32;
+        const int64_t n = (to - from) * p.d_v, row = p.heads * p.d_v, first = from * p.d_v;
+        if (!n) return;
+        const int64_t sums = p.queries + (p.probe ? 1 : 0);
+        std::vector<float> part(sums * n);
+        const auto out = [&](int64_t i) { return (i < p.queries ? p.g_out + i * row : p.answer) + first; };
+        for (int64_t i = 0; i < sums; ++i) std::fill_n(out(i), n, 0.f);
+        for (int64_t d0 = 0; d0 < p.d_model; d0 += CHANNELS) {
+            std::fill(part.begin(), part.end(), 0.f);
+            for (int64_t d = d0; d < std::min(p.d_model, d0 + CHANNELS); ++d) {
+                measure(d, from, to);
+                const float* w = p.w_o + d * p.w_row + first;
+                if (p.probe)
+                    for (int64_t c = 0; c < n; ++c) part[p.queries * n + c] += p.probe[d] * w[c];
+                for (int64_t i = 0; i < p.queries; ++i) {
+                    float* sum = part.data() + i * n;
+                    if (std::signbit(p.y[i * p.d_model + d]))
+                        for (int64_t c = 0; c < n; ++c) sum[c] -= w[c];
+                    else
+                        for (int64_t c = 0; c < n; ++c) sum[c] += w[c];
+                }
+            }
+            for (int64_t i = 0; i < sums; ++i)
+                for (int64_t c = 0; c < n; ++c) out(i)[c] += part[i * n + c];
+        }
+    }
+
+    // the widest channels of one head
+    void rank(int64_t h) {
+        const float* w = width.data() + h * p.d_model;
         std::vector<int32_t> order(p.d_model);
         std::iota(order.begin(), order.end(), 0);
         const int64_t n = p.d_model > 4 * WIDE ? WIDE : 0;
@@ -65,13 +169,33 @@ struct Layer {
         common[h] = w[order[n]];
     }
 
-    static float norm(const float* x, int64_t n) {  // an upper bound in spite of rounding and underflow
+    // out(i, |x_i|) for `count` vectors of n numbers, each an upper bound in spite of rounding and underflow
+    template <class Out>
+    static void norms(const float* x, int64_t stride, int64_t count, int64_t n, Out&& out) {
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            vec s[4] = {};
+            int64_t c = 0;
+            for (; c + LANES <= n; c += LANES)
+                for (int r = 0; r < 4; ++r) {
+                    const vec a = load(x + (i + r) * stride + c);
+                    s[r] += a * a;
+                }
+            vec4 total = sums(s[0], s[1], s[2], s[3]);
+            for (; c < n; ++c)
+                for (int r = 0; r < 4; ++r) total[r] += x[(i + r) * stride + c] * x[(i + r) * stride + c];
+            for (int r = 0; r < 4; ++r) out(i + r, total[r] > 1e-28f ? bounded(std::sqrt(total[r])) : norm(x + (i + r) * stride, n));
+        }
+        for (; i < count; ++i) out(i, norm(x + i * stride, n));
+    }
+    static float bounded(float length) { return length * (1.f + 1e-5f) + std::numeric_limits<float>::denorm_min(); }
+    static float norm(const float* x, int64_t n) {
         float total = 0.f, most = 0.f;
         for (int64_t c = 0; c < n; ++c) {
             total += x[c] * x[c];
             most = std::max(most, std::fabs(x[c]));
         }
-        return (most < 1e-15f ? most * std::sqrt(float(n)) : std::sqrt(total)) * (1.f + 1e-5f) + std::numeric_limits<float>::denorm_min();
+        return bounded(most < 1e-15f ? most * std::sqrt(float(n)) : std::sqrt(total));
     }
 };
 

@@ -20,7 +20,11 @@ struct Alpha {
     int64_t mask_head = 0, mask_query = 0;
     int64_t window = 0;            // causal case only: keys at distance < window are visible; 0: all
     int64_t offset = 0;            // causal case only: query i stands at key position i + offset
+    const int64_t* positions = nullptr;  // causal case only: [query], rising: where queries stand, if they do not follow one another
     const float* sinks = nullptr;  // [head]: one logit more in the softmax denominator; null: none
+
+    int64_t position(int64_t query) const { return positions ? positions[query] : query + offset; }
+    bool causal() const { return !mask && !pattern; }
 };
 
 struct Edge {
@@ -54,6 +58,9 @@ struct Certified {
     const float* v = nullptr;          // [kv_head, key, d_v], inner stride 1
     int64_t v_head = 0, v_row = 0;
     const float* g = nullptr;          // [query, head, d_v]: W_O[h] sign(y_i), times the gate
+    float* g_out = nullptr;            // the same memory where g is not given: it is computed while W_O is read
+    const float* probe = nullptr;      // [d_model] or null: with g_out, answer[h] = sum_d probe_d W_O[h, :, d], [heads * d_v]
+    float* answer = nullptr;
     const float* w_o = nullptr;        // [d_model, head * d_v], inner stride 1
     int64_t w_row = 0;
     const float* y = nullptr;          // [query, d_model]

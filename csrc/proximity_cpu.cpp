@@ -57,7 +57,7 @@ public:
 // Turns s[rows, keys] from alpha into proximities, for one head; adds their sum over keys to by_head.
 void head_rows(const AttentionProximity& p, const Magnitudes& order, const Head& head, int64_t h, int64_t i0, int rows, float* s) {
     const int64_t stride = round_up(p.keys, NR);
-    const int64_t visible = attention_rows(p.alpha, p.keys, h, i0, rows, head.k, s, stride);
+    const int64_t visible = attention_rows(p.alpha, p.keys, h, p.group, i0, rows, head.k, s, stride);
     const float* g = p.g + (i0 * p.heads + h) * p.d_v;
     const int64_t g_row = p.heads * p.d_v;
     float total[ROWS] = {};

@@ -57,12 +57,24 @@ class Failure {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// four rows of four numbers each, transposed
+inline void transpose4(const float* rows, int64_t stride, float* out, int64_t out_stride) {
+    const vec4 a = load4(rows), b = load4(rows + stride), c = load4(rows + 2 * stride), d = load4(rows + 3 * stride);
+    const vec4 ab = FLOWROUTES_SHUFFLE(a, b, 0, 4, 1, 5), cd = FLOWROUTES_SHUFFLE(c, d, 0, 4, 1, 5);
+    const vec4 AB = FLOWROUTES_SHUFFLE(a, b, 2, 6, 3, 7), CD = FLOWROUTES_SHUFFLE(c, d, 2, 6, 3, 7);
+    const vec4 columns[4] = {FLOWROUTES_SHUFFLE(ab, cd, 0, 1, 4, 5), FLOWROUTES_SHUFFLE(ab, cd, 2, 3, 6, 7),
+                             FLOWROUTES_SHUFFLE(AB, CD, 0, 1, 4, 5), FLOWROUTES_SHUFFLE(AB, CD, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) std::memcpy(out + i * out_stride, &columns[i], sizeof columns[i]);
+}
+
 // rows [n, d] -> panels [ceil(n / NR)][d][NR], zero padded
 inline void pack(const float* rows, int64_t stride, int64_t n, int64_t d, float* panels) {
     for (int64_t p = 0; p < n; p += NR) {
         float* out = panels + p * d;
-        const int64_t width = std::min<int64_t>(NR, n - p);
-        for (int64_t c = 0; c < d; ++c)
+        const int64_t width = std::min<int64_t>(NR, n - p), whole = width == NR ? d / 4 * 4 : 0;
+        for (int64_t r = 0; r < NR; r += 4)
+            for (int64_t c = 0; c < whole; c += 4) transpose4(rows + (p + r) * stride + c, stride, out + c * NR + r, NR);
+        for (int64_t c = whole; c < d; ++c)
             for (int64_t r = 0; r < NR; ++r) out[c * NR + r] = r < width ? rows[(p + r) * stride + c] : 0.f;
     }
 }
@@ -84,6 +96,37 @@ inline void tile_of(const float* a, int64_t a_row, const float* panel, int64_t d
         store(out + r * out_row, acc[r][0]);
         store(out + r * out_row + LANES, acc[r][1]);
     }
+}
+
+// <a, b_k> of four vectors
+inline vec4 dots(const float* a, const float* b0, const float* b1, const float* b2, const float* b3, int64_t n) {
+    vec x0 = {}, x1 = {}, x2 = {}, x3 = {};
+    int64_t c = 0;
+    for (; c + LANES <= n; c += LANES) {
+        const vec x = load(a + c);
+        x0 += x * load(b0 + c);
+        x1 += x * load(b1 + c);
+        x2 += x * load(b2 + c);
+        x3 += x * load(b3 + c);
+    }
+    vec4 out = sums(x0, x1, x2, x3);
+    for (; c < n; ++c) out += a[c] * vec4{b0[c], b1[c], b2[c], b3[c]};
+    return out;
+}
+
+// out[j] = <a, row j> for `count` rows as they are stored, and 0 up to `padded`: for few vectors, where packing would cost more
+inline void dots_of_rows(const float* a, const float* rows, int64_t stride, int64_t count, int64_t padded, int64_t d, float* out) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        const float* b = rows + j * stride;
+        const vec4 found = dots(a, b, b + stride, b + 2 * stride, b + 3 * stride, d);
+        std::memcpy(out + j, &found, sizeof found);
+    }
+    for (; j < count; ++j) {
+        const float* b = rows + j * stride;
+        out[j] = dots(a, b, b, b, b, d)[0];
+    }
+    for (; j < padded; ++j) out[j] = 0.f;
 }
 
 // the same for 1 to MR rows
@@ -147,8 +190,8 @@ struct Magnitudes {
     int32_t prefix(int64_t i, float a) const { return end[i * BUCKETS + bucket(i, a)]; }
 };
 
-// Rows i0..i0+rows of alpha for one head, into s[rows, stride]; returns how many leading keys can be visible.
-inline int64_t attention_rows(const Alpha& a, int64_t keys, int64_t head, int64_t i0, int rows, const float* k_panels, float* s, int64_t stride) {
+// Rows i0..i0+rows of alpha for one head, into s[rows, stride]; without panels keys are read as they are stored. Returns how many leading keys can be visible.
+inline int64_t attention_rows(const Alpha& a, int64_t keys, int64_t head, int64_t group, int64_t i0, int rows, const float* k_panels, float* s, int64_t stride) {
     if (a.pattern) {
         for (int r = 0; r < rows; ++r) {
             const float* from = a.pattern + head * a.pattern_head + (i0 + r) * a.pattern_query;
@@ -158,16 +201,19 @@ inline int64_t attention_rows(const Alpha& a, int64_t keys, int64_t head, int64_
         return keys;
     }
     constexpr float none = -std::numeric_limits<float>::infinity();
-    const int64_t visible = a.mask ? keys : std::min<int64_t>(keys, i0 + rows + a.offset);
+    const int64_t visible = a.mask ? keys : std::min<int64_t>(keys, a.position(i0 + rows - 1) + 1);
     const int64_t padded = round_up(visible, NR);
     const float* q = a.q + head * a.q_head + i0 * a.q_row;
-    const int64_t oldest = !a.mask && a.window > 0 ? std::max<int64_t>(0, i0 + a.offset + 1 - a.window) / NR * NR : 0;
-    for (int64_t j = oldest; j < padded; j += NR)
+    const int64_t oldest = !a.mask && a.window > 0 ? std::max<int64_t>(0, a.position(i0) + 1 - a.window) / NR * NR : 0;
+    const float* keys_of_head = a.k + head / group * a.k_head;
+    for (int r = 0; r < rows && !k_panels; ++r)
+        dots_of_rows(q + r * a.q_row, keys_of_head + oldest * a.k_row, a.k_row, visible - oldest, padded - oldest, a.d_qk, s + r * stride + oldest);
+    for (int64_t j = oldest; j < padded && k_panels; j += NR)
         for (int r = 0; r < rows; r += MR)
             tile(q + r * a.q_row, a.q_row, std::min(MR, rows - r), k_panels + j * a.d_qk, a.d_qk, s + r * stride + j, stride);
     for (int r = 0; r < rows; ++r) {
         float* row = s + r * stride;
-        const int64_t last = a.mask ? keys : std::min<int64_t>(keys, i0 + r + a.offset + 1);
+        const int64_t last = a.mask ? keys : std::min<int64_t>(keys, a.position(i0 + r) + 1);
         const int64_t first = !a.mask && a.window > 0 ? std::max<int64_t>(0, last - a.window) : 0;
         std::fill(row, row + first, none);
         std::fill(row + last, row + padded, none);

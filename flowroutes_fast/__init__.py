@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from flowroutes_fast.results.route import Route, load_route
     from flowroutes_fast.results.trace import Trace, load_trace
     from flowroutes_fast.system.errors import DamagedFile
+    from flowroutes_fast.tracing.generation import generate
+    from flowroutes_fast.tracing.routes import route
     from flowroutes_fast.tracing.trace import trace
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "corpus",
     "corpus_on_ray",
     "estimate",
+    "generate",
     "head_frequencies",
     "load",
     "load_route",
@@ -48,6 +51,7 @@ __all__ = [
     "open_streaming",
     "ops",
     "patching",
+    "route",
     "templates",
     "trace",
 ]
@@ -62,6 +66,7 @@ _HOMES = {  # name -> the module that has it
     "corpus": "corpora",
     "corpus_on_ray": "corpora",
     "estimate": "planning.estimate",
+    "generate": "tracing.generation",
     "head_frequencies": "results.contrast",
     "load": "loading.load",
     "load_route": "results.route",
@@ -69,6 +74,7 @@ _HOMES = {  # name -> the module that has it
     "open_corpus": "corpora",
     "open_streaming": "loading.streaming",
     "patching": "experiments.patching",
+    "route": "tracing.routes",
     "trace": "tracing.trace",
 }
 _MODULES = {  # modules that are imported under another path too: the one they had before

@@ -32,9 +32,10 @@ ALLOWED = {  # what the reason of the skip matches in full: whether it is expect
     r"there is a GPU": torch.cuda.is_available(),
     r"this processor has no (avx2|avx512)": _lacks_instruction_set,
     # only Linux has /proc, limits of the address space and the rest
-    r"reads /proc|VmHWM is Linux's|RLIMIT_AS is Linux's|limits the address space|fault injection is Linux's": not LINUX,
+    r"reads /proc|VmHWM is Linux's|RLIMIT_AS is Linux's|limits the address space|fault injection is Linux's|wheels of Linux are audited": not LINUX,
     r"no fork here|this system has no fork": not hasattr(os, "fork"),
     r"triton is not installed": not LINUX,
+    r"not a git checkout": not (Path(__file__).parent.parent / ".git").exists(),
     r"bitsandbytes cannot quantise here: .*": not X86,
     # not in the extra 'dev': too large, or in an environment of its own, where it must not be missing
     r"could not import '(umap)'.*": _lacks,

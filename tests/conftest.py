@@ -49,13 +49,13 @@ def tiny(kind: str, **options):
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "vocab_size": 101,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": (context := options.pop("max_position_embeddings", 64)),
     }
     config = {
         "llama": lambda: LlamaConfig(**grouped, attention_bias=True, **options),
         "mistral": lambda: MistralConfig(**grouped, head_dim=12, sliding_window=5, **options),
         "qwen2": lambda: Qwen2Config(**grouped, **options),
-        "gpt2": lambda: GPT2Config(n_embd=60, n_layer=3, n_head=5, vocab_size=101, n_positions=64, **options),
+        "gpt2": lambda: GPT2Config(n_embd=60, n_layer=3, n_head=5, vocab_size=101, n_positions=context, **options),
         "neox": lambda: GPTNeoXConfig(
             **{k: v for k, v in grouped.items() if k != "num_key_value_heads"}, use_parallel_residual=True, **options
         ),

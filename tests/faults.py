@@ -44,6 +44,7 @@ KILL = -1
 FAULTS = {  # name -> errno or KILL, which operations count, do all later ones fail too
     "ENOSPC": (errno.ENOSPC, GROWS, True),  # nothing can be written from there on, what is there can be removed
     "EIO": (errno.EIO, READS | WRITES, False),
+    "EIO of writes": (errno.EIO, WRITES, False),  # where a run reads so often that a loop over all would take minutes
     "EIO for good": (errno.EIO, WRITES, True),
     "kill": (KILL, WRITES, False),  # reads change nothing that a kill could interrupt
 }

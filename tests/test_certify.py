@@ -28,7 +28,9 @@ def bounded(monkeypatch):
     monkeypatch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)
 
 
-def layer(seed, n_query=19, n_key=None, heads=6, kv=2, d_qk=16, d_v=12, d_model=48, outliers=False, dtype=torch.float32, **options):
+def layer(
+    seed, n_query=19, n_key=None, heads=6, kv=2, d_qk=16, d_v=12, d_model=48, outliers=False, wide=False, dtype=torch.float32, **options
+):
     """A random layer whose parts add up to its state; options are those of Attention, or True for a random mask, sinks, row_scale or gate."""
     g = torch.Generator().manual_seed(seed)
     n_key = n_key or n_query
@@ -47,6 +49,8 @@ def layer(seed, n_query=19, n_key=None, heads=6, kv=2, d_qk=16, d_v=12, d_model=
     w_o, rest = normal(heads, d_v, d_model) / d_v**0.5, normal(n_query, d_model)
     if outliers:
         rest[:, 1] = 1e4
+    if wide:
+        w_o[..., ::16] *= 30
     query, key, value, w_o, rest = (t.to(dtype) for t in (query, key, value, w_o, rest))
     attention = Attention(query, key, value, w_o, rest, d_qk**-0.5, **options)
     a = doubled(attention)
@@ -120,6 +124,7 @@ CASES = [
     {"d_qk": 256, "d_v": 192, "d_model": 33, "heads": 2, "kv": 2},
     {"n_query": 150, "d_model": 200},
     {"outliers": True},
+    {"wide": True, "d_model": 100},
     {"dtype": torch.bfloat16, "outliers": True},
     {"dtype": torch.float16},
 ]
@@ -144,6 +149,58 @@ def test_tolerance_zero_evaluates_rows_whole(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tolerance", [0.1, 0.01, 0.001])
+def test_the_normaliser_is_known_to_the_tolerance(way, tolerance, much_open):
+    a, others = layer(1, 40)
+    found = run(a, others, way, tolerance=tolerance, floor=0.1)
+    error = (found.high - found.low) / (found.high + found.low)
+    assert tolerance * 0.1 < float(error.max()) <= tolerance * (1 + 1e-5)
+    check(found, a, others, 0.1)
+
+
+@pytest.fixture
+def much_open(monkeypatch):
+    """Wide intervals: what a row is expected to have in sub-edges of no account is evaluated only where it must be."""
+    monkeypatch.setattr("flowroutes_fast.ops.certified.FIRST_CUT", 0.05)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pairs_that_may_reach_the_floor_are_listed(way, much_open):
+    between = 0
+    for seed in range(4):
+        a, others = layer(seed, 40, heads=12)
+        found = run(a, others, way, tolerance=0.4, floor=0.03)
+        check(found, a, others, 0.03)
+        total, pair = truth(a).sum((0, 2)) + others.double().sum(0), truth(a).sum(0)
+        between += int(((pair > 0.03 * total[:, None]) & (pair < 0.03 * found.high[:, None])).sum())
+    assert between > 3  # the floor of the upper end would miss these
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_the_lower_end_where_all_signs_agree(isa, much_open):
+    """A hundred equal sub-edges as long as the values of a class may be: what a chord takes off their bounds is what is to be taken off."""
+    ones, nothing = torch.ones(1, 100, 1), torch.zeros(1, 100, 1)
+    whole = torch.tensor([0.001] * 6 + [0.01001] + [2.0] * 89)[None]
+    a = Attention(nothing[:, :1], nothing, ones, torch.ones(1, 1, 96), whole, 1.0)
+    with native.instruction_set(isa):
+        found = run(a, torch.tensor([[30.0]]), "cpu", tolerance=0.4, floor=0.05)
+    assert found.counts.evaluated == 0
+    total = 30 + float(truth(a).sum())
+    assert total * (1 - 1e-4) <= float(found.low) <= total * (1 + 1e-6)
+    assert float(found.high) == pytest.approx(30 + 96, rel=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("case", CASES, ids=lambda c: " ".join(c) or "plain")
+def test_every_instruction_set_holds_the_truth(isa, case):
+    a, others = layer(1, **case)
+    with native.instruction_set(isa):
+        check(run(a, others, "cpu", floor=0.02, thresholds=(0.05,)), a, others, 0.02)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_tolerance_per_row(way):
     a, others = layer(1, 40)
     tolerance = torch.full((40,), 0.5)
@@ -164,11 +221,13 @@ def test_a_full_candidate_buffer_falls_back_to_exact(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_ambiguous_at_the_thresholds_asked_for(way):
+@pytest.mark.parametrize("floor", [1e-3, 0.03])
+def test_nothing_is_ambiguous_at_the_thresholds_asked_for(way, floor, much_open):
+    wanted = tuple(t for t in (0.01, 0.02, 0.03, 0.05, 0.1) if t >= floor)
     for seed in range(5):
-        a, others = layer(seed, 30)
-        wanted = (0.01, 0.02, 0.05, 0.1)
-        found = run(a, others, way, thresholds=wanted, tolerance=0.3)
+        a, others = layer(seed, 30, heads=12)
+        found = run(a, others, way, thresholds=wanted, tolerance=0.3, floor=floor)
+        check(found, a, others, floor)
         near = torch.cat([truth(a).permute(1, 0, 2).flatten(1), truth(a).sum(0), others.T.double()], 1)
         for threshold in wanted:
             low, high = threshold * found.low.double()[:, None], threshold * found.high.double()[:, None]
@@ -199,6 +258,11 @@ def test_bound_candidates_and_pairs(backend, case):
     assert (value.double() <= listed.bound.double() + TOLERANCE * unit).all()
 
 
+def _with_slack(a, slack):
+    flow = reference.sign_flow(a.pattern, a.value, a.w_o, a.whole)
+    return (flow + reference.bound_slack(a.pattern, a.value, a.gradient, slack)).clamp_min(0)
+
+
 def test_low_precision_needs_slack_and_has_it():
     """A gradient rounded to bfloat16 breaks the bound where signs cancel; a slack of 2^-8 |v||g| mends it."""
     broken = mended = 0
@@ -211,13 +275,14 @@ def test_low_precision_needs_slack_and_has_it():
         broken += int((near > flow.clamp_min(0) + unit).sum())
         slack = reference.bound_slack(rounded.pattern, a.value, rounded.gradient, 2.0**-8)
         mended += int((near > (flow + slack).clamp_min(0) + unit).sum())
+        torch.testing.assert_close(bound(a, "reference", 2.0**-8).upper, _with_slack(a, 2.0**-8).sum(-1).T)
         check(certified(a, others, floor=1e-3, backend="reference", slack=2.0**-8), a, others, 1e-3)
     assert broken > 0
     assert mended == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("what", ["zeros in y", "denormals", "a head that writes nothing", "all equal", "a state of zeros"])
+@pytest.mark.parametrize("what", ["zeros in y", "denormals", "tiny numbers", "a head that writes nothing", "all equal", "a state of zeros"])
 def test_edge_cases(way, what):
     a, others = layer(4, 20)
     if what == "zeros in y":
@@ -226,6 +291,10 @@ def test_edge_cases(way, what):
     elif what == "denormals":
         a.whole.mul_(1e-41)
         a.value.mul_(1e-41)
+    elif what == "tiny numbers":  # whose squares are nothing
+        a.whole.mul_(1e-25)
+        a.value.mul_(1e-25)
+        others = others * 1e-25
     elif what == "a head that writes nothing":
         a.w_o[2] = 0
     elif what == "all equal":
@@ -248,6 +317,41 @@ def test_edge_cases(way, what):
 def test_random_layers(seed, tokens, kv, group, d, width, window, outliers, floor):
     a, others = layer(seed, tokens, heads=kv * group, kv=kv, d_qk=d, d_v=d, d_model=width + 2 * outliers, outliers=outliers, window=window)
     check(run(a, others, "cpu", floor=floor, thresholds=(0.06,)), a, others, floor)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), n_query=st.integers(1, 30), more=st.integers(0, 20), kv=st.integers(1, 3), group=st.integers(1, 3),
+    d_qk=st.integers(1, 24), d_v=st.integers(1, 24), width=st.integers(1, 60), window=st.integers(0, 6), softcap=st.sampled_from([0.0, 3.0]),
+    extra=st.sets(st.sampled_from(["mask", "sinks", "row_scale", "gate"])), isa=st.sampled_from(native.instruction_sets() or ["auto"]),
+)  # fmt: skip
+def test_random_layers_of_every_kind(seed, n_query, more, kv, group, d_qk, d_v, width, window, softcap, extra, isa):
+    """Intervals, listed pairs, bounds and signed flow, with everything that attention may have."""
+    options = dict.fromkeys(extra - {"mask"}, True)
+    if "mask" in extra:
+        hidden = torch.rand(n_query, n_query + more, generator=torch.Generator().manual_seed(seed)) < 0.3
+        hidden[:, 0] = False  # every row sees something
+        options["mask"] = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    a, others = layer(
+        seed, n_query, n_query + more, heads=kv * group, kv=kv, d_qk=d_qk, d_v=d_v, d_model=width, window=window, softcap=softcap, **options
+    )
+    exact, near = doubled(a), truth(a)
+    flow = reference.sign_flow(exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate)
+    norm = exact.whole.abs().sum(-1)
+    unit = TOLERANCE * torch.maximum(norm, flow.abs().sum((0, 2)))
+    index = torch.stack(
+        [torch.randint(n, (40,), generator=torch.Generator().manual_seed(seed)) for n in (n_query, n_query + more, len(near))]
+    )
+    query, key, head = index
+    with native.instruction_set(isa):
+        check(run(a, others, "cpu", thresholds=(0.06,)), a, others, 1e-3)
+        found = bound(a, "cpu")
+        assert ((found.upper - flow.clamp_min(0).sum(-1).T).abs() <= unit[:, None]).all()
+        assert ((found.flow - flow.sum(-1).T).abs() <= unit[:, None]).all()
+        assert ((pairs(a, found, index, "cpu") - near[head, query, key]).abs() <= unit[query]).all()
+        signed = run(a, others, "cpu", measure="signed")
+        assert ((signed.head_low * norm[:, None] - flow.sum(-1).T).abs() <= unit[:, None]).all()
 
 
 @pytest.mark.parametrize("measure", ["proximity", "signed"])
@@ -335,6 +439,16 @@ def test_open_decisions_are_settled_or_refused(tmp_path):
     gc.collect()
     with pytest.raises(ValueError, match="its model is gone"):
         again.route(threshold=threshold)
+
+
+def test_a_changed_model_settles_nothing():
+    model = tiny("llama")
+    trace = fr.trace(model, None, IDS, tolerance=0.3, thresholds=())
+    low, high = (t[2, -1].double() for t in (trace.normaliser_low, trace.normaliser_high))
+    threshold = float(trace.attention_residual[2, -1]) * float((low + high) / 2 / high) * 1.0001
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(ValueError, match="does not compute what it did when it was traced"):
+        trace.route(threshold=threshold)
 
 
 def test_certificate_edges_and_refusals():

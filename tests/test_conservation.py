@@ -89,21 +89,66 @@ def test_the_native_kernel_says_the_same(name, tokens, isa):
     layers, sample, taken = [], conservation.Conservation(1, None, None, thorough=False), 0
     capture(make(name), torch.tensor([LONG[:tokens]]), on_layer=layers.append)
     for layer in layers:
-        rows, channels = sample._places(layer.resid_post)
+        places = sample._places(layer.resid_post)
         for off in (1.0, 1.01, float("nan")):
             layer.ffn_out = layer.ffn_out * off
             layer.mixed = None if layer.mixed is None else layer.mixed * off
             with native.instruction_set(isa):
-                found = conservation._native_errors(layer, rows, channels)
+                found = conservation._native_errors(layer, places)
             if found is None:
                 continue
             taken += 1
             errors = [conservation.weights_error(layer, sample._rows_of_weights(layer))]
-            errors += [conservation._miss(parts[None])[0] for _, parts in conservation._sums(layer, rows, channels)]
+            errors += [conservation._miss(parts[None])[0] for _, parts in conservation._sums(layer, *places)]
             for (_, one), other in zip(found, errors, strict=False):
                 torch.testing.assert_close(torch.tensor(one), other.float(), rtol=1e-4, atol=1e-6, equal_nan=True)
             assert len(errors) == 3 or found[2][1] == 0
     assert taken
+
+
+@pytest.mark.parametrize("name", ["bitnet", "olmo2"])
+def test_biases_behind_a_norm_by_the_native_kernel(name, monkeypatch):
+    """Where the norm comes before the output projection its bias is not scaled with the row; where it comes after, it is."""
+    bias = torch.linspace(-1, 1, 60)
+    layers, sample, taken = [], conservation.Conservation(1, None, None, thorough=False), 0
+    capture(make(name), torch.tensor([LONG[:13]]), on_layer=layers.append)
+    monkeypatch.setattr(type(layers[0].block), "output_bias", property(lambda block: bias))
+    for layer in layers:
+        places = sample._places(layer.resid_post)
+        if (found := conservation._native_errors(layer, places)) is not None:
+            taken += 1
+            wanted = [conservation._miss(parts[None])[0] for _, parts in conservation._sums(layer, *places)]
+            torch.testing.assert_close(torch.tensor([error for _, error in found[1:]]), torch.stack(wanted).float(), rtol=1e-4, atol=1e-6)
+            assert found[1][1] > 1e-3
+    assert taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_pass_is_judged_at_its_end(dtype, monkeypatch):
+    """Without a hook, once a model is known: a few positions are looked at, and all layers are judged together."""
+    model, layers = tiny().to(dtype), []
+    capture(model, torch.tensor([LONG[:40]]), on_layer=layers.append)
+    kind = type(layers[0].block)
+    w_o = kind.w_o
+    monkeypatch.setattr(kind, "w_o", lambda block, heads: w_o(block, heads) * (1.5 if block.index == 2 else 1))
+    with pytest.raises(ValueError, match="layer 2: the captured parts miss the state after attention"):
+        capture(model, torch.tensor([LONG[:40]]))
+
+
+@pytest.mark.parametrize("where", ["self_attn", ""])
+def test_small_changes_are_refused(where):
+    """A thousandth more than a part really was is far above what float32 rounds."""
+    model = tiny()
+    fr.trace(model, None, LONG[:40])
+
+    def louder(module, args, out):
+        return (out[0] * 1.001, *out[1:]) if isinstance(out, tuple) else out * 1.001
+
+    handle = model.model.layers[1].get_submodule(where).register_forward_hook(louder)
+    with pytest.raises(ValueError, match=r"layer 1: the captured parts miss"):
+        fr.trace(model, None, LONG[:40])
+    handle.remove()
+    fr.trace(model, None, LONG[:40])
 
 
 def test_all_layers_must_be_seen():

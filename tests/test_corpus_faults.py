@@ -14,7 +14,7 @@ from flowroutes_fast.corpora.run import run, settings_of, trace_items
 pytest.importorskip("pyarrow")
 OPTIONS = {
     "threshold": 0.04, "precision": "certified", "floor": 1e-3, "max_tokens": None, "overflow": "truncate", "window": 4, "batch_tokens": 100,
-    "positions": True, "edges": False, "shard": (0, 1),
+    "positions": True, "edges": False, "shard": (0, 1), "routes_only": False,
 }  # fmt: skip
 
 

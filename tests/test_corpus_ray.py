@@ -83,6 +83,15 @@ def test_a_worker_dies_and_nothing_is_lost(cluster, whole, tmp_path):
     same(found, whole)
 
 
+def test_routes_alone(cluster, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has
+    alone = fr.corpus(make("llama"), Tokenizer(), TEXTS, tmp_path / "alone", routes_only=True, **OPTIONS)
+    torch.set_num_threads(threads)
+    found = fr.corpus_on_ray(loader(), TEXTS, tmp_path / "run", workers=2, routes_only=True, **OPTIONS)
+    assert found.states[0].files == alone.states[0].files
+
+
 def test_one_process_goes_on_where_workers_stopped(cluster, whole, tmp_path, monkeypatch):
     from flowroutes_fast.corpora import run
 

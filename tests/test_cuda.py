@@ -31,7 +31,8 @@ def case(shape, dtype, device, seed=0):
     pattern = (2 * torch.randn(heads, queries, keys, generator=g)).masked_fill(hidden, -torch.inf).softmax(-1)
     value = torch.randn(kv, keys, d_head, generator=g).to(dtype)
     w_o = (torch.randn(d_model, heads * d_head, generator=g) / d_head**0.5).to(dtype).view(d_model, heads, d_head).permute(1, 2, 0)
-    whole = torch.randn(queries, d_model, generator=g)
+    mixed = pattern @ value.float().repeat_interleave(heads // kv, 0)
+    whole = 2 * torch.einsum("hqd,hdm->qm", mixed, w_o.float()) + torch.randn(queries, d_model, generator=g)  # else no part is close to it
     whole[:, :: max(2, d_model // 3)] *= 100
     whole[:, 1::17] = 0.0
     whole[:, 2::17] = -0.0
@@ -99,9 +100,10 @@ def check_dense(shape, dtype, device, causal=True):
 
 def check_parts(rows, part_rows, d_model, device):
     _, _, _, whole = case((1, 1, rows, rows, 1, d_model), torch.float32, device)
-    part = surrounded(torch.randn(part_rows, d_model).to(device) * 3)
+    part = surrounded(whole[:part_rows] / 2 + torch.randn(part_rows, d_model).to(device))
     got = cuda.part_proximity(part, surrounded(whole))
     wanted = reference.proximity(part.double().repeat(-(-rows // part_rows), 1)[:rows], whole.double())
+    assert (wanted[:part_rows] > 0).any()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 

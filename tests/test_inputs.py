@@ -32,6 +32,27 @@ def test_attention_implementations_agree(implementation, kind):
         same(a, b, 1e-5)
 
 
+def test_windows_without_a_mask():
+    """As flash attention has them: no mask, but a number of keys that are seen."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    def windowed(module, query, key, value, mask, scaling, sliding_window=None, **options):
+        assert mask is None
+        age = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+        seen = (age >= 0) & (age < sliding_window)
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+        return found.transpose(1, 2), None
+
+    AttentionInterface.register("windowed", windowed)
+    AttentionMaskInterface.register("windowed", flash_attention_mask)
+    model = tiny("mistral", sliding_window=7)
+    expected = fr.trace(model, None, LONG[:40])
+    model.set_attn_implementation("windowed")
+    same(expected, fr.trace(model, None, LONG[:40]), 1e-5)
+
+
 def test_chunks_are_those_of_the_model():
     """Keys of an earlier chunk have no influence: no sub-edge crosses a chunk where attention is chunked."""
     trace = fr.trace(llama4("flex_attention"), None, LONG[:40], precision="exact", dense=True)
@@ -533,3 +554,21 @@ def test_marks_of_the_text_itself_are_no_spaces(demo):
     token = tokenizer.convert_tokens_to_ids("▁bar")
     assert token_texts(tokenizer, [token]) == ["▁bar"]
     assert single_token(tokenizer, "▁bar") == token
+
+
+def test_messages_go_through_the_template(demo):
+    model, tokenizer = demo
+    messages = [{"role": "user", "content": "Say hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = fr.trace(model, tokenizer, messages, lazy=True)
+    assert found.token_ids == wanted
+    both = fr.trace(model, tokenizer, [messages, messages], lazy=True)
+    assert [one.token_ids for one in both] == [wanted, wanted]
+    for wrong, error in (
+        ([{"role": "user", "content": [{"type": "image"}]}], TypeError), ([{"role": "user"}], TypeError), ({"role": "user", "content": "Hi"}, TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            fr.trace(model, tokenizer, wrong)
+    with pytest.raises(TypeError, match="need a tokenizer"):
+        fr.trace(model, None, messages)

@@ -365,6 +365,42 @@ if not IN_CHILD:
         assert not empty[1].any()
         assert not len(empty[0])
 
+    @pytest.mark.parametrize("of", ["values", "gradient"])
+    @KINDS
+    def test_bounds_hold_where_16_bits_lose_most(of, dtype):
+        """Every number lies half a step of float16 above one, and is rounded down: without slack no bound would hold."""
+        if of == "values" and dtype != torch.float32:
+            return  # float16 holds values of 16 bits
+        case = Case(2, 1, 9, 9, 16, 16, 40, dtype=dtype)
+        half_step = 1 + 2.0**-11
+        case.whole[:] = 1e3  # nothing is clipped, and all signs agree
+        case.value[:] = half_step if of == "values" else 1.0
+        case.w_o[:] = 0
+        case.w_o[:, :, 0] = 1.0
+        case.w_o[:, :, 1] = 2.0**-11 if of == "gradient" else 0.0
+        case.exact = (case.pattern, case.value.double(), case.w_o.double(), case.whole.double())
+        inputs = case.halves()
+        rest = torch.empty(9, 2, device=DEVICE)
+        next(bound.bounds(*inputs, torch.full((9,), torch.inf, device=DEVICE), rest, **case.options))
+        by_head = reference.attention_proximity(*case.exact).sum(-1).T
+        torch.testing.assert_close(by_head, torch.full_like(by_head, 16 * half_step), rtol=1e-5, atol=0)
+        assert (rest.double() >= by_head).all()
+        assert (rest.double() <= by_head * 1.002).all()
+        levels = bound.sums_below(*inputs, torch.zeros(9, device=DEVICE), **case.options)[-1]
+        assert (levels.double() >= by_head).all()
+
+    def test_a_gradient_that_cancels_says_how_far_it_may_be_off():
+        """Sums of large numbers that leave little: what fp32 adds up wrongly is part of the error."""
+        case = Case(1, 1, 3, 3, 16, 16, 64)
+        case.whole[:] = 1.0
+        case.w_o *= 1e6
+        case.w_o[..., 32:] = torch.randn(1, 16, 32) - case.w_o[..., :32]
+        g = reference.sign_gradient(case.whole.double(), case.w_o.double())
+        found = gradient.gradient(case.whole, case.w_o)
+        error = torch.linalg.vector_norm(g - found.half.double() * found.scale.double()[..., None], dim=-1)
+        assert (error > 2.0**-11 * torch.linalg.vector_norm(g, dim=-1)).all()  # far more than 16 bits lose
+        assert (error <= found.error * found.scale).all()
+
     @pytest.mark.parametrize("outliers", [False, True])
     @KINDS
     def test_bounds_hold(dtype, outliers):

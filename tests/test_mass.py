@@ -152,6 +152,23 @@ def test_one_token():
     assert len(trace.route(rule="flow", threshold=0.0).edges)
 
 
+def test_other_heads_of_a_pair_carry_half_of_what_they_may():
+    trace = fr.trace(tiny("llama"), None, IDS)
+    trace.sparse = [(torch.tensor([[10], [4], [-1]], dtype=torch.int32), torch.tensor([0.4])) for _ in range(3)]
+    trace.attention_residual[:] = 0.6
+    assert trace.token_attribution()["importance"][10] == pytest.approx(0.75**3)  # 0.6 of 0.6 and 0.2, in three layers
+
+
+def test_mass_at_a_node_that_nothing_enters_goes_down():
+    trace = fr.trace(tiny("llama"), None, IDS, precision="exact", dense=True)
+    trace.ffn[1, -1] = trace.ffn_residual[1, -1] = 0.0
+    trace.attention_residual[0, 3] = 0.0
+    trace.dense[0][:, 3] = 0.0
+    table = trace.token_attribution()
+    assert table["importance"].sum() == pytest.approx(1)
+    assert table["importance"][3] > 0
+
+
 def test_routes_are_saved_with_their_roots(tmp_path):
     route = fr.trace(tiny("llama"), None, IDS).route([3, -1], rule="flow", keep=0.2)
     loaded = fr.load_route(route.save(tmp_path / "route.json"))

@@ -1,13 +1,19 @@
 """The native extension: every operation on every instruction set, what its calls refuse, and memory that runs out."""
 
 import functools
+import importlib.util
+import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+from native_build import build
 
 from flowroutes_fast import ops
 from flowroutes_fast.ops import native
@@ -30,6 +36,103 @@ def test_every_operation_on_every_instruction_set(operation, isa, tested):
     if isa not in native.instruction_sets():
         pytest.skip(f"this processor has no {isa}")
     assert tested[f"{operation}, {isa}"] is None
+
+
+def test_no_operation_is_left_out(monkeypatch):
+    """Of the extension's; test_conservation.py compares the one that the self-test does not, on all instruction sets."""
+    module, called = native.extension(), set()
+
+    class Noting:
+        def __getattr__(self, name):
+            called.add(name)
+            return getattr(module, name)
+
+    monkeypatch.setattr(native, "extension", Noting)
+    monkeypatch.setattr(native, "instruction_sets", lambda: ["baseline"])
+    self_test()
+    operations = {name for name in dir(module) if "arguments: dict" in (getattr(module, name).__doc__ or "")}
+    assert len(operations) > 7
+    assert {name for name in operations - called if not name.startswith("cuda")} == {"conservation"}
+
+
+def test_every_operation_at_every_width(monkeypatch, tmp_path):
+    """Widths of vectors that this processor does not have (all with FLOWROUTES_ALL_WIDTHS=1), as the compiler takes them apart."""
+    has = [] if os.environ.get("FLOWROUTES_ALL_WIDTHS") == "1" else native.instruction_sets()
+    widths = [lanes for isa, lanes in (("baseline", 4), ("avx2", 8), ("avx512", 16)) if isa not in has]
+    if widths and shutil.which("g++") is None:
+        pytest.skip("the CUDA headers or g++ not found")
+    for lanes in widths:
+        target = tmp_path / str(lanes) / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+        target.parent.mkdir()
+        build(Path(__file__).parent.parent / "csrc", target, tmp_path, f"-DFLOWROUTES_LANES={lanes}")
+        spec = importlib.util.spec_from_file_location("_native", target)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(native, "extension", lambda module=module: module)
+        monkeypatch.setattr(native, "instruction_sets", lambda: ["baseline"])
+        assert set(self_test().values()) == {None}
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_a_pair_at_the_floor_is_not_listed(isa):
+    """One part of a state of one number, and as much beside it: an importance of one half, without rounding."""
+    one = torch.ones(1, 1, 1)
+    for backend in ("reference", "cpu"):
+        for floor, listed in ((0.5, 0), (0.49, 1)):
+            with native.instruction_set(isa):
+                found = torch.ops.flowroutes.attention_layer(
+                    one, one, one, one, one[0], one[0, 0], None, None, 1.0, 0.0, 0, True, floor, backend
+                )
+            assert float(found[0]) == 0.5
+            assert found[4].shape == (listed,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_are_as_many_as_asked():
+    """OpenMP keeps the threads that a caller had: in a new thread each operation leaves one less than it was asked for."""
+    code = """
+    import os
+    import threading
+    import time
+    import torch
+    from flowroutes_fast import ops
+    from flowroutes_fast.ops.bounds import bound, pairs
+    from flowroutes_fast.ops.certified import certified
+    from flowroutes_fast.ops.neurons import neuron_importances
+    from flowroutes_fast.ops.selftest import _layer
+
+    torch.set_num_threads(1)  # PyTorch's own work leaves none
+    a = _layer((4, 2, 100, 100, 8, 8, 33))
+    base, activation, down = torch.ones(100), torch.ones(100, 7), torch.ones(7, 33)
+    call = torch.ops.flowroutes.attention_layer
+    calls = (
+        lambda n: ops.part_proximity(a.whole, a.whole, backend="cpu", threads=n),
+        lambda n: ops.component_proximity(a.whole[:, None], a.whole, backend="cpu", threads=n),
+        lambda n: neuron_importances(activation, down, a.whole, base, backend="cpu", threads=n),
+        lambda n: call(a.query, a.key, a.value, a.w_o, a.whole, base, None, None, a.scaling, 0.0, 0, False, 0.0, "cpu", n),
+        lambda n: certified(a, base[None], floor=1e-3, threads=n),
+        lambda n: bound(a, "cpu", threads=n),
+        lambda n: pairs(a, None, torch.zeros(3, 50, dtype=torch.int32), "cpu", threads=n),
+    )
+    number = lambda: len(os.listdir("/proc/self/task"))
+    alone = number()
+
+    def left(one, n):
+        one(n)
+        print(number() - alone - 1, end=" ")
+
+    for one in calls:
+        for n in (1, 2, 1):
+            thread = threading.Thread(target=left, args=(one, n))
+            thread.start()
+            thread.join()
+            while number() > alone:
+                time.sleep(0.001)
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_DYNAMIC": "false"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["0", "1", "0"] * 7
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():

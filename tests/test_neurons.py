@@ -51,6 +51,26 @@ def test_intervals_and_values(seed, tokens, neurons, width, outliers, tolerance,
     assert not ((near > floor * total[:, None] + unit[:, None]) & ~listed).any()
 
 
+@pytest.mark.parametrize("tolerance", [0.1, 0.01, 0.001])
+def test_neurons_are_known_to_the_tolerance(tolerance, monkeypatch):
+    """Also where much is left open at first; and neurons that may reach the floor are listed."""
+    monkeypatch.setattr("flowroutes_fast.ops.neurons.FIRST_CUT", 0.008)
+    activation, w_down, whole, others = problem(0, tokens=300, neurons=400)
+    activation, others = activation.pow(3) / 20, others / 50
+    found = neuron_importances(activation, w_down, whole, others, floor=0.008, tolerance=tolerance, backend="reference")
+    error = (found.high - found.low) / (found.high + found.low)
+    assert tolerance * 0.3 < float(error.max()) <= tolerance * (1 + 1e-5)
+    near = dense(activation, w_down, whole)
+    total = near.sum(-1) + others.double()
+    assert (found.low <= total * (1 + 1e-5)).all()
+    assert (total <= found.high * (1 + 1e-5)).all()
+    listed = torch.zeros_like(near, dtype=torch.bool)
+    listed[tuple(found.index.long())] = True
+    reached = near > 0.008 * total[:, None] * (1 + 1e-5)
+    assert (reached <= listed).all()
+    assert tolerance < 0.1 or (reached & (near < 0.008 * found.high[:, None])).any()  # the floor of the upper end would miss these
+
+
 def test_signed_shares_add_up():
     activation, w_down, whole, _ = problem(0)
     found = neuron_importances(activation, w_down, whole, torch.zeros(7), floor=0.0, measure="signed")
@@ -94,6 +114,15 @@ def test_traced_neurons(kind, tmp_path):
     assert again.neurons(1).equals(trace.neurons(1))
     with pytest.raises(ValueError, match="neurons=True"):
         fr.trace(model, None, IDS).neurons(0)
+
+
+def test_neurons_that_are_not_the_ffn_are_refused(monkeypatch):
+    model, layers = tiny("llama"), []
+    capture(model, torch.tensor([IDS]), layers.append)
+    down = type(layers[0].block).w_down
+    monkeypatch.setattr(type(layers[0].block), "w_down", lambda block: 1.2 * down(block))
+    with pytest.raises(ValueError, match="layer 0: the neurons of this llama FFN do not add up"):
+        fr.trace(model, None, IDS, neurons=True)
 
 
 @pytest.mark.parametrize("measure", ["proximity", "signed"])

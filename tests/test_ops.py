@@ -80,9 +80,9 @@ def test_native_equals_fp64_on_any_shape(seed, tokens, kv, group, d, width, outl
     np.testing.assert_allclose(residual, wanted_residual.nan_to_num(), atol=2e-5)
 
 
-@needs_native
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
 @pytest.mark.parametrize("what", ["zeros", "negative zeros", "denormal", "equal", "no output", "short rows", "not contiguous"])
-def test_native_edge_cases(what):
+def test_edge_cases_of_a_pattern(what, backend):
     pattern, value, w_o, pre, mid = case(3, 1, 20, 4, 2, 8, 30)
     if what == "zeros":
         mid[..., ::3] = 0.0
@@ -99,7 +99,7 @@ def test_native_edge_cases(what):
     else:
         pattern = pattern.transpose(-1, -2).contiguous().transpose(-1, -2)
         value, w_o = value.transpose(1, 2).contiguous().transpose(1, 2), w_o.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    edge, residual = ops.attention_importances(pattern, value, w_o, pre, mid, backend="cpu")
+    edge, residual = ops.attention_importances(pattern, value, w_o, pre, mid, backend=backend)
     wanted, wanted_residual = naive(pattern, value, w_o, pre, mid)
     np.testing.assert_allclose(edge, wanted, atol=1e-5)
     np.testing.assert_allclose(residual, wanted_residual, atol=1e-5)
@@ -111,18 +111,19 @@ def layer_inputs(tokens=45, heads=4, kv=2, d=16, width=40):
     return q, k, v, torch.randn(heads, d, width), torch.randn(tokens, width) * 3, torch.rand(tokens)
 
 
-@needs_native
+@pytest.mark.parametrize("isa", native.instruction_sets())
 @pytest.mark.parametrize("variant", ["causal", "window", "softcap", "mask", "mask per head", "sinks"])
-def test_attention_layer_recomputes_every_kind_of_attention(variant):
+def test_attention_layer_recomputes_every_kind_of_attention(variant, isa):
     q, k, v, w, y, base = layer_inputs()
     mask = sinks = None
     if variant.startswith("mask"):
         mask = torch.zeros(45, 45).masked_fill_(torch.ones(45, 45).triu(1) > 0, -torch.inf)
-        mask = torch.stack([mask - 0.1 * h for h in range(4)]) if variant == "mask per head" else mask
+        mask = torch.stack([mask + torch.randn(45, 45) for _ in range(4)]) if variant == "mask per head" else mask
     if variant == "sinks":
         sinks = torch.tensor([0.0, 1.0, 3.0, -2.0])
     options = (0.25, 2.0 if variant == "softcap" else 0.0, 7 if variant == "window" else 0)
-    out = torch.ops.flowroutes.attention_layer(q, k, v, w, y, base, mask, sinks, *options, True, 0.01, "cpu")
+    with native.instruction_set(isa):
+        out = torch.ops.flowroutes.attention_layer(q, k, v, w, y, base, mask, sinks, *options, True, 0.01, "cpu")
     doubles = [t.double() for t in (q, k, v, w, y, base)]
     wanted = torch.ops.flowroutes.attention_layer(*doubles, mask, sinks, *options, True, 0.01, "reference")
     for found, expected in zip(out[:2], wanted[:2], strict=True):
@@ -214,6 +215,26 @@ def test_component_proximity(backend, shape):
         )
     parts = torch.stack([ops.part_proximity(part, state, backend=backend) for part in outputs.unbind(-2)], -1) if shape[-2] else found
     np.testing.assert_allclose(found, parts, rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), rows=st.integers(0, 5), count=st.integers(1, 6), kept=st.integers(0, 6), width=st.integers(1, 70),
+    zeros=st.booleans(), isa=st.sampled_from(native.instruction_sets() or ["auto"]),
+)  # fmt: skip
+def test_parts_and_components_of_any_shape(seed, rows, count, kept, width, zeros, isa):
+    g = torch.Generator().manual_seed(seed)
+    state = torch.randn(rows, width, generator=g)
+    if zeros:
+        state[:, ::3], state[:, 1::6] = 0.0, -0.0
+    outputs = (state[:, None] / 3 + torch.randn(rows, count, width, generator=g))[:, :kept]
+    wanted, unit = naive_components(outputs, state), 1e-6 * (state.abs().sum(-1) + 1e-30)
+    with native.instruction_set(isa):
+        found = ops.component_proximity(outputs, state, backend="cpu")
+        alone = [ops.part_proximity(part, state, backend="cpu") for part in outputs.unbind(1)]
+    assert ((found - wanted).abs() <= unit[:, None] * 3).all()
+    assert all(torch.equal(part, found[:, n]) for n, part in enumerate(alone))
 
 
 def test_component_proximity_does_not_cancel():

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import IOI, KINDS, tiny
 from typer.testing import CliRunner
 
 import flowroutes_fast as fr
+from flowroutes_fast.ops import native
+from flowroutes_fast.results.extract import open_rows
 
 IDS = [3, 14, 15, 92, 65, 35, 89]
 
@@ -52,6 +55,51 @@ def test_extraction_is_algorithm_1(kind, renormalize, position, threshold):
     if renormalize and kind in ("mistral",):  # no bias part: survivors of every node sum to 1
         edges = route.edges.assign(node=route.edges.kind.str.startswith("ffn"))
         assert (edges.groupby(["layer", "node", "target"]).importance.sum() - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "neox"])
+def test_survivors_are_divided_by_their_sum(kind):
+    """Of all parts of a node above the threshold, the bias among them, though it is no edge."""
+    threshold, biases = 0.03, 0
+    trace = fr.trace(tiny(kind), None, IDS, precision="exact")
+    edges = trace.route(threshold=threshold).edges
+    after_ffn = (edges.kind == "ffn_residual") | ((edges.kind == "ffn") & (kind != "neox"))
+    for (layer, target), node in edges[~after_ffn].groupby(["layer", "target"]):
+        alone = [trace.attention_residual, trace.attention_bias, *([trace.ffn] if kind == "neox" else [])]
+        parts = torch.cat([trace.attention(layer)[target].flatten(), torch.stack([part[layer, target] for part in alone])]).double()
+        bias = float(trace.attention_bias[layer, target])
+        total = float(parts[parts > threshold].sum())
+        biases += bias > threshold
+        assert node.importance.sum() == pytest.approx(1 - bias * (bias > threshold) / total, abs=1e-6)
+    for _, node in edges[after_ffn].groupby(["layer", "target"]):
+        assert node.importance.sum() == pytest.approx(1, abs=1e-6)
+    assert (biases > 0) == (kind != "mistral")
+
+
+def test_what_is_at_the_threshold_is_no_edge():
+    trace = fr.trace(tiny("mistral"), None, IDS, precision="exact")
+    last = trace.n_layers - 1
+    near = trace.attention(last)[-1]
+    key, head = divmod(int(near.argmax()), near.shape[1])
+    share = float(near[key, head])
+    assert trace.ffn_residual[last, -1] > share  # so that the route gets there
+    for kind, value in (("attention", share), ("ffn", float(trace.ffn[last, -1])), ("ffn_residual", float(trace.ffn_residual[last, -1]))):
+        for threshold, there in ((value, False), (float(np.nextafter(np.float32(value), np.float32(0))), True)):
+            edges = trace.route(threshold=threshold).edges
+            found = edges[(edges.layer == last) & (edges.kind == kind) & (edges.target == len(IDS) - 1)]
+            assert bool((found["head"] == head).any() if kind == "attention" else len(found)) == there
+
+
+def test_a_bias_at_the_threshold_leaves_a_row_open(monkeypatch, tmp_path):
+    monkeypatch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)
+    trace = fr.trace(tiny("llama"), None, list(range(7, 36)), tolerance=0.3, thresholds=())
+    layer, row = 2, 28
+    assert trace.normaliser_low[layer, row] < trace.normaliser_high[layer, row]
+    trace.attention_bias[layer, row] = 0.9  # more than any other part here
+    rows = np.array([row])
+    assert open_rows(trace, layer, rows, 0.9, True).tolist() == [row]
+    assert open_rows(trace, layer, rows, 0.6, True).tolist() == []
+    assert open_rows(trace, layer, rows, 0.9, False).tolist() == []  # sums are not divided by what a bias takes part in
 
 
 def test_nothing_above_the_threshold_is_an_empty_route(tmp_path):
@@ -145,6 +193,24 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_argument_is_taken():
-    a, b = (fr.trace(tiny("llama"), None, IDS, threads=n) for n in (1, 2))
+@pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
+@pytest.mark.parametrize("options", [{}, {"precision": "exact"}, {"measure": "signed"}, {"neurons": True}], ids=str)
+def test_threads_argument_is_taken(options, monkeypatch):
+    """It reaches every kernel, which takes as many (tests of the extension), and changes no figure."""
+    monkeypatch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)
+    module, given = native.extension(), {}
+
+    class Noting:
+        def __getattr__(self, name):
+            def call(arguments, isa):
+                given.setdefault(name, set()).add(arguments.get("threads"))
+                return getattr(module, name)(arguments, isa)
+
+            return call
+
+    monkeypatch.setattr(native, "extension", Noting)
+    a, b = (fr.trace(tiny("llama"), None, IDS, threads=n, **options) for n in (1, 2))
     assert torch.equal(a.heads, b.heads)
+    given.pop("conservation", None)  # too small a work for several
+    assert len(given) >= (1 if options == {"measure": "signed"} else 2)
+    assert all(threads == {1, 2} for threads in given.values()), given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import importlib
 import json
@@ -13,17 +14,23 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from chromium import BINARY, Chromium
 from families import make
 
 import flowroutes_fast as fr
+from flowroutes_fast.cli.interrupt import SENTENCE
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from flowroutes_fast.view import command, server
+from flowroutes_fast.view.details import details
 
 SAID = "alpha beta gamma"
 
@@ -95,11 +102,162 @@ def test_a_prompt_is_traced(served):
     assert [(one["prompt"], one["measure"]) for one in found["sets"]] == [("A", "proximity"), ("A", "signed")]
     assert found["sets"][0]["thresholds"] == [0.01, 0.03, 0.04]
     assert len(found["data"]) == 2
-    assert found["sets"][0]["details"]["texts"]
+    assert found["sets"][0]["lazy"]
     status, found = served.ask({"text": SAID, "other": SAID + " delta"})
     assert status == 200
     assert [one["prompt"] for one in found["sets"]] == ["A", "A", "B", "B"]
     assert found["start"]["second"] == len(SAID) + 5
+
+
+def rows_of(packed, layers, tokens):
+    """What an answer holds, unpacked; and its rows as (layer, position)."""
+    raw = zlib.decompress(base64.b64decode(packed["data"]))
+    found = {name: np.frombuffer(raw, kind, size, at) for name, (kind, at, size) in packed["blocks"].items()}
+    return found, {divmod(int(row), tokens) for row in found["rows"]}
+
+
+def click(found, **changes):
+    """The question that the page asks about its first set."""
+    one = found["sets"][0]
+    return {
+        "text": SAID, "number": one["number"], "have": one["have"], "roots": [5], "threshold": 0.02, "renormalize": True, **changes,
+    }  # fmt: skip
+
+
+def passes(tracer):
+    """Counts how often the last block of the model runs."""
+    ran = []
+    tracer.model.model.layers[-1].register_forward_pre_hook(lambda *_: ran.append(1))
+    return ran
+
+
+def test_clicks_are_answered_from_kept_states():
+    tracer = server.Tracer(make("llama"), Tokenizer())
+    ran = passes(tracer)
+    found = tracer(server.Question(text=SAID, threshold=0.1))
+    assert len(ran) == 1
+    tokens, reached = len(SAID), set()
+    one = found["sets"][0]
+    _, rows = rows_of({**one, "data": found["data"][0]}, 3, tokens)
+    model = make("llama")
+    lazy = fr.trace(model, Tokenizer(), SAID, lazy=True, thresholds=(0.1, 0.01, 0.03, 0.04))
+    lazy.route(-1, 0.1)
+    for layer in range(3):
+        reached |= {(layer, int(q)) for q in lazy.evaluated(layer)}
+    assert rows == reached  # nothing that the first route does not reach
+    assert 0 < len(rows) < 3 * tokens
+    assert rows_of({**found["sets"][1], "data": found["data"][1]}, 3, tokens)[1] == set()
+    ran.clear()
+    answer = tracer.walk(server.Click(**click(found)))
+    assert not answer["again"]
+    more = rows_of(answer, 3, tokens)[1]
+    assert more
+    assert max(q for _, q in more) <= 5
+    assert sum(answer["have"]) == len(rows) + len(more)
+    nothing = tracer.walk(server.Click(**click(found, have=answer["have"])))
+    assert rows_of(nothing, 3, tokens)[1] == set()
+    tracer.walk(server.Click(**click(found, measure="signed", have=[0, 0, 0])))
+    assert not ran
+
+
+@pytest.mark.parametrize("measure", ["proximity", "signed"])
+@pytest.mark.parametrize("memory", [2**31, 100_000])
+def test_both_measures_come_from_one_pass(measure, memory):
+    tracer = server.Tracer(make("llama"), Tokenizer(), server.Limits(memory=memory))
+    found = tracer(server.Question(text=SAID))
+    (kept,) = tracer.kept.values()
+    full = fr.trace(tracer.model, Tokenizer(), SAID, measure=measure)
+    for roots, threshold, renormalize in (([15], 0.04, True), ([7], 0.02, False), ([3], 0.003, True)):
+        tracer.walk(server.Click(**click(found, roots=roots, threshold=threshold, renormalize=renormalize, measure=measure)))
+        mine, theirs = (one.route(roots, threshold, renormalize).edges for one in (kept.traces[measure], full))
+        assert mine.iloc[:, :5].equals(theirs.iloc[:, :5])
+        np.testing.assert_allclose(mine["importance"], theirs["importance"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("memory", [2**31, 100_000])
+def test_states_are_looked_at_without_a_pass(family, memory):
+    tracer = server.Tracer(make(family), Tokenizer(), server.Limits(memory=memory))
+    tracer(server.Question(text=SAID))
+    about = details(tracer.model, Tokenizer(), fr.trace(tracer.model, Tokenizer(), SAID))
+    n, layers = len(SAID), len(tracer.model.model.layers) if family != "gpt_neox" else len(tracer.model.gpt_neox.layers)
+    states = [divmod(int(state), n) for state in about.state if state % n in (0, 9)]
+    for begin in range(0, len(states), 16):
+        found = tracer.look(server.Look(text=SAID, states=states[begin : begin + 16], rows=[(layers - 1, 9)]))
+        assert [tuple(one[:2]) for one in found["lens"]] == states[begin : begin + 16]
+        for height, position, guesses in found["lens"]:
+            at = about.state.tolist().index(height * n + position)
+            assert [p for _, p in guesses] == pytest.approx(about.lens_probability[at], abs=1e-4)
+            assert [text for text, _ in guesses] == [about.texts[i] for i in about.lens_token[at]]
+    row = about.row.tolist().index((layers - 1) * n + 9)
+    for head, kept in enumerate(found["attention"][0][2]):
+        assert [w for _, w in kept] == pytest.approx([w for w in about.weight[row, head] if w > 0], abs=1e-4)
+        assert kept[0][0] == about.key[row, head, 0]
+    assert tracer.passes == 1
+    with pytest.raises(server.Refused, match="out of range"):
+        tracer.look(server.Look(text=SAID, states=[(99, 0)]))
+
+
+@pytest.mark.parametrize("limits", [{"prompts": 2}, {"memory": 90_000}])
+def test_the_oldest_states_are_let_go_and_traced_again(limits):
+    tracer = server.Tracer(make("llama"), Tokenizer(), server.Limits(**limits))
+    found = tracer(server.Question(text=SAID))
+    first = next(iter(tracer.kept.values())).traces["proximity"]
+    for text in ("b" * 30, "c" * 30, "d" * 30):
+        tracer(server.Question(text=text))
+        assert sum(one.nbytes for one in tracer.kept.values()) <= tracer.limits.memory
+    assert len(tracer.kept) <= 2
+    with pytest.raises(ValueError, match="released"):
+        first.evaluate()
+    answer = tracer.walk(server.Click(**click(found)))
+    assert answer["again"]
+    assert answer["note"] == server.AGAIN
+    assert answer["number"] == 5
+    assert rows_of(answer, 3, len(SAID))[1]
+    assert not tracer.walk(server.Click(**click(found, number=5, have=answer["have"])))["again"]
+    tracer(server.Question(text="e" * 30, other="f" * 30))  # two that are compared are both kept
+    assert len(tracer.kept) == 2
+
+
+def test_a_lower_floor_is_another_pass_a_higher_threshold_none():
+    tracer = server.Tracer(make("llama"), Tokenizer())
+    for threshold, passed in ((0.04, 1), (0.2, 1), (0.0005, 2), (0.04, 2)):
+        tracer(server.Question(text=SAID, threshold=threshold))
+        assert tracer.passes == passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"roots": [16]}, "position 16 is out of range"),
+        ({"roots": []}, "at least 1 item"),
+        ({"roots": [-1]}, "greater than or equal to 0"),
+        ({"have": [0]}, "have must count the rows of 3 layers, got 1"),
+        ({"measure": "mass"}, "measure"),
+        ({"threshold": 1}, "less than 1"),
+        ({"text": "a" * 41}, "at most 40"),
+        ({"chat": True}, "chat template"),
+    ],
+)
+def test_bad_clicks_get_one_sentence(served, changes, sentence):
+    found = served.ask({"text": SAID})[1]
+    status, answer = served.ask(click(found, **changes), path="/route")
+    assert status in (400, 413)
+    assert sentence in answer["error"]
+    assert "\n" not in answer["error"]
+    assert served.ask(click(found), path="/route")[0] == 200
+    assert served.ask(click(found), path="/route", X_Flowroutes="guessed")[0] == 403
+    assert served.ask({"text": SAID}, path="/state", Host="evil.example")[0] == 403
+
+
+def test_a_model_that_changed_is_said(served):
+    found = served.ask({"text": SAID})[1]
+    with torch.no_grad():
+        served.tracer.model.model.layers[0].mlp.up_proj.weight.mul_(1.001)
+    status, answer = served.ask(click(found, have=[0, 0, 0], roots=[4], threshold=0.002), path="/route")
+    assert status == 400
+    assert "the model has changed since it was traced" in answer["error"]
+    served.tracer.kept.clear()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +265,6 @@ def test_a_prompt_is_traced(served):
     [
         ({"Host": "evil.example"}, 403, "own address"),
         ({"Host": "127.0.0.1:1"}, 403, "own address"),
-        ({"Host": None}, 400, None),
         ({"Origin": "http://evil.example"}, 403, "own page"),
         ({"Origin": "null"}, 403, "own page"),
         ({"X_Flowroutes": "guessed"}, 403, "reload"),
@@ -121,8 +278,7 @@ def test_a_prompt_is_traced(served):
 def test_requests_of_others_are_turned_away(served, headers, status, sentence):
     found = served.ask({"text": SAID}, **headers)
     assert found[0] == status
-    if sentence:
-        assert sentence in found[1]["error"]
+    assert sentence in found[1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +309,7 @@ def test_other_addresses_and_methods(served):
     assert served.ask(b"", "GET", "/docs")[0] == 404
     assert served.ask(b"", "GET", "/trace")[0] == 405
     assert served.ask(b"", "GET", "/", Host="evil.example")[0] == 403
+    assert served.ask(b"", "GET", "/", Host=None)[0] == 400
     status, page = served.ask(b"", "GET", "/")
     assert status == 200
     assert served.app.key in page
@@ -193,13 +350,16 @@ def test_what_only_we_can_mend_is_said_too(served, monkeypatch):
 
 def test_rate():
     now = [0.0]
-    guard = server.Guard(None, port=80, key="k", limits=server.Limits(per_minute=3), clock=lambda: now[0])
+    guard = server.Guard(None, port=80, key="k", limits=server.Limits(per_minute=3, clicks=1), clock=lambda: now[0])
     headers = [("host", "localhost"), ("x-flowroutes", "k"), ("content-type", "application/json"), ("content-length", "9")]
     for _ in range(3):
         guard.check("POST", headers)
     with pytest.raises(server.Refused, match="more than 3 requests"):
         guard.check("POST", headers)
     guard.check("GET", headers)
+    guard.check("POST", headers, "/route")  # clicks have a limit of their own
+    with pytest.raises(server.Refused, match="more than 1 requests"):
+        guard.check("POST", headers, "/state")
     now[0] = 60.5
     guard.check("POST", headers)
 
@@ -251,6 +411,100 @@ def test_prompts_typed_into_the_page():
     finally:
         browser.close()
         model.close()
+
+
+@pytest.mark.skipif(BINARY is None, reason="no chromium was found")
+def test_clicks_in_the_page():
+    """Roots, thresholds, measures and two prompts in a browser, against full traces; then states that are gone, and a server that is."""
+    model, browser = Served(tokens=60, prompts=2), Chromium()
+    ran, text = passes(model.tracer), SAID + " delta"
+    full = {measure: fr.trace(make("llama"), Tokenizer(), text, measure=measure) for measure in ("proximity", "signed")}
+    notice, count = "document.getElementById('notice').textContent", "document.getElementById('count').textContent"
+    settle = "!flowroutes.state.asking && !flowroutes.state.walking && !flowroutes.state.looking"
+
+    def do(script):
+        browser.run(script)
+        browser.wait(settle, 60)
+        return browser.run(count)
+
+    def ask(text):
+        do(f"document.getElementById('text').value = {json.dumps(text)}, document.getElementById('run').click()")
+
+    def counted(route):
+        return f"{len(route.edges):,} sub-edge"
+
+    try:
+        browser.open(f"http://127.0.0.1:{model.port}/", ready="Boolean(window.flowroutes)")
+        ask(text)
+        browser.run("ran = flowroutes.state.sets[0].have.reduce((a, b) => a + b)")
+        assert browser.run("ran") < 3 * len(text)
+        do(f"document.querySelector('#prompt [data-position=\"{7}\"]').click()")
+        ran.clear()  # (the lens was fitted on the first tokens)
+        for measure in ("proximity", "signed"):
+            do(f"flowroutes.set({{measure: '{measure}'}})")
+            for root, threshold, renormalize in ((7, 0.04, True), (21, 0.015, True), (12, 0.003, False), (3, 0.3, True)):
+                said = do(f"flowroutes.set({{root: {root}, threshold: {threshold}, renormalize: {json.dumps(renormalize)}}})")
+                assert said.startswith(counted(full[measure].route(root, threshold, renormalize))), (measure, root)
+                assert not browser.run(notice)
+        said = do("flowroutes.set({root: 20, second: 9, compare: 'position', threshold: 0.01, measure: 'proximity', renormalize: true})")
+        parts = [counted(full["proximity"].route(root, 0.01)) for root in (20, 9)]
+        assert said.startswith(f"A: {parts[0]}")
+        assert f"B: {parts[1]}" in said
+        do("flowroutes.set({compare: '', root: 20})")
+        do("flowroutes.choose({type: 'node', node: [...flowroutes.scene.nodes.values()].find((n) => n.root)})")
+        assert browser.run("document.querySelectorAll('#panel table').length") == 2  # what enters, and the lens
+        assert not ran
+        for other in ("bb", "cc"):  # the states of the first prompt are let go
+            model.tracer(server.Question(text=other))
+        do("flowroutes.set({root: 2, threshold: 0.002})")
+        assert "traced again" in browser.run(notice)
+        assert browser.run(count).startswith(counted(full["proximity"].route(2, 0.002)))
+        do("flowroutes.set({root: 4})")
+        assert not browser.run(notice)
+        model.close()
+        before = browser.run(count)
+        do("flowroutes.set({root: 21, threshold: 0.0011})")
+        assert "This route is not known: the server does not answer" in browser.run(notice)
+        assert browser.run("[flowroutes.state.root, flowroutes.state.threshold]") == [4, 0.002]
+        assert browser.run(count) == before
+        assert not browser.of("dialog") + browser.of("exception")
+    finally:
+        browser.close()
+        model.close()
+
+
+@pytest.mark.skipif(BINARY is None, reason="no chromium was found")
+def test_open_decisions_are_settled_by_the_server(monkeypatch):
+    for module in ("importances", "rows"):  # intervals also where evaluating everything is cheaper
+        monkeypatch.setattr(f"flowroutes_fast.tracing.{module}.FEW_KEYS", 0)
+    text = SAID + " delta"
+    model, browser = Served(), Chromium()
+    trace = fr.trace(model.tracer.model, Tokenizer(), text)
+    opened = [t for t in (0.0022, 0.0034, 0.0051, 0.0073, 0.0093, 0.0122) if settled(trace, t) is None]
+    assert len(opened) > 2
+    try:
+        browser.open(f"http://127.0.0.1:{model.port}/", ready="Boolean(window.flowroutes)")
+        browser.run("flowroutes.set({renormalize: false})")
+        browser.run(f"document.getElementById('text').value = {json.dumps(text)}, document.getElementById('run').click()")
+        browser.wait("Boolean(flowroutes.scene) && !flowroutes.state.asking", 60)
+        for threshold in opened:
+            browser.run(f"flowroutes.set({{threshold: {threshold}, renormalize: false}})")
+            browser.wait("!flowroutes.state.walking", 60)
+            assert browser.run("document.getElementById('notice').hidden")
+            edges = len(trace.route(-1, threshold, False).edges)
+            assert browser.run("document.getElementById('count').textContent").startswith(f"{edges:,} sub-edge")
+        assert model.tracer.passes == 1
+    finally:
+        browser.close()
+        model.close()
+
+
+def settled(trace, threshold):
+    """A route that the trace alone decides, or None."""
+    try:
+        return replace(trace, settle=None).route(-1, threshold, False)
+    except ValueError:
+        return None
 
 
 @pytest.fixture
@@ -318,6 +572,7 @@ def test_bad_files_and_options_get_one_sentence(files):
         (["view", good, "--serve", "--out", "x.html"], "exclude one another"),
         (["view", "--serve", "--port", "70000"], "a port lies between"),
         (["view", "--serve", "--max-tokens", "0"], "must be positive"),
+        (["view", "--serve", "--memory", "much"], "memory"),
     ):
         found = runner(words)
         assert sentence in found, words
@@ -335,29 +590,62 @@ def runner(words):
     return str(error)
 
 
-def test_serving_from_the_command_line(files):
-    """A whole run: the port is said, the page answers, a second server on the port is refused, Ctrl+C ends the first."""
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import importlib; l = importlib.import_module('flowroutes_fast.loading.load'); from test_server import Tokenizer, make; l.load = lambda n: (make('llama'), Tokenizer()); from flowroutes_fast.cli import main; main()"
-    words = [sys.executable, "-c", code, "view", str(files / "a-proximity.safetensors"), "--serve", "--no-open", "--port"]
+SERVING = """
+import importlib, os, signal, sys, time
+signal.signal(signal.SIGINT, getattr(signal, sys.argv.pop(1)))
+sys.path.insert(0, sys.argv.pop(1))
+from test_server import Tokenizer, make
+importlib.import_module("flowroutes_fast.loading.load").load = lambda name: (make("llama"), Tokenizer())
+if sys.argv.pop(1) == "slow":
+    from flowroutes_fast.view import server
+    server.trace = lambda *given, **more: (os.write(2, b"tracing\\n"), time.sleep(60))
+from flowroutes_fast.cli import main
+main()
+"""
+
+
+def from_the_command_line(file, handler="default_int_handler", speed=""):
+    """A process that serves, its port, and a connection that stays open; its page."""
+    words = [sys.executable, "-c", SERVING, handler, os.path.dirname(__file__), speed, "view", str(file), "--serve", "--no-open", "--port"]
     process = subprocess.Popen([*words, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", process.stdout.readline())[1])
+    idle = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    idle.request("GET", "/")
+    return process, port, idle, idle.getresponse().read().decode()
+
+
+def interrupted(process):
+    """What a server says when it is interrupted, and after how many seconds it has ended."""
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    return process.returncode, error, time.monotonic() - start
+
+
+def test_serving_from_the_command_line(files):
+    """A whole run: the port is said, the page answers, a second server on the port is refused, Ctrl+C ends the first beside an open connection."""
+    process, port, idle, text = from_the_command_line(files / "a-proximity.safetensors", "SIG_IGN")
     try:
-        address = process.stdout.readline()
-        port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", address)[1])
-        end = time.monotonic() + 30
-        while True:
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-                connection.request("GET", "/")
-                text = connection.getresponse().read().decode()
-                break
-            except OSError:
-                assert time.monotonic() < end
-                time.sleep(0.1)
         assert json.loads(re.search(r'id="about-data">(.*?)</script>', text, re.S)[1])["prompt"] == SAID
         with pytest.raises(OSError, match=f"port {port} is in use: choose another with --port"):
             command.serve([], port=port)
     finally:
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=30)
-    assert process.returncode == 0, error
-    assert "stopped" in out
+        code, error, seconds = interrupted(process)
+    assert (code, error) == (130, f"{SENTENCE}\n")
+    assert seconds < 2
+    assert idle.sock is not None
+
+
+def test_an_interrupt_does_not_wait_for_an_answer(files):
+    process, port, _, text = from_the_command_line(files / "a-proximity.safetensors", speed="slow")
+    try:
+        key = re.search(r'data-key="(.*?)"', text)[1]
+        asking = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        asking.request("POST", "/trace", json.dumps({"text": SAID}), {"Content-Type": "application/json", "X-Flowroutes": key})
+        assert process.stderr.readline() == "tracing\n"
+    finally:
+        code, error, seconds = interrupted(process)
+    assert (code, error) == (130, f"{SENTENCE}\n")
+    assert seconds < 2
+    with pytest.raises((OSError, http.client.HTTPException)):
+        asking.getresponse()

@@ -46,10 +46,16 @@ def test_kernels_do_not_compile_with_them(option):
     assert "flowroutes_fast needs IEEE arithmetic" in done.stderr
 
 
-def test_a_source_distribution_holds_sources_and_tests(tmp_path):
-    setup("-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path)
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    """The files of a source distribution of this tree, as paths from its root."""
+    place = tmp_path_factory.mktemp("sdist")
+    setup("-q", "egg_info", "-e", place, "sdist", "-d", place)
+    with tarfile.open(next(place.glob("*.tar.gz"))) as archive:
+        return {file.name.split("/", 1)[1] for file in archive if file.isfile()}
+
+
+def test_a_source_distribution_holds_sources_and_tests(held):
     folders = ("csrc", "kernels", "tests", "docs", "examples", "flowroutes_fast")
     wanted = {
         str(p.relative_to(ROOT))
@@ -62,3 +68,45 @@ def test_a_source_distribution_holds_sources_and_tests(tmp_path):
     }
     assert wanted - held == set()
     assert {"Makefile", "constraints.txt", "pyproject.toml", "setup.py", "mkdocs.yml", "README.md"} <= held
+
+
+LEFT_OUT = {".gitignore"}  # of a source distribution, on purpose
+GENERATED = {"PKG-INFO", "setup.cfg"}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_a_source_distribution_holds_what_git_knows_and_nothing_ignored(held):
+    def listed(*options):
+        done = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True, check=True)
+        return {name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()}
+
+    assert listed() - held == LEFT_OUT
+    assert held - listed("--cached", "--others", "--exclude-standard") == GENERATED
+
+
+COMPILER = """#!{python}
+import sys
+with open({log!r}, "a") as log:
+    print(*sys.argv[1:], file=log)
+open(sys.argv[sys.argv.index("-o") + 1], "w").close()
+"""
+ON_MACHINE = "import platform, runpy, sys; platform.machine = lambda: {machine!r}; sys.argv = {argv!r}; runpy.run_path('setup.py')"
+
+
+@pytest.mark.parametrize(("machine", "sets"), [("aarch64", {"baseline"}), ("x86_64", {"baseline", "avx2", "avx512"})])
+def test_instruction_sets_are_those_of_the_machine(machine, sets, tmp_path):
+    """A compiler that only writes down what it is asked: no option of another processor, no kernels that are asked for and not built."""
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
+    compiler.chmod(0o755)
+    argv = ["setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    environment = os.environ | {"FLOWROUTES_CUDA": "0", "CFLAGS": "", "CXXFLAGS": ""}
+    environment |= dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
+    command = [sys.executable, "-c", ON_MACHINE.format(machine=machine, argv=argv)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [*(tmp_path / "lib").rglob("*.so")], done.stderr
+    asked = log.read_text().split()
+    assert {option.partition("=")[2] for option in asked if option.startswith("-DFLOWROUTES_ISA=")} == sets
+    assert {f"-DFLOWROUTES_{name.upper()}" for name in sets} == {o for o in asked if o.startswith("-DFLOWROUTES_") and "=" not in o}
+    assert any(option.startswith("-mavx") for option in asked) == (machine == "x86_64")

@@ -42,6 +42,7 @@ def make_route(tokens, rows, n_layers=3, position=None, shape="sequential", pred
         renormalize=True,
         model="toy",
         measure="proximity",
+        chat=[],
         prediction=list(prediction),
         shapes=[shape] * n_layers,
         edges=edges,

@@ -13,6 +13,7 @@ LEAST_TEXTS = 20
 
 def _per_text(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean component vector of every text (pieces together), its domain, and its tokens."""
+    corpus.check_all_rows("means over positions")
     table = corpus.texts()
     means, tokens = vectors(table["mean"]).astype(np.float64), table["tokens"].to_numpy()
     first = ~table["number"].duplicated()

@@ -60,8 +60,9 @@ def analyze(
         permutations: of the domain test. limit: of what an untouched position may take in, see :func:`flowroutes_fast.analysis.untouched`.
 
     Raises:
-        ValueError: a run without a text, an unknown domain, a model or tokenizer that is not the run's (by content). OSError: a folder that cannot be written to.
+        ValueError: a run without a text or of routes alone, an unknown domain, a model or tokenizer that is not the run's (by content). OSError: a folder that cannot be written to.
     """
+    corpus.check_all_rows("means over positions, which a report is about")
     folder = Path(out)
     check_writable(folder)
     statistics = corpus.all_domains()

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ Explain = Callable[["Block"], "list[str]"]
 Coarsest = Callable[["Block", torch.dtype], torch.dtype]
 
 
+class _Places(NamedTuple):
+    """Positions and channels that are looked at."""
+
+    rows: Tensor
+    channels: Tensor
+
+
 @dataclass
 class _Sample:
     """Parts and states of one layer at some positions and channels, to be compared later; ``weights``: see :func:`weights_error`."""
@@ -53,7 +60,7 @@ class Conservation:
         self.seen: set[int] = set()
         self.left: dict[Any, tuple[Tensor, int]] = {}  # batch -> the state that left its last layer, and how often it had been written to
         self.open: list[_Sample] = []
-        self.chosen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.chosen: dict[tuple[Any, ...], _Places] = {}
 
     def __call__(self, layer: Layer, computing: torch.dtype | None = None) -> None:
         """Take what has to be compared from a layer; everything together is compared in :meth:`judge`.
@@ -61,24 +68,25 @@ class Conservation:
         ``computing``: the type that the model computed in, where it is not that of its states.
         """
         self.seen.add(layer.index)
-        rows, channels = self._places(layer.resid_post)
-        if not self.thorough and (errors := _native_errors(layer, rows, channels)) is not None:
+        places = self._places(layer.resid_post)
+        if not self.thorough and (errors := _native_errors(layer, places)) is not None:
             self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, [], None, errors))
             return
         weights = None
         if layer.mixed is not None:
             weights = weights_error(layer, self._rows_of_weights(layer))
-        self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, _sums(layer, rows, channels), weights, []))
+        self.open.append(_Sample(layer.block, computing or layer.resid_post.dtype, _sums(layer, *places), weights, []))
         if self.thorough and layer.resid_post.device.type == "cpu":
             self.judge(layer)
 
-    def _places(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(self, state: Tensor) -> _Places:
         """Positions and channels to look at."""
-        tokens, width = state.shape
-        if (key := (tokens, width, state.device)) not in self.chosen:
+        key = state.shape, state.device
+        if (found := self.chosen.get(key)) is None:
+            tokens, width = state.shape
             rows = _spread(tokens, tokens if self.thorough else ROWS, state.device)
-            self.chosen[key] = rows, _drawn(width, width if self.thorough else CHANNELS, state.device)
-        return self.chosen[key]
+            self.chosen[key] = found = _Places(rows, _drawn(width, width if self.thorough else CHANNELS, state.device))
+        return found
 
     def _rows_of_weights(self, layer: Layer) -> Tensor | None:
         """Positions whose attention weights are looked at; None for all, of all heads."""
@@ -178,57 +186,53 @@ def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
     return added * layer.scale if layer.out_scale is None else added * (layer.out_scale[channels] * layer.scale)
 
 
-def _native_errors(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, float]] | None:
+def _native_errors(layer: Layer, places: _Places) -> list[tuple[str, float]] | None:
     """What :func:`weights_error` and :func:`_miss` say of a float32 layer on the CPU, in one call; None for others."""
-    state, tokens, width = layer.resid_post, *layer.resid_post.shape
-    if state.dtype != torch.float32 or state.device.type != "cpu" or layer.mixed is None or layer.query is None:
+    state, query, key, value, mixed, mask = layer.resid_post, layer.query, layer.key, layer.value, layer.mixed, layer.mask
+    if state.dtype is not torch.float32 or not state.is_cpu or mixed is None or query is None or key is None or value is None:
         return None
     if layer.attention_function not in KNOWN or native.load()[0] is None:
         return None
-    block, heads, d_v = layer.block, len(layer.query), layer.value.shape[-1]  # type: ignore[union-attr, arg-type]
-    weight = layer.output_weight().permute(2, 0, 1)
-    sampled = weight.stride()[1:] != (d_v, 1)
-    if sampled:
-        weight = weight.index_select(0, channels.to(weight.device))
-    kv_heads = len(layer.key)  # type: ignore[arg-type]
-    numbers = {
-        "tokens": tokens,
-        "heads": heads,
-        "group": heads // kv_heads,
-        "d_v": d_v,
-        "d_model": width,
-        "kv_head": layer.index % kv_heads,
-    }
-    numbers |= {
-        "d_qk": layer.query.shape[-1],
-        "scale": float(layer.scaling),
-        "softcap": float(layer.softcap or 0.0),
-        "window": layer.window,
-    }  # type: ignore[union-attr]
-    numbers |= {"scale_out": float(layer.scale), "smallest": SMALLEST, "bias_is_scaled": block.post_norm is not None}
-    numbers["w_is_sampled"] = sampled
-    a = native.Arguments(**numbers, n_rows=len(rows), n_channels=len(channels))
+    tokens, width = state.shape
+    heads, _, d_qk = query.shape
+    kv_heads, _, d_v = value.shape
+    block, mid, through = layer.block, layer.resid_mid, layer.through
+    a = native.Arguments(
+        tokens=tokens, heads=heads, group=heads // kv_heads, d_v=d_v, d_model=width, d_qk=d_qk, kv_head=block.index % kv_heads,
+        scale=layer.scaling, softcap=layer.softcap, window=layer.window, scale_out=layer.scale, smallest=SMALLEST,
+        bias_is_scaled=block.post_norm is not None, n_rows=len(places.rows), n_channels=len(places.channels),
+    )  # fmt: skip
     try:
-        a.take_rows("query", layer.query, (heads, tokens, numbers["d_qk"]), ("q_head", "q_row"), where="q")  # type: ignore[arg-type]
-        a.take_rows("key", layer.key, (kv_heads, tokens, numbers["d_qk"]), ("k_head", "k_row"), where="k")  # type: ignore[arg-type]
-        a.take_rows("value", layer.value, (kv_heads, tokens, d_v), ("v_head", "v_row"), where="v")  # type: ignore[arg-type]
-        if layer.mask is not None:
-            shape, strides = (
-                ((tokens,) * 2, ("mask_query",)) if layer.mask.dim() == 2 else ((heads, tokens, tokens), ("mask_head", "mask_query"))
-            )
-            a.take_rows("mask", layer.mask, shape, strides)
-        a.take_rows("mixed", layer.mixed, (tokens, heads * d_v), ("mixed_row",))
-        a.take_rows("the output projection", weight, (len(weight), heads, d_v), ("w_row",), where="w_o")
-        for name in ("residual", "resid_mid", "ffn_out", "resid_post", "mixer_out", "through"):
-            a.take(name, getattr(layer, name), tokens, width)
+        a.take_rows("query", query, (heads, tokens, d_qk), ("q_head", "q_row"), where="q")
+        a.take_rows("key", key, (kv_heads, tokens, d_qk), ("k_head", "k_row"), where="k")
+        a.take_rows("value", value, (kv_heads, tokens, d_v), ("v_head", "v_row"), where="v")
+        a.take_rows("mixed", mixed, (tokens, heads * d_v), ("mixed_row",))
+        weight = layer.output_weight().permute(2, 0, 1)
+        if weight.stride()[1:] != (d_v, 1):
+            weight, a["w_is_sampled"] = weight.index_select(0, places.channels.to(weight.device)), True
+        a.take_rows(
+            "the output projection", weight, (len(places.channels) if a.get("w_is_sampled") else width, heads, d_v), ("w_row",), where="w_o"
+        )
+        a.take("residual", layer.residual, tokens, width)
+        a.take("ffn_out", layer.ffn_out, tokens, width)
+        a.take("resid_post", state, tokens, width)
+        a.take("resid_mid", mid, tokens, width)
+        if through is mid and mid is not None:
+            a["through"] = a["resid_mid"]
+        else:
+            a.take("through", through, tokens, width)
+        a.take("rows", places.rows, len(places.rows), dtype=torch.int64)
+        a.take("channels", places.channels, len(places.channels), dtype=torch.int64)
+        a.take("bias", block.output_bias, width)
+        if mask is not None:
+            strides = ("mask_query",) if mask.dim() == 2 else ("mask_head", "mask_query")
+            a.take_rows("mask", mask, (heads, tokens, tokens)[-mask.dim() :], strides)
+        a.take("mixer_out", layer.mixer_out, tokens, width)
         a.take("sinks", layer.sinks, heads)
         a.take("gate", layer.gate, tokens, heads, d_v)
         a.take("in_scale", layer.in_scale, heads * d_v)
         a.take("row_scale", layer.row_scale, tokens)
         a.take("out_scale", layer.out_scale, width)
-        a.take("bias", block.output_bias, width)
-        a.take("rows", rows, len(rows), dtype=torch.int64)
-        a.take("channels", channels, len(channels), dtype=torch.int64)
     except (TypeError, ValueError):  # another type, device or shape somewhere
         return None
     weights, attention, ffn = a.call("conservation")

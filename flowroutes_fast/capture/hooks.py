@@ -24,6 +24,7 @@ from flowroutes_fast.capture.conservation import Conservation, recomputes
 from flowroutes_fast.models.causes import causes, foreign_classes, modes, replaced_functions, written_elsewhere
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.precision import coarsest_dtype
+from flowroutes_fast.ops.bounds import causal_mask
 from flowroutes_fast.system.ambient import neutral
 
 PREFIX = "flowroutes_capture_"
@@ -38,10 +39,34 @@ class _Here(threading.local):
         self.implementation: dict[int, str] = {}  # id(config) -> name of its attention function
         self.kept: dict[int, dict[str, Any]] = {}  # id(attention module) -> what its current call leaves
         self.masks: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}  # masks of this pass, read once for all layers
+        self.stored: dict[int, Stored] = {}  # id(attention module) -> keys and values that its queries meet instead of their own
         self.depth = 0  # passes that are watched: a hook of the user's may start one within another
 
 
 _here = _Here()
+
+
+@dataclass
+class Stored:
+    """Keys and values of a whole pass, for some rows of a layer that run again."""
+
+    key: Tensor  # [kv_head, key, d_qk]
+    value: Tensor  # [kv_head, key, d_head]
+    mask: Tensor | None  # additive [query, key] or [head, query, key], for the rows that run; None: causal at ``positions``
+    positions: Tensor  # [query]
+    found: Callable[[Tensor, Tensor], None] | None = None  # called with the rows' own keys and values ``[batch, kv_head, query, d]`` first
+
+
+@dataclass
+class Call:
+    """What a block was called with beside its state, for one sequence of a batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    item: int
+    batch: int
+    first: int  # where the sequence begins in the padded batch
+    tokens: int  # of the padded batch
 
 
 @dataclass
@@ -78,6 +103,9 @@ class Layer:
     mixed: Tensor | None = None  # [token, head * d_head]: what the attention function returned, before gates, norms and W_O
     attention_function: str = ""  # its name; "" where the attention module gave its weights itself
     weight: Callable[[], Tensor] | None = None  # W_O, read once for all sequences of a batch
+    state: Tensor | None = None  # [token, d_model], what entered the block; None where that has another shape
+    call: Call | None = None
+    positions: Tensor | None = None  # [query], where the rows of a causal layer stand among its keys, None: the last ones
 
     def output_weight(self) -> Tensor:
         """W_O ``[head, d_head, d_model]``, float32."""
@@ -99,17 +127,39 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         original = ALL_ATTENTION_FUNCTIONS.get(implementation, eager) if implementation != "eager" else eager
         if original is None:
             raise RuntimeError(f"{type(module).__name__} has no {implementation!r} attention function")
-        found = original(module, query, key, value, attention_mask, **kwargs)
         kept = _here.kept.get(id(module))
+        if (stored := _here.stored.get(id(module))) is not None:
+            if stored.found is not None:
+                stored.found(key, value)
+            found = _attend(original, eager, implementation, module, query, stored, kwargs)
+        else:
+            found = original(module, query, key, value, attention_mask, **kwargs)
         if kept is not None:
             kept["calls"] = kept.get("calls", 0) + 1
             kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs, mixed=found[0])
-            kept.update(function=implementation, foreign=written_elsewhere(original))
+            kept.update(function=implementation, foreign=written_elsewhere(original), stored=stored)
             if implementation == "eager" and query.dtype in (torch.bfloat16, torch.float16) and isinstance(found[1], Tensor):
                 kept["weights"] = found[1]  # of scores rounded to few bits: where they are large, no one else has these
         return found
 
     return attention
+
+
+def _attend(original: Any, eager: Any, name: str, module: nn.Module, query: Tensor, stored: Stored, kwargs: dict[str, Any]) -> Any:
+    """Attention of some rows to stored keys and values, by the model's own function where that takes a mask."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    lowest = torch.finfo(query.dtype).min
+    mask = stored.mask
+    if mask is None:
+        window = int(kwargs.get("sliding_window") or 0)
+        mask = causal_mask(stored.positions.to(query.device), stored.key.shape[1], window)
+    mask = mask.to(query.device, query.dtype).clamp_min(lowest)
+    mask = mask[None] if mask.dim() == 3 else mask[None, None]
+    if name not in ("eager", "sdpa"):  # flash and flex take other masks
+        plain = not kwargs.get("softcap") and kwargs.get("s_aux") is None
+        original = ALL_ATTENTION_FUNCTIONS["sdpa"] if plain or eager is None else eager
+    return original(module, query, stored.key[None], stored.value[None], mask, **kwargs)
 
 
 @contextmanager
@@ -240,6 +290,17 @@ def _additive(kept: dict[str, Any], block: Block, item: int, span: slice) -> Ten
     return _here.masks[key][1]
 
 
+def _later_mask(kept: dict[str, Any], item: int) -> Tensor | None:
+    """The additive mask of tokens that follow those of a cache ``[query, key]`` or ``[head, query, key]``; None where they see all."""
+    mask = kept["mask"]
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    mask = mask[min(item, len(mask) - 1), ..., : kept["key"].shape[-2]]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return None if not bool(mask.any()) else mask if len(mask) > 1 else mask[0]
+
+
 def _read_mask(mask: Any, block: Block, item: int, span: slice, tokens: int, blockwise: bool) -> Tensor | None:
     if blockwise:
         from torch.nn.attention.flex_attention import create_mask
@@ -297,16 +358,18 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
     def row(name: str) -> Tensor:
         return kept[name][item, span]
 
-    passed = family.state_scale(block.module)
+    passed, state = family.state_scale(block.module), kept["state"]
     query = key = value = mask = sinks = mixed = None
     softcap, window, scaling, function = 0.0, 0, 1.0, ""
     if block.attention is not None and family.hooked:
         value = kept["value"][item, :, span]
-        pattern = kept["pattern"][item, :, span, span].float()
+        n_query, n_key = kept["pattern"].shape[-2:]
+        later = n_key > n_query  # tokens that follow those of a cache, which has the values of the others
+        pattern = kept["pattern"][item, :, span, slice(None) if later else span].float()
         query = torch.zeros(pattern.shape[0], pattern.shape[1], 1, device=pattern.device)
-        key = torch.zeros(value.shape[0], pattern.shape[1], 1, device=pattern.device)
+        key = torch.zeros(value.shape[0], value.shape[1], 1, device=pattern.device)
         mask = pattern.log()
-        if bool((pattern.triu(1) != 0).any()):
+        if bool((pattern.triu(1 + n_key - n_query if later else 1) != 0).any()):
             raise TwoSided(block)
         mixed = row("mixed")
     elif block.attention is not None:
@@ -316,10 +379,11 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
                 "this model computes attention in a way that cannot be captured"
             )
         options = kept["options"]
-        query, key, value = (kept[name][item, :, span] for name in ("query", "key", "value"))
+        later = kept["key"].shape[-2] > kept["query"].shape[-2] and kept["stored"] is None  # tokens that follow those of a cache
+        query, key, value = kept["query"][item, :, span], *(kept[n][item, :, slice(None) if later else span] for n in ("key", "value"))
         scaling = options.get("scaling")
         scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        mask = _additive(kept, block, item, span)
+        mask = None if kept["stored"] is not None else _later_mask(kept, item) if later else _additive(kept, block, item, span)
         mixed, function = row("mixed").flatten(1), kept["function"] + (" (replaced)" if kept["foreign"] else "")
         softcap = float(options.get("softcap") or 0.0)
         window = int(options.get("sliding_window") or 0) if mask is None else 0
@@ -357,7 +421,8 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
         row_scale=row_scale, out_scale=out_scale, in_scale=in_scale, gate=gate,
         scale=family.attention_scale(block.module) if block.attention is not None else 1.0,
         neurons=neurons, neuron_rows=neuron_rows, neuron_gain=neuron_gain, mixed=mixed, attention_function=function,
-        weight=kept.get("weight"),
+        weight=kept.get("weight"), state=state[item, span] if state.dim() == 3 else None,
+        call=Call(kept["call"][0], kept["call"][1], item, len(state), span.start, state.shape[1]),
     )  # fmt: skip
 
 
@@ -372,14 +437,9 @@ def rows_of(layer: Layer, rows: Tensor) -> Layer:
     n_key = len(layer.resid_post)
     if len(rows) == n_key:
         return layer
+    positions = None if layer.mask is not None or int(rows[0]) == n_key - len(rows) else rows.cpu()
     rows = rows.to(layer.resid_post.device)
-    mask = layer.mask
-    if mask is not None:
-        mask = mask[..., rows, :]
-    elif layer.query is not None and int(rows[0]) != n_key - len(rows):  # the last rows are causal without a mask
-        age = rows[:, None] - torch.arange(n_key, device=rows.device)
-        hidden = (age < 0) | (age >= layer.window if layer.window else False)
-        mask = torch.zeros(age.shape, device=rows.device).masked_fill_(hidden, float("-inf"))
+    mask = None if layer.mask is None else layer.mask[..., rows, :]
     by_row: dict[str, Any] = {
         name: None if (t := getattr(layer, name)) is None else t[rows]
         for name in (
@@ -397,17 +457,26 @@ def rows_of(layer: Layer, rows: Tensor) -> Layer:
         )
     }
     query = None if layer.query is None else layer.query[:, rows]
-    return replace(layer, query=query, mask=mask, window=layer.window if mask is None else 0, **by_row)
+    return replace(layer, query=query, mask=mask, positions=positions, **by_row)
+
+
+def masked(layer: Layer) -> Layer:
+    """The same with a mask instead of positions."""
+    if layer.positions is None:
+        return layer
+    mask = causal_mask(layer.positions.to(layer.resid_post.device), layer.key.shape[1], layer.window)  # type: ignore[union-attr]
+    return replace(layer, mask=mask, window=0, positions=None)
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x.float() * factor
 
 
-def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[], None], handles: list[Any]) -> None:
-    """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished."""
+def _watch(
+    block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[], None], handles: list[Any], ran: set[int]
+) -> None:  # fmt: skip
+    """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished; ``ran``: the blocks that have in this pass."""
     family, depth = block.family, _here.depth
-    ran: list[bool] = []
 
     def here(hook: Callable[..., Any]) -> Callable[..., Any]:
         hook = only_here(hook)
@@ -433,11 +502,12 @@ def _watch(block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[],
             after(module, lambda m, args, out: put(name, _tensor(out).clone() if copy else _tensor(out)))
 
     def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if ran:
+        if block.index in ran:
             raise RanAgain(block)
-        ran.append(True)
+        ran.add(block.index)
         kept.clear()
         kept["state"] = _first(args, kwargs)
+        kept["call"] = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
     def attended(module: nn.Module, args: tuple, output: Any) -> None:
         if not isinstance(output, tuple) or not isinstance(output[1], Tensor):
@@ -654,10 +724,12 @@ def watched(
     on_item: Callable[[int, Layer], None],
     check: Conservation,
     group: int = 0,
+    ran: set[int] | None = None,
 ) -> Iterator[None]:
     """While this lasts, every call of the block (within :func:`prepared`) hands on its layer, sequence by sequence; see :func:`capture`.
 
-    ``group``: which of several batches that pass the layers side by side.
+    ``group``: which of several batches that pass the layers side by side. ``ran``: blocks that have run in this pass; who lets several
+    passes follow one another empties it between them.
     """
     kept: dict[str, Any] = {}
 
@@ -684,7 +756,7 @@ def watched(
         _here.kept[id(block.attention)] = kept
     handles: list[Any] = []
     try:
-        _watch(block, kept, neurons, done, handles)
+        _watch(block, kept, neurons, done, handles, set() if ran is None else ran)
         yield
     finally:
         for handle in handles:

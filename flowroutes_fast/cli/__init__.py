@@ -21,6 +21,7 @@ from flowroutes_fast.cli import terminal
 from flowroutes_fast.cli.terminal import examples
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+Chat = Annotated[bool, typer.Option("--chat", help="The text is a chat message: the tokenizer's template is applied.")]
 Json = Annotated[bool, typer.Option("--json", help=terminal.JSON_HELP)]
 
 
@@ -91,9 +92,13 @@ def trace(
     resume: Annotated[
         Path | None, typer.Option(help="A new folder that keeps every finished layer; the same command after a kill goes on from there.")
     ] = None,
+    chat: Chat = False,
     json: Json = False,
 ) -> None:
-    """Explain a prediction: print the route, and write it as a page and as JSON."""
+    """Explain a prediction: print the route, and write it as a page and as JSON.
+
+    Without --out only the rows that the route reaches are evaluated.
+    """
     if threshold is None and keep is None:
         threshold = 0.04
     if threshold is not None and not 0 <= threshold < 1:
@@ -113,10 +118,12 @@ def trace(
         loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
     opened = time.perf_counter()
     wanted = (*([threshold] if threshold is not None and rule == "importance" else []), *DEFAULT_THRESHOLDS)
+    lazy = out is None and memory is None and resume is None and precision == "certified" and rule == "importance"
     result = fr.trace(
         loaded,
         tokenizer,
-        text,
+        _messages(text) if chat else text,
+        lazy=lazy,
         backend=backend,
         precision=precision,
         measure=measure,
@@ -137,9 +144,16 @@ def trace(
         })  # fmt: skip
     else:
         _report(result, route)
-        sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.heads.shape[-1]} heads · backend {result.backend} · {result.precision}"
+        sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.n_heads} heads · backend {result.backend} · {result.precision}"
         share = result.timings["importances"] / max(result.timings["total"] - result.timings["importances"], 1e-9)
         typer.echo(f"\n{sizes}")
+        if lazy:
+            rows, every = result.certificate["rows"], result.n_layers * len(result.tokens)
+            typer.echo(
+                f"loading {opened - start:.1f} s · forward pass {result.timings['total'] * 1e3:.0f} ms · route {(extracted - opened - result.timings['total']) * 1e3:.0f} ms, "
+                f"for which {rows} of {every} rows were evaluated (--out writes a trace of all)"
+            )
+            return
         typer.echo(
             f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which importances "
             f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
@@ -149,6 +163,80 @@ def trace(
     if resume is not None:  # all that was asked for has been written
         sys.stdout.flush()
         discard(resume)
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _line_of(route: Any, found: Any) -> str:
+    """A route in a line: its size, and the strongest edges of heads that bring something from another token."""
+    from flowroutes_fast.view.text import show_token
+
+    edges = route.edges
+    moved = edges[(edges["kind"] == "attention") & (edges["source"] != edges["target"])].nlargest(3, "importance")
+    strongest = "  ".join(
+        f"L{row.layer}H{row.head} {show_token(found.tokens[row.source])}@{row.source} {row.importance:.2f}" for row in moved.itertuples()
+    )
+    return f"{len(edges)} sub-edges   {strongest}"
+
+
+@app.command(
+    epilog=examples(
+        'flowroutes generate "The capital of France is" --tokens 8',
+        'flowroutes generate "What is 12 + 30?" --chat --tokens 30 --out out/answer',
+        'flowroutes generate "Once upon" --sample --seed 1 --json | jq .text',
+    )
+)
+def generate(
+    text: Annotated[str, typer.Argument(help="The prompt to continue.")],
+    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)] = "demo",
+    tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 20,
+    threshold: Annotated[float, typer.Option(help="Edges above this importance are followed.")] = 0.04,
+    renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
+    sample: Annotated[bool, typer.Option("--sample/--greedy", help="Sample instead of taking the most probable token.")] = False,
+    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for a page of the whole (trace.html) and a trace of all rows.")] = None,
+    chat: Chat = False,
+    json: Json = False,
+) -> None:
+    """Generate, and print each token with its route as it appears; Ctrl+C ends with what there is."""
+    if not text:
+        raise ValueError("the text is empty: there is nothing to continue")
+    fr = _package()
+    from flowroutes_fast.system.files import check_writable
+    from flowroutes_fast.view.text import show_token
+
+    if out is not None:
+        check_writable(out)
+    with terminal.busy(f"loading {model}"):
+        loaded, tokenizer = fr.load(model)
+    import torch
+
+    torch.manual_seed(seed)
+    running = fr.generate(loaded, tokenizer, _messages(text) if chat else text, tokens, threshold, renormalize, do_sample=sample)
+    steps = []
+    with running:
+        for token, route in running:
+            steps.append({"token": token, "position": route.position, "sub_edges": len(route.edges)})
+            if not json:
+                typer.echo(f"{show_token(token):>16}  {_line_of(route, running.trace)}")
+    written = (
+        []
+        if out is None
+        else [running.trace.to_html(out / "trace.html", threshold=threshold), running.trace.save(out / "trace.safetensors")]
+    )
+    if json:
+        terminal.print_json(
+            {"model": running.trace.model, "tokens": running.trace.tokens, "text": running.text, "steps": steps, "files": written}
+        )
+        return
+    rows = running.trace.certificate["rows"]
+    typer.echo(
+        f"\n{len(steps)} tokens, each with its route · {rows} of {running.trace.n_layers * len(running.trace.tokens)} rows evaluated"
+    )
+    if written:
+        terminal.say("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
 
 
 def _package() -> Any:
@@ -207,6 +295,9 @@ def view(
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 and trace prompts that are typed into it.")] = False,
     port: Annotated[int, typer.Option(help="With --serve; 0 takes a free one.")] = 8765,
     max_tokens: Annotated[int | None, typer.Option(help="With --serve: longest prompt. (default: 2048)")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With --serve: most that the kept states of the last prompts take. (default: 2GiB)")
+    ] = None,
 ) -> None:
     """Show traces in an interactive page: routes at every threshold, from every token, of two prompts side by side."""
     if serve and out is not None:
@@ -219,8 +310,9 @@ def view(
         "renormalize": renormalize, "say": terminal.say,
     }  # fmt: skip
     if serve:
-        command.serve(files or [], port=port, model=model or "demo", max_tokens=max_tokens, **options)
-        interrupt.forget()  # Ctrl+C is how a server is stopped
+        command.serve(
+            files or [], port=port, model=model or "demo", max_tokens=max_tokens, memory=memory, ready=interrupt.serving, **options
+        )
     else:
         command.view(files or [], out=out, model=model, **options)
 
@@ -294,6 +386,7 @@ def estimate(
         "flowroutes corpus texts.jsonl --field body --overflow split --out run",
         "cat lines.txt | flowroutes corpus - --out run",
         "flowroutes corpus texts.parquet --out run0 --shard 0/4",
+        "flowroutes corpus english=essays/ --out routes --routes-only",
     )
 )
 def corpus(
@@ -312,8 +405,13 @@ def corpus(
     overflow: Annotated[str, typer.Option(help="Longer texts: 'truncate' or 'split' into pieces.")] = "truncate",
     split: Annotated[str, typer.Option(help="What of a text file is one text: 'file', 'paragraph' or 'line'.")] = "file",
     field: Annotated[str, typer.Option(help="Where JSONL and Parquet have the text.")] = "text",
-    positions: Annotated[bool, typer.Option(help="Write the component vector of every position.")] = True,
+    positions: Annotated[
+        bool | None, typer.Option(help="Write the component vector of every position. \\[default: yes, unless --routes-only]")
+    ] = None,
     edges: Annotated[bool, typer.Option(help="Write the route of every text.")] = True,
+    routes_only: Annotated[
+        bool, typer.Option("--routes-only", help="Evaluate what the routes reach: no means, no component vectors.")
+    ] = False,
     shard: Annotated[str, typer.Option(help="i/K: trace the texts with number ≡ i modulo K alone.")] = "0/1",
     window: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 2048,
@@ -342,13 +440,15 @@ def corpus(
             raise FileNotFoundError(f"no file or folder at '{path}'")
     options: dict[str, Any] = {
         "threshold": threshold, "precision": precision, "floor": floor, "max_tokens": max_tokens, "overflow": overflow, "split": split, "field": field,
-        "positions": positions, "edges": edges, "shard": (index, count), "window": window, "batch_tokens": batch_tokens, "progress": terminal.progress_wanted(),
+        "positions": positions, "edges": edges, "routes_only": routes_only, "shard": (index, count), "window": window, "batch_tokens": batch_tokens, "progress": terminal.progress_wanted(),
     }  # fmt: skip
     if workers:
         if memory is not None:
             raise ValueError("--memory and --workers exclude one another: a worker holds the whole model")
         found = fr.corpus_on_ray(model, source, out, workers=workers, cpus=cpus, address=ray_address, **options)
     else:
+        if memory is not None and routes_only:
+            raise ValueError("--memory and --routes-only exclude one another: rows are evaluated after the pass, with the weights at hand")
         with terminal.busy(f"loading {model}"):
             loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
         found = fr.corpus(loaded, tokenizer, source, out, **options)

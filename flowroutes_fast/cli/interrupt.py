@@ -44,9 +44,11 @@ def tidily() -> None:
     _State.tidy = True
 
 
-def forget() -> None:
-    """The interrupt was the right way to end this command: a server."""
-    _State.raised = None
+def serving() -> None:
+    """From here on an interrupt ends the process at once, whatever its threads are at and also where interrupts are ignored: a server has
+    nothing to clean up."""
+    _State.tidy = False
+    signal.signal(signal.SIGINT, _on_interrupt)
 
 
 def as_before() -> None:

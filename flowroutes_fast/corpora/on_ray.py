@@ -82,7 +82,7 @@ def corpus_on_ray(
 
 DEFAULTS: dict[str, Any] = {
     "threshold": 0.04, "precision": "certified", "floor": 1e-3, "max_tokens": None, "overflow": "truncate", "window": 256,
-    "batch_tokens": 2048, "positions": True, "edges": True, "shard": (0, 1),
+    "batch_tokens": 2048, "positions": None, "edges": True, "routes_only": False, "shard": (0, 1),
 }  # fmt: skip
 
 

@@ -12,10 +12,12 @@ import pandas as pd
 
 from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.corpora.state import IDENTITY, TABLES, Progress, State, read_state, read_sums
-from flowroutes_fast.corpora.statistics import Statistics
+from flowroutes_fast.corpora.statistics import ROUTES_ONLY, Statistics
 from flowroutes_fast.corpora.tables import read_table
 from flowroutes_fast.models.identity import config_digest, tokenizer_digest, weights_digest
 from flowroutes_fast.system.errors import DamagedFile
+
+ROW, COMPONENT = ["number", "piece"], ["layer", "kind", "head"]
 
 
 class Corpus:
@@ -79,13 +81,13 @@ class Corpus:
 
     def all_domains(self) -> Statistics:
         """The sums over every domain."""
-        whole = Statistics(self.shape)
+        whole = Statistics(self.shape, routes_only=self.settings["routes_only"])
         for sums in self.statistics.values():
             whole.merge(sums)
         return whole
 
     def texts(self) -> pd.DataFrame:
-        """One row per text (or piece): ``number, piece, domain, text, tokens, mean`` (the mean component vector)."""
+        """One row per text (or piece): ``number, piece, domain, text, tokens, mean`` (the mean component vector; none with ``routes_only``)."""
         return self._table("texts")
 
     def positions(self) -> pd.DataFrame:
@@ -96,12 +98,38 @@ class Corpus:
         """The sub-edges of every text's route: ``number, piece, layer, kind, source, target, head, importance``."""
         return self._table("edges")
 
+    def frequencies(self, domain: str | None = None) -> pd.DataFrame:
+        """In which share of texts (or pieces) the route has a component, from the table of edges.
+
+        Args:
+            domain: of this domain's texts alone; None for all.
+
+        Returns:
+            One row per component that occurs: ``layer, kind, head`` (-1: none), ``frequency`` in [0, 1], ``importance``, its edges in the
+            route summed, averaged over texts, and ``n``, the number of texts.
+
+        Raises:
+            ValueError: a run without edges, an unknown domain, no text yet.
+        """
+        if domain is not None and domain not in self.statistics:
+            raise ValueError(f"unknown domain {domain!r}: choose one of {', '.join(map(repr, self.domains))}")
+        texts = self._table("texts", [*ROW, "domain"])
+        texts = texts if domain is None else texts[texts["domain"] == domain]
+        edges = self._table("edges", [*COMPONENT, *ROW, "importance"]).merge(texts[ROW], on=ROW)
+        of_texts = edges.groupby([*COMPONENT, *ROW])["importance"].sum()
+        table = of_texts.groupby(COMPONENT).agg(["count", "sum"]).reset_index()
+        return table[COMPONENT].assign(frequency=table["count"] / len(texts), importance=table["sum"] / len(texts), n=len(texts))
+
     def parts(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pd.DataFrame]:
         """A table a file at a time, in the folders' order; :class:`DamagedFile` naming a file that is not as it was written."""
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}: choose one of {', '.join(map(repr, TABLES))}")
         if name != "texts" and not self.settings[name]:
+            if name == "positions":
+                self.check_all_rows("component vectors of positions")
             raise ValueError(f"this run kept no {name}; run it with {name}=True")
+        if "mean" in (columns or ()):
+            self.check_all_rows("means over positions")
         for folder, state in zip(self.folders, self.states, strict=True):
             for window in range(state.progress.windows):
                 file = folder / f"{name}-{window:06d}.parquet"
@@ -131,14 +159,19 @@ class Corpus:
             )
         return True
 
+    def check_all_rows(self, what: str) -> None:
+        """``ValueError`` naming what is not there, of a run of routes alone."""
+        if self.settings["routes_only"]:
+            raise ValueError(ROUTES_ONLY.format(what))
+
     @property
     def software(self) -> list[dict[str, str]]:
         """The versions (of flowroutes_fast, torch, transformers) that worked on the run, each set once."""
         every = [one for state in self.states for one in state.software]
         return [one for n, one in enumerate(every) if one not in every[:n]]
 
-    def _table(self, name: str) -> pd.DataFrame:
-        parts = list(self.parts(name))
+    def _table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        parts = list(self.parts(name, columns))
         if not parts:
             raise ValueError(f"this run has no {name} yet")
         return pd.concat(parts, ignore_index=True).sort_values(["number", "piece"], kind="stable", ignore_index=True)

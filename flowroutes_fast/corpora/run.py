@@ -36,14 +36,16 @@ from flowroutes_fast.corpora.state import (  # fmt: skip
     text_of,
     write_sums,
 )
-from flowroutes_fast.corpora.statistics import Statistics, observe
+from flowroutes_fast.corpora.statistics import Observed, Statistics, follow, observe
 from flowroutes_fast.corpora.tables import write_table as _write_table
 from flowroutes_fast.corpora.texts import Skipped, Text, read_texts, rereadable
 from flowroutes_fast.corpora.words import words
+from flowroutes_fast.loading.streaming import stream_of
 from flowroutes_fast.models.families import blocks_of, context_length, text_config
 from flowroutes_fast.models.identity import config_digest, tokenizer_digest, weights_digest
 from flowroutes_fast.system.errors import DamagedFile
 from flowroutes_fast.system.files import LOCK, claim, said, write_text
+from flowroutes_fast.tracing.routes import route
 from flowroutes_fast.tracing.trace import trace
 
 OVERFLOW = ("truncate", "split")
@@ -89,8 +91,9 @@ def corpus(
     overflow: str = "truncate",
     window: int = 256,
     batch_tokens: int = 2048,
-    positions: bool = True,
+    positions: bool | None = None,
     edges: bool = True,
+    routes_only: bool = False,
     shard: tuple[int, int] = (0, 1),
     field: str = "text",
     split: str = "file",
@@ -112,7 +115,10 @@ def corpus(
         max_tokens: longest piece that is traced; None for the model's context, at most 1024.
         overflow: a longer text is cut (``"truncate"``) or traced in pieces (``"split"``); both are counted.
         window: texts whose rows are written at a time. batch_tokens: padded tokens of a batch.
-        positions: write a row per position with its component vector. edges: write the route of every text's last position.
+        positions: write a row per position with its component vector; None: unless ``routes_only``. edges: write the route of every text's
+            last position.
+        routes_only: evaluate the rows that these routes reach, and nothing else: the same edges and ``in_routes`` for a part of the work.
+            Component vectors, means and all else that is over all positions are not there and refused by name.
         shard: ``(i, K)``: the texts with number ≡ i modulo K alone; :func:`open_corpus` puts the folders together.
         field, split: of the texts.
         progress: show a bar with tokens per second and, for texts that can be read twice (no stream), the time that is left.
@@ -130,7 +136,7 @@ def corpus(
     model = unwrap(model)
     settings = settings_of(
         model, tokenizer, threshold=threshold, precision=precision, floor=floor, max_tokens=max_tokens, overflow=overflow, window=window,
-        batch_tokens=batch_tokens, positions=positions, edges=edges, shard=shard,
+        batch_tokens=batch_tokens, positions=positions, edges=edges, routes_only=routes_only, shard=shard,
     )  # fmt: skip
 
     def rows(windows: Iterator[Window], bar: Any) -> Iterator[tuple[Window, list[Row]]]:
@@ -147,8 +153,11 @@ def settings_of(model: nn.Module, tokenizer: Any, **options: Any) -> Settings:
     longest = min(context, 1024) if options["max_tokens"] is None else options["max_tokens"]
     heads = max(int(getattr(config, "num_attention_heads", 1)), 1)
     name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)  # type: ignore[union-attr]
-    found = Settings(name, (len(blocks_of(model)), heads), **{**options, "max_tokens": longest, **dict.fromkeys(IDENTITY, "")})
+    chosen = {"max_tokens": longest, "positions": not options["routes_only"] if options["positions"] is None else options["positions"]}
+    found = Settings(name, (len(blocks_of(model)), heads), **{**options, **chosen, **dict.fromkeys(IDENTITY, "")})
     _check(found, context)
+    if found.routes_only and stream_of(model) is not None:
+        raise ValueError("routes_only=True needs the weights in memory when rows are evaluated: load the model whole, or leave it out")
     return replace(found, weights=weights_digest(model), config=config_digest(model), tokenizer=tokenizer_digest(tokenizer))
 
 
@@ -209,6 +218,10 @@ def _check(s: Settings, context: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not (len(s.shard) == 2 and 0 <= s.shard[0] < s.shard[1]):
         raise ValueError(f"shard must be (i, K) with 0 <= i < K, got {s.shard}")
+    if s.routes_only and s.positions:
+        raise ValueError(
+            "routes_only=True evaluates what routes reach and has no component vectors of positions: leave out one of positions and routes_only"
+        )
     if not s.floor <= s.threshold < 1:
         raise ValueError(f"threshold must lie in [floor, 1) = [{s.floor}, 1), got {s.threshold}")
 
@@ -247,8 +260,11 @@ def trace_items(model: nn.Module, items: list[Item], s: Settings, report: Callab
     with ThreadPoolExecutor(1) as behind:
         before: Future[None] | None = None
         for batch in batches(items, s.batch_tokens):
-            found = trace(
-                model, None, [item.ids for item in batch], precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False
+            ids = [item.ids for item in batch]
+            found = (
+                route(model, None, ids, threshold=s.threshold, precision=s.precision)
+                if s.routes_only
+                else trace(model, None, ids, precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False)
             )
             if before is not None:
                 before.result()  # one batch waits at a time
@@ -260,16 +276,18 @@ def trace_items(model: nn.Module, items: list[Item], s: Settings, report: Callab
 
 
 def _evaluate(item: Item, found: Any, s: Settings) -> Row:
+    """What a text's trace says; with ``routes_only``, its route."""
     word = words(item.text, item.offsets)
-    observed = observe(found, word, s.threshold)
+    observed = follow(found, word, s.shape[1]) if s.routes_only else observe(found, word, s.threshold)
     row: Row = {
-        "number": item.number, "piece": item.piece, "domain": item.domain, "text": item.text, "tokens": len(item.ids),
-        "mean": observed.components.mean(0), "observed": observed,
+        "number": item.number, "piece": item.piece, "domain": item.domain, "text": item.text, "tokens": len(item.ids), "observed": observed,
     }  # fmt: skip
+    if isinstance(observed, Observed):
+        row["mean"] = observed.components.mean(0)
     key: dict[str, Any] = {"number": np.int64(item.number), "piece": np.int32(item.piece)}
     if s.edges:
         row["edges"] = observed.edges.assign(**key)
-    if s.positions:
+    if s.positions and isinstance(observed, Observed):
         begin, end = np.array(item.offsets, np.int32).reshape(-1, 2).T
         row["positions"] = pd.DataFrame(
             {
@@ -431,9 +449,9 @@ class Folder:
         return items, counts
 
     def add(self, domain: str, observed: Any) -> None:
-        self.sums.setdefault(domain, Statistics(self.settings.shape)).add(observed)
+        self.sums.setdefault(domain, Statistics(self.settings.shape, routes_only=self.settings.routes_only)).add(observed)
         self.progress.rows += 1
-        self.progress.tokens += len(observed.components)
+        self.progress.tokens += observed.tokens
 
     def write(self, window: Window, rows: list[Row]) -> None:
         """A finished window: its tables, the sums, and last the state that makes them count."""

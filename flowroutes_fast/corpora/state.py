@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from flowroutes_fast.corpora.statistics import ARRAYS, COUNTS, Statistics
+from flowroutes_fast.corpora.statistics import COUNTS, Statistics
 from flowroutes_fast.system.errors import DamagedFile
 from flowroutes_fast.system.files import said, write_atomically
 
@@ -41,6 +41,7 @@ class Settings:
     batch_tokens: int
     positions: bool
     edges: bool
+    routes_only: bool
     shard: tuple[int, int]
     weights: str  # digests of what they are, see flowroutes_fast.identity
     config: str
@@ -164,6 +165,8 @@ def _state(raw: bytes) -> State:
         checksum = read.pop("checksum", None)
         _need(checksum == _checksum(read), "its checksum is not that of what it holds")
     _exactly(read, ("format", "version", "settings", "progress", "texts", "digests", "files", "software"), "")
+    read["settings"] = _mapping(read["settings"], "settings")
+    read["settings"].setdefault("routes_only", False)  # of a run begun before there was a choice
     state = State(_settings(read["settings"], version), _progress(read["progress"]), read["texts"], read["digests"], None, read["software"])
     if version == FORMAT_VERSION:
         state.files = {name: _stored(name, one) for name, one in _mapping(read["files"], "files").items()}
@@ -189,8 +192,9 @@ def _settings(found: Any, version: int) -> dict[str, Any]:
         _need(_whole(found[name], 1), f"settings: {name} is {found[name]!r}")
     for name in ("threshold", "floor"):
         _need(_number(found[name]) and found[name] < 1, f"settings: {name} is {found[name]!r}")
-    for name in ("positions", "edges"):
+    for name in ("positions", "edges", "routes_only"):
         _need(isinstance(found[name], bool), f"settings: {name} is {found[name]!r}, not true or false")
+    _need(not (found["positions"] and found["routes_only"]), "settings: positions of a run of routes alone")
     for name in IDENTITY:
         _need(_is_digest(found[name]) or version == 1, f"settings: {name} is {found[name]!r}, no digest")
     return found
@@ -248,7 +252,7 @@ def write_sums(path: Path, sums: dict[str, Statistics]) -> Stored:
     from safetensors.numpy import save
 
     names = sorted(sums)
-    tensors = {f"{n}.{key}": np.ascontiguousarray(getattr(sums[d], key)) for n, d in enumerate(names) for key in ARRAYS}
+    tensors = {f"{n}.{key}": np.ascontiguousarray(getattr(sums[d], key)) for n, d in enumerate(names) for key in sums[d].arrays}
     counts = {d: {key: getattr(sums[d], key) for key in COUNTS} for d in names}
     return write_bytes(path, save(tensors, {"counts": json.dumps(counts)}), len(names))
 
@@ -263,26 +267,27 @@ def read_sums(folder: Path, state: State) -> dict[str, Statistics]:
         raw = read_bytes(file, state.files[name] if state.files is not None else None)
     except DamagedFile as error:
         raise DamagedFile(f"'{file}' is damaged or missing: {str(error).partition(': ')[2]}") from error
-    found = _checked(file, "is damaged or missing", lambda: _sums(raw, tuple(state.settings["shape"])))
+    found = _checked(file, "is damaged or missing", lambda: _sums(raw, tuple(state.settings["shape"]), state.settings["routes_only"]))
     for label, of_run in (("texts", state.progress.rows), ("positions", state.progress.tokens)):
         if (total := sum(getattr(one, label) for one in found.values())) != of_run:
             raise DamagedFile(f"'{file}' is damaged: it counts {total} {label}, {STATE} has {of_run}")
     return found
 
 
-def _sums(raw: bytes, shape: tuple[int, int]) -> dict[str, Statistics]:
+def _sums(raw: bytes, shape: tuple[int, int], routes_only: bool) -> dict[str, Statistics]:
     from safetensors.numpy import load
 
     tensors = load(raw)
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     counts = _mapping(json.loads(header["__metadata__"]["counts"]), "counts")
-    _exactly(tensors, [f"{number}.{key}" for number in range(len(counts)) for key in ARRAYS], "tensors")
+    arrays = Statistics(shape, routes_only=routes_only).arrays
+    _exactly(tensors, [f"{number}.{key}" for number in range(len(counts)) for key in arrays], "tensors")
     found: dict[str, Statistics] = {}
     for number, domain in enumerate(sorted(counts)):
         _exactly(counts[domain], COUNTS, f"counts of {domain!r}")
         _need(all(map(_whole, counts[domain].values())), f"counts of {domain!r} are {counts[domain]!r}")
-        found[domain] = one = Statistics(shape, **counts[domain])
-        for key in ARRAYS:
+        found[domain] = one = Statistics(shape, **counts[domain], routes_only=routes_only)
+        for key in arrays:
             array, wanted = tensors[f"{number}.{key}"], getattr(one, key)
             _need(
                 array.shape == wanted.shape and array.dtype == wanted.dtype,
@@ -307,8 +312,8 @@ def _check_sums(domain: str, one: Statistics) -> None:
         "patterns": one.positions,
         "quiet": one.first,
     }
-    for key, limit in most.items():
-        array = getattr(one, key)
+    for key in one.arrays:
+        array, limit = getattr(one, key), most[key]
         good = np.isfinite(array).all() and (not array.size or (array.min() >= -SLACK * limit and array.max() <= limit * (1 + SLACK)))
         _need(bool(good), f"{key} of {domain!r} leaves [0, {limit}]")
 

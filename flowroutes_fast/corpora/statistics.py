@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from flowroutes_fast.corpora.words import first_of_several, later, word_start
 
 if TYPE_CHECKING:
+    from flowroutes_fast.results.route import Route
     from flowroutes_fast.results.trace import Trace
 
 PATTERNS = ("same token", "previous token", "two before", "three before", "first token", "same word")
@@ -25,6 +26,8 @@ class Statistics:
     ``active [layer, head]``: positions with a sub-edge above the threshold; ``in_routes``: texts whose route has the head.
     ``patterns [pattern, layer, head]``: positions where more than half of the head's influence is on that place;
     ``same word``: later subwords where it is on earlier subwords of the word; ``quiet``: first subwords with an influence of at most 0.005.
+
+    Of a run of routes alone (``routes_only``) there are ``in_routes`` and the counts; ``ValueError`` for all else.
     """
 
     shape: tuple[int, int]  # layers, heads
@@ -33,33 +36,52 @@ class Statistics:
     after_first: int = 0
     later: int = 0
     first: int = 0
+    routes_only: bool = False
 
     def __post_init__(self) -> None:
         layers, heads = self.shape
+        self.in_routes = np.zeros(self.shape, np.int64)
+        if self.routes_only:
+            return
         self.total, self.squares = np.zeros(layers * heads + layers), np.zeros(layers * heads + layers)
-        self.active, self.in_routes, self.quiet = (np.zeros(self.shape, np.int64) for _ in range(3))
+        self.active, self.quiet = (np.zeros(self.shape, np.int64) for _ in range(2))
         self.patterns = np.zeros((len(PATTERNS), *self.shape), np.int64)
 
-    def add(self, found: Observed) -> None:
-        """Count one text in."""
-        self.positions += len(found.components)
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_ALL_ROWS:
+            raise ValueError(ROUTES_ONLY.format(OF_ALL_ROWS[name]))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that there are."""
+        return ("in_routes",) if self.routes_only else ARRAYS
+
+    def add(self, found: Routed) -> None:
+        """Count one text in; :class:`Observed` unless ``routes_only``."""
+        self.positions += found.tokens
         self.texts += 1
+        self.in_routes += found.in_route
+        self.after_first += found.tokens - 1
+        self.later += found.later
+        self.first += found.first
+        if self.routes_only:
+            return
+        assert isinstance(found, Observed)
         self.total += found.components.sum(0, dtype=np.float64)
         self.squares += np.square(found.components, dtype=np.float64).sum(0)
         self.active += found.active
-        self.in_routes += found.in_route
         self.patterns += found.patterns
         self.quiet += found.quiet
-        self.after_first += len(found.components) - 1
-        self.later += found.later
-        self.first += found.first
 
     def merge(self, other: Statistics) -> None:
         if self.shape != other.shape:
             raise ValueError(f"statistics of different models: {self.shape} and {other.shape} layers and heads")
+        if self.routes_only != other.routes_only:
+            raise ValueError("statistics of a run of routes alone (routes_only=True) cannot be added to those of all positions")
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ARRAYS:
+        for name in self.arrays:
             getattr(self, name).__iadd__(getattr(other, name))
 
     def mean(self) -> np.ndarray:
@@ -93,21 +115,42 @@ class Statistics:
 
 COUNTS = ("positions", "texts", "after_first", "later", "first")
 ARRAYS = ("total", "squares", "active", "in_routes", "patterns", "quiet")
+ROUTES_ONLY = "a run with routes_only=True evaluates what its routes reach and has no {}: run it without, into a new folder"
+OF_ALL_ROWS = {
+    "total": "means over positions", "squares": "variances over positions", "active": "activation by position",
+    "patterns": "places where heads look", "quiet": "influence on first subwords",
+}  # fmt: skip
 
 
 @dataclass
-class Observed:
-    """What one traced text says; see :class:`Statistics`."""
+class Routed:
+    """What the route of one text's last position says; see :class:`Statistics`."""
+
+    tokens: int
+    later: int
+    first: int
+    in_route: np.ndarray
+    edges: pd.DataFrame
+
+
+@dataclass
+class Observed(Routed):
+    """What one traced text says."""
 
     components: np.ndarray  # [position, component] float32
     received: np.ndarray  # [position]: importance of sub-edges from it into later positions, mean over those, summed over layers
     active: np.ndarray
-    in_route: np.ndarray
     patterns: np.ndarray
     quiet: np.ndarray
-    later: int
-    first: int
-    edges: pd.DataFrame  # of the last position's route
+
+
+def follow(route: Route, word: np.ndarray, heads: int) -> Routed:
+    """Evaluate a route in a model with so many heads per layer. ``word``: as for :func:`observe`."""
+    in_route = np.zeros((len(route.shapes), heads), np.int64)
+    edges = route.edges
+    of_heads = edges[(edges["kind"] == "attention") & (edges["head"] >= 0)]
+    in_route[of_heads["layer"].to_numpy(), of_heads["head"].to_numpy()] = 1
+    return Routed(len(word), int(later(word).sum()), int(first_of_several(word).sum()), in_route, edges)
 
 
 def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
@@ -118,7 +161,6 @@ def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
     layers, tokens, heads = trace.heads.shape
     influence = trace.heads.numpy()
     components = np.concatenate([influence.transpose(1, 0, 2).reshape(tokens, -1), trace.ffn.numpy().T], 1).astype(np.float32)
-    in_route = np.zeros((layers, heads), np.int64)
     begins, goes_on, starts = word_start(word), later(word), first_of_several(word)
     everyone = np.arange(tokens)
     layer, query, key, head, importance = _all_sub_edges(trace)
@@ -133,13 +175,10 @@ def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
     strong[cell[importance > threshold]] = True
     active = strong.reshape(shape).sum(1)
     received = np.bincount(key[age > 0], importance[age > 0], tokens)
-    edges = trace.route(-1, threshold).edges
-    of_heads = edges[(edges["kind"] == "attention") & (edges["head"] >= 0)]
-    in_route[of_heads["layer"].to_numpy(), of_heads["head"].to_numpy()] = 1
     after = tokens - 1 - everyone
     return Observed(
-        components, (received / np.maximum(after, 1)).astype(np.float32), active, in_route, patterns,
-        (influence[:, starts] <= LOW).sum(1), int(goes_on.sum()), int(starts.sum()), edges,
+        **vars(follow(trace.route(-1, threshold), word, heads)), components=components, received=(received / np.maximum(after, 1)).astype(np.float32),
+        active=active, patterns=patterns, quiet=(influence[:, starts] <= LOW).sum(1),
     )  # fmt: skip
 
 

@@ -27,8 +27,7 @@ def columns_of(name: str, state: State) -> dict[str, tuple[str, float, float]]:
     return {
         "texts": key | {
             "piece": ("int64", 0, LARGEST), "domain": ("string", 0, 0), "text": ("string", 0, 0), "tokens": ("int64", 1, longest + 1),
-            "mean": ("vector", *SHARE),
-        },
+        } | ({} if s["routes_only"] else {"mean": ("vector", *SHARE)}),
         "positions": key | {
             "position": ("int32", 0, longest), "token_id": ("int32", 0, LARGEST), "begin": ("int32", 0, LARGEST), "end": ("int32", 0, LARGEST),
             "word": ("int32", -1, LARGEST), "received": ("float", 0, layers * (1 + SLACK)), "components": ("vector", *SHARE),

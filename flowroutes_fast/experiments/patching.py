@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture.hooks import Layer, capture, forward_options, only_here, prepared, rows_of, unwrap
+from flowroutes_fast.capture.hooks import Layer, capture, forward_options, masked, only_here, prepared, rows_of, unwrap
 from flowroutes_fast.loading.streaming import stream_of
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.heads import check_predicts_tokens
@@ -152,7 +152,7 @@ def record(model: nn.Module, ids: list[int], layers: Sequence[int], queries: Ten
     def keep(layer: Layer) -> None:
         if layer.index not in layers or layer.query is None or layer.key is None or layer.value is None:
             return
-        n, few = layer.query.shape[0], rows_of(layer, queries)
+        n, few = layer.query.shape[0], masked(rows_of(layer, queries))
         if layer.index not in flat:
             raise ValueError(
                 f"layer {layer.index}: nothing went through W_O, so that this {layer.block.family.name} model's heads cannot be patched"

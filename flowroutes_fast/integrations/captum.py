@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flowroutes_fast.integrations import require
-from flowroutes_fast.results.edges import check_traced, same_token_parts
+from flowroutes_fast.results.edges import same_token_parts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,7 +124,7 @@ def token_matrix(trace: Trace, positions: Sequence[int]) -> np.ndarray:
     mass[np.arange(len(positions)), list(positions)] = 1
     for layer in reversed(range(trace.n_layers)):
         active = np.flatnonzero(mass.any(0))  # an FFN and its residual connection leave the mass at its position
-        check_traced(trace, layer, active)
+        trace.reach(layer, active)
         moves = np.zeros((len(active), tokens))
         if trace.dense is not None:
             moves += trace.dense[layer][:, torch.from_numpy(active)].abs().sum(0).numpy()

@@ -88,7 +88,7 @@ def sub_edges(model: Any, ids: Tensor, mask: Tensor, first: int = 0, **options: 
     options.setdefault("floor", 0.0 if options["precision"] == "exact" else DEFAULT_FLOOR)
     found = _traces(model, ids, mask, first, **options)
     batch, length = ids.shape
-    scores = torch.zeros(batch, length, length, found[0].n_layers, found[0].heads.shape[-1])  # pages of other queries are never touched
+    scores = torch.zeros(batch, length, length, found[0].n_layers, found[0].n_heads)  # pages of other queries are never touched
     for item, (one, start) in enumerate(zip(found, _starts(mask), strict=True)):
         place = scores[item, start:][:, start:]
         for layer in range(one.n_layers):

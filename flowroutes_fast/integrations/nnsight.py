@@ -8,8 +8,8 @@ block or ``model.edit()`` changes is not part of it, so both are refused instead
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.integrations import require
+from flowroutes_fast.results.lazy import LazyTrace
 from flowroutes_fast.results.trace import Settle
 from flowroutes_fast.system.memory import available_memory
 from flowroutes_fast.tracing.trace import trace as trace_model
@@ -45,6 +46,8 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
     for one in found if isinstance(found, list) else [found]:
         if one.settle is not None:
             one.settle = _settler(one.settle, weakref.ref(model))
+        if isinstance(one, LazyTrace):
+            one.source.around = _around(weakref.ref(model))
     return found
 
 
@@ -102,6 +105,21 @@ def _settler(settle: Settle, model: weakref.ref[Any]) -> Settle:
             return settle(rows)
 
     return again
+
+
+def _around(model: weakref.ref[Any]) -> Callable[[], AbstractContextManager[None]]:
+    """What holds while rows of a lazy trace run again."""
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        if (alive := model()) is None:
+            yield
+            return
+        _check_idle(alive)
+        with _as_written(alive._module):
+            yield
+
+    return around
 
 
 def _dispatch(model: Any) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +25,11 @@ from transformers import PreTrainedModel
 
 from flowroutes_fast.capture.hooks import Layer, _evaluation_mode, _lock, rows_of, span_of, undisturbed, unwrap
 from flowroutes_fast.integrations import require
+from flowroutes_fast.integrations.read_rows import ReadRows
 from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.ops import choose_backend
+from flowroutes_fast.results.lazy import LazyTrace
+from flowroutes_fast.results.trace import Trace
 from flowroutes_fast.tracing.importances import LayerImportances, Options, check_finite, conservation_error, importances
 from flowroutes_fast.tracing.prompts import read_prompts, refuse_inputs
 from flowroutes_fast.tracing.trace import (
@@ -54,7 +57,8 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
     Args:
         model: a ``TransformerBridge``, ``HookedTransformer`` or ``ActivationCache``. A bridge with hooks of the user's, or with processed
             weights that its transformers model does not have, is traced as it runs, through its hook points; without such, its
-            transformers model is, bit for bit as without the bridge. A cache is read and no model runs.
+            transformers model is, bit for bit as without the bridge. A cache is read and no model runs; with ``lazy=True`` the rows that are
+            asked for are read, while the cache's activations and the model stay as they are.
         tokenizer: None for the model's own, which then prepends what ``model.to_tokens`` prepends (a BOS token, by default).
         text: as for :func:`flowroutes_fast.trace`. For a cache: what it was made from, or None to call tokens by their positions.
         options: as for :func:`flowroutes_fast.trace`; ``resume`` where the transformers model is traced. With a cache of a padded batch
@@ -68,8 +72,11 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
     _library()
     given = {"attention_mask": None, "positions": None, "precision": "certified", "measure": "proximity", "backend": "auto", "floor": 1e-3,
              "thresholds": (0.01, 0.03, 0.04), "tolerance": 1e-2, "dense": None, "bias": "part", "neurons": False, "threads": 0,
-             "progress": False, "resume": None} | options  # fmt: skip
+             "progress": False, "resume": None, "lazy": False} | options  # fmt: skip
+    refused = [name for name in ("lazy", "memory", "past_key_values") if options.get(name)]
     if hasattr(model, "cache_dict"):
+        if refused and refused != ["lazy"]:
+            raise ValueError(f"{refused[-1]}= is for models that run: a cache has all activations, trace it without")
         return _of_cache(model, tokenizer, text, given)
     kind = type(model).__name__
     if not {"TransformerBridge", "HookedTransformer"} & {base.__name__ for base in type(model).__mro__}:
@@ -84,7 +91,14 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
         for one in found if isinstance(found, list) else [found]:
             if one.settle is not None:
                 one.settle = _settler(one.settle, weakref.ref(model))
+            if isinstance(one, LazyTrace):
+                one.source.around = _around(weakref.ref(model))
         return found
+    if refused:
+        raise ValueError(
+            f"{refused[0]}= needs the transformers model inside a TransformerBridge, without hooks or processed weights of its own: this "
+            f"{kind} is read through its hook points: trace it without, or give its cache (run_with_cache(..., names_filter=hooks_for(model)))"
+        )
     return _through_hooks(model, tokenizer, text, given)
 
 
@@ -245,6 +259,15 @@ def _settler(settle: Any, bridge: weakref.ref[Any]) -> Any:
     return again
 
 
+def _around(bridge: weakref.ref[Any]) -> Callable[[], AbstractContextManager[Any]]:
+    """What holds while rows of a lazy trace run again."""
+
+    def around() -> AbstractContextManager[Any]:
+        return nullcontext() if (alive := bridge()) is None else transformers_model(alive)
+
+    return around
+
+
 class _Block:
     """What the importances of a layer ask of its block, read from ``model.blocks[index]``."""
 
@@ -326,26 +349,34 @@ def _gain(norm: Any) -> Tensor | None:
     return None if weight is None else weight.detach().float()
 
 
-def _layer(model: Any, index: int, found: Found, item: int, span: slice) -> Layer:
-    """One sequence of what the hooks of a layer gave, as a captured layer. ``ValueError`` for attention that is not causal."""
-
-    def row(role: str) -> Tensor:
-        return found[role][item, span]
-
+def _sequence(index: int, found: Found, item: int, span: slice) -> Found:
+    """One sequence of what the hooks of a layer gave."""
     queries, keys = found["pattern"].shape[-2:]
     if not queries == keys == found["pre"].shape[1] == found["value"].shape[1]:
         raise ValueError(f"layer {index}: attention weights of {queries} queries to {keys} keys: cache all positions (no pos_slice)")
-    pattern = found["pattern"][item, :, span, span].float()
+    return {role: t[item, :, span, span] if role == "pattern" else t[item, span] for role, t in found.items()}
+
+
+def _layer(model: Any, index: int, found: Found, rows: Tensor | None = None) -> Layer:
+    """A sequence's layer as a captured one, at some rows or all. ``ValueError`` for attention that is not causal."""
+    tokens = len(found["pre"])
+    rows = torch.arange(tokens) if rows is None else rows
+    here: Any = slice(None) if len(rows) == tokens else rows.to(found["pre"].device)
+
+    def row(role: str) -> Tensor:
+        return found[role][here]
+
+    pattern = found["pattern"][:, here].float()
     width = model.blocks[index].attn.W_O.shape[-2]
-    value = row("value").reshape(pattern.shape[-1], -1, width).transpose(0, 1)
-    if bool(pattern.triu(1).any()):
+    value = found["value"].reshape(tokens, -1, width).transpose(0, 1)
+    if bool((pattern * (torch.arange(tokens) > rows[:, None]).to(pattern.device)).any()):
         raise ValueError(f"layer {index}: attention looks ahead; routes are those of causal models")
     block: Any = _Block(model, index, len(value))
     pre, post, mid = row("pre"), row("post"), None if block.parallel else row("mid")
     added = row("mlp") if "mlp" in found else torch.zeros_like(post)
     scale = getattr(block.module.attn, "_result_contribution_scale", 1.0)
     layer = Layer(
-        block, pattern.new_zeros(*pattern.shape[:2], 1), pattern.new_zeros(len(value), pattern.shape[2], 1), value, 1.0, pattern.log(), 0.0, 0,
+        block, pattern.new_zeros(*pattern.shape[:2], 1), pattern.new_zeros(len(value), tokens, 1), value, 1.0, pattern.log(), 0.0, 0,
         None, residual=pre, resid_mid=mid, through=mid, ffn_out=added, resid_post=post, scale=float(scale),
         neurons=row("neurons") if "neurons" in found else None,
     )  # type: ignore[arg-type]  # fmt: skip
@@ -385,12 +416,14 @@ def _traces(
         raise ValueError("resume= keeps the finished layers of a transformers model; what is read through TransformerLens' hooks has none")
     rows = [_positions(positions, len(ids)) for ids in prompts]
     dense = given["dense"]
-    if given["precision"] == "certified":
+    if given["precision"] == "certified" or (given["lazy"] and dense is None):
         dense = False
     elif dense is None:
         dense = positions is None and cfg.n_layers * cfg.n_heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
     if dense and positions is not None:
         raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
+    if given["lazy"] and (positions is not None or dense):
+        raise ValueError("lazy=True evaluates rows when they are asked for: leave out positions= and dense=True")
     wanted = tuple(sorted({float(t) for t in given["thresholds"] if t >= given["floor"]})) if given["measure"] == "proximity" else ()
     backend = choose_backend(given["backend"], torch.empty(0, dtype=torch.float32, device=model.blocks[0].attn.W_O.device))
     options = Options(
@@ -407,7 +440,7 @@ def _traces(
             nonlocal seconds
             start = time.perf_counter()
             if exact is None or index in exact:
-                layer = _checked(_layer(model, index, found, item, span), advice)
+                layer = _checked(_layer(model, index, _sequence(index, found, item, span)), advice)
                 whole = None if exact is None else torch.isin(rows[n], torch.from_numpy(exact[index]))
                 chosen = options if exact is None else Options(**{**options.__dict__, "neurons": False})
                 results.append(_everywhere(importances(rows_of(layer, rows[n]), chosen, whole), rows[n], len(prompts[n])))
@@ -425,8 +458,11 @@ def _traces(
 
         return settle if options.precision == "certified" else None
 
-    traces = []
+    traces: list[Trace] = []
     for n, ids in enumerate(prompts):
+        if given["lazy"]:
+            traces.append(_on_demand(model, ids, texts[n], options, partial(run, n), advice))
+            continue
         start = time.perf_counter()
         with tqdm(total=cfg.n_layers, desc="layers", unit="layer", disable=not given["progress"]) as bar:
             found, logits, ours = evaluated(n, run, step=bar.update)
@@ -438,6 +474,22 @@ def _traces(
             timings={"total": time.perf_counter() - start, "importances": ours}, settle=settler(n),
         ))  # fmt: skip
     return traces
+
+
+def _on_demand(model: Any, ids: list[int], text: list[str], options: Options, run: Any, advice: str) -> LazyTrace:
+    """A trace whose rows are read from the activations that ``run`` hands on when they are asked for."""
+    kept: list[Found] = []
+    start = time.perf_counter()
+    run(lambda index, found, item, span: kept.append(_sequence(index, found, item, span)))
+    source = ReadRows(
+        model, kept, lambda model, index, rows: _layer(model, index, kept[index], rows), partial(_checked, advice=advice), options
+    )
+    return LazyTrace(
+        source, max(len(found["pattern"]) for found in kept), options.neurons, tokens=text, token_ids=ids, model=_called(model),
+        mixers=[""] * len(kept), shapes=["sequential" if "mid" in found else "parallel" for found in kept], floor=options.floor,
+        precision=options.precision, measure=options.measure, backend=options.backend, bias=options.bias, tolerance=options.tolerance,
+        thresholds=options.thresholds, timings={"total": time.perf_counter() - start, "importances": 0.0},
+    )  # fmt: skip
 
 
 def _called(model: Any) -> str:

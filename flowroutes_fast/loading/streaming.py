@@ -25,6 +25,7 @@ from flowroutes_fast.loading.load import (
     DEMO,
     DEMO_NAME,
     _converted,
+    _nothing,
     _quiet,
     config_of,
     demo_file,
@@ -142,10 +143,6 @@ def _open(name: str | os.PathLike[str], dtype: Any) -> tuple[Any, Any, Source, s
         if all(n in places and places[n].shape == tuple(p.shape) for n, p in model.named_parameters()):
             return model, tokenizer, SafetensorsSource(places, label), label, _nothing
     return _by_transformers(folder, tokenizer, places, label, dtype)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _empty(config: Any, dtype: Any) -> Any:

@@ -19,6 +19,7 @@ from flowroutes_fast.models.rounding import stores_few_bits
 from flowroutes_fast.models.weights import is_adapter, named
 
 HARMLESS = ("flowroutes_fast", "accelerate", "transformers", "torch.nn.utils")  # whose hooks change no output that we do not see
+IDLE = ("nnsight",)  # whose forwards, put on once and for all, do nothing outside its own contexts
 LIBRARIES = (  # whose code does alike at all positions
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flowroutes_fast", "flash_attn", "causal_conv1d", "mamba_ssm", "fla", "kernels",
 )  # fmt: skip
@@ -86,6 +87,16 @@ def _hooks(model: nn.Module, block: Block) -> Iterator[str]:
     for name, module in block.module.named_modules():
         if any(not _harmless(hook) for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
             yield f"on {name or 'the block'}"
+
+
+def put_on(model: nn.Module, block: Block) -> str:
+    """What others put on a block and may do different things at different positions, as one phrase; empty for nothing."""
+    forwards = (
+        f"the forward of {name or 'the block'}"
+        for name, module in block.module.named_modules()
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook") and type(module.__dict__["forward"]).__module__.split(".")[0] not in IDLE
+    )
+    return " and ".join(phrase for phrase in (_several("forward hooks", _hooks(model, block)), _several("replaced methods", forwards)) if phrase)
 
 
 def _patched(block: Block) -> Iterator[str]:

@@ -86,6 +86,13 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in weights), tuple(switches)
 
 
+def places_of(model: nn.Module) -> tuple[Any, ...]:
+    """Where the weights of :func:`state_of` are, and their types: what changes when a model is moved or converted."""
+    held = [m for m in model.modules() if not hasattr(m, "_hf_hook")]
+    weights = [p for m in held for p in m._parameters.values() if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta]
+    return tuple((p.data_ptr(), p.dtype) for p in weights)
+
+
 def _depends_on_wrapper(module: Any) -> str | None:
     kind = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
     if is_adapter(module) and kind in _BY_WRAPPER and not getattr(module, "disable_adapters", False):

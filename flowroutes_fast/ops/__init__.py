@@ -30,12 +30,12 @@ def _triton_missing() -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error}); install it with 'pip install triton'"
-    if not torch.cuda.is_available() and not _interpreted():
+    if not torch.cuda.is_available() and not interpreted():
         return "torch sees no CUDA device"
     return None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, which takes tensors on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -87,7 +87,7 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
         raise ValueError(f"backend {backend!r} computes in float32; use backend='reference' for float64 tensors")
     if backend == "cpu" and tensor.device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes tensors on the CPU, not on {tensor.device}; use backend='auto'")
-    if backend == "triton" and not on_gpu and not (tensor.device.type == "cpu" and _interpreted()):
+    if backend == "triton" and not on_gpu and not (tensor.device.type == "cpu" and interpreted()):
         raise ValueError(f"backend 'triton' takes tensors on a CUDA device, not on {tensor.device}; use backend='auto'")
     if backend == "cuda" and not on_gpu:
         raise ValueError(f"backend 'cuda' takes tensors on a CUDA device, not on {tensor.device}; use backend='auto'")

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ class Attention:
 
     query ``[head, query, d_qk]``, key ``[kv_head, key, d_qk]``, value ``[kv_head, key, d_head]``, w_o ``[head, d_head, d_model]``, whole
     ``[query, d_model]``; mask additive ``[query, key]`` or ``[head, query, key]``, None for causal, limited to ``window`` keys if
-    positive; sinks ``[head]``: one more logit per row; row_scale ``[query]``: what a linearised norm after attention divides by, inverted;
+    positive; positions ``[query]`` (int64, rising, on the CPU): where causal queries stand among the keys, None for the last ones (the
+    kernels of the CPU alone; :meth:`masked` says the same by a mask); sinks ``[head]``: one more logit per row; row_scale ``[query]``: what a linearised norm after attention divides by, inverted;
     gate ``[query, head, d_head]``.
     """
 
@@ -41,6 +42,7 @@ class Attention:
     window: int = 0
     row_scale: Tensor | None = None
     gate: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def n_query(self) -> int:
@@ -61,6 +63,8 @@ class Attention:
                 self.query, self.key, self.value, self.w_o, self.whole, mask=self.mask, sinks=self.sinks, row_scale=self.row_scale,
                 gate=self.gate, softcap=self.softcap, window=self.window,
             )  # fmt: skip
+            if self.positions is not None and (self.mask is not None or self.positions.shape != (self.n_query,)):
+                raise ValueError(f"positions must be [query = {self.n_query}], without a mask, got {list(self.positions.shape)}")
             self.__dict__["checked"] = True
 
     @cached_property
@@ -80,6 +84,13 @@ class Attention:
             self.query, self.key, scaling=self.scaling, mask=self.mask, softcap=self.softcap, window=self.window, sinks=self.sinks
         ).to(self.whole.dtype)
 
+    def masked(self) -> Attention:
+        """The same with a mask instead of positions."""
+        if self.positions is None:
+            return self
+        mask = causal_mask(self.positions.to(self.query.device), self.n_key, self.window)
+        return replace(self, mask=mask, window=0, positions=None)
+
     def float(self) -> Attention:
         """Everything in float32, for the native CPU kernels; float64 stays."""
         if self.whole.dtype == torch.float64:
@@ -89,13 +100,20 @@ class Attention:
         if all(t is None or t.dtype == torch.float32 for t in tensors.values()):
             return self
         cast: dict[str, Any] = {n: None if t is None else t.float() for n, t in tensors.items()}
-        return Attention(**cast, scaling=self.scaling, softcap=self.softcap, window=self.window)
+        return Attention(**cast, scaling=self.scaling, softcap=self.softcap, window=self.window, positions=self.positions)
 
     @property
     def triton_options(self) -> dict[str, Any]:
         return {
             "scaling": self.scaling, "mask": self.mask, "window": self.window, "softcap": self.softcap, "row_scale": self.row_scale,
         }  # fmt: skip
+
+
+def causal_mask(positions: Tensor, n_key: int, window: int = 0) -> Tensor:
+    """Additive mask ``[query, key]`` (float32) of causal queries at these positions, limited to ``window`` keys if positive."""
+    age = positions[:, None] - torch.arange(n_key, dtype=positions.dtype, device=positions.device)
+    hidden = (age < 0) | (age >= window if window else False)
+    return torch.zeros(age.shape, dtype=torch.float32, device=age.device).masked_fill_(hidden, float("-inf"))
 
 
 class Bounds(NamedTuple):
@@ -152,7 +170,8 @@ def visible(attention: Attention) -> int:
     if attention.mask is not None:
         seen = (attention.mask > torch.finfo(torch.float32).min / 2).sum()
         return int(seen) * (attention.n_head if attention.mask.dim() == 2 else 1)
-    position = torch.arange(attention.n_query, dtype=torch.int64, device="cpu") + attention.n_key - attention.n_query + 1
+    last = torch.arange(attention.n_query, dtype=torch.int64, device="cpu") + attention.n_key - attention.n_query
+    position = (last if attention.positions is None else attention.positions) + 1
     reach = position.clamp_max(attention.window) if attention.window else position
     return int(reach.sum()) * attention.n_head
 
@@ -303,6 +322,7 @@ def native_arguments(attention: Attention, threads: int = 0) -> Arguments:
     a = attention
     arguments = ops.layer_arguments(a.value, a.w_o, a.whole, a.gradient, threads)
     ops.take_qk(arguments, a.query, a.key, a.mask, a.scaling, a.softcap, a.window, a.sinks)
+    arguments.take("positions", a.positions, a.n_query, dtype=torch.int64)
     arguments.take("row_scale", a.row_scale, a.n_query)
     arguments.take("gate", a.gate, a.n_query, a.n_head, a.w_o.shape[1])
     return arguments

@@ -66,6 +66,8 @@ def certified(
         slack: relative rounding error of ⟨v, g⟩ on the CPU; GPUs know their own (kernels/gradient.py).
         fused: on the CPU, one kernel that does everything row by row; False for the same in passes.
     """
+    if backend != "cpu":
+        attention = attention.masked()
     _check(attention, others, tolerance, measure, capacity, threads)
     if backend in ("reference", "cpu"):
         attention = attention.float()

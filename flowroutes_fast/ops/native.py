@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import mul
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-FINITE = ("scale", "softcap")  # of the numbers that native operations take
+PLAIN = (Tensor, torch.nn.Parameter)  # types whose memory is their own
 _isa: ContextVar[str] = ContextVar("instruction set", default="auto")
 
 
@@ -68,6 +68,46 @@ def address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype 
     Raises:
         ValueError: another shape, device, layout, or strides. TypeError: another dtype, or a tensor without memory (fake, meta, of vmap).
     """
+    try:  # as nearly always, told in half a microsecond; whatever else is looked at closely
+        if (
+            type(tensor) in PLAIN
+            and tensor.dtype is dtype
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and tensor.shape == shape
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and (at := tensor.data_ptr())
+            and tensor.untyped_storage().nbytes() >= tensor.storage_offset() * dtype.itemsize + tensor.nbytes
+        ):
+            return at
+    except RuntimeError:  # a wrapper, say of torch.func.vmap
+        pass
+    return _address(name, tensor, shape, dtype, inner)
+
+
+def address_within(name: str, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The same for float32 numbers at these strides, the last of which is 1."""
+    try:
+        if (
+            type(tensor) in PLAIN
+            and tensor.dtype is torch.float32
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and tensor.shape == shape
+            and tensor.stride() == strides
+            and strides[-1] == 1
+            and not tensor.is_neg()
+            and (at := tensor.data_ptr())
+            and tensor.untyped_storage().nbytes() >= 4 * (tensor.storage_offset() + sum(map(mul, shape, strides)) - sum(strides) + 1)
+        ):
+            return at
+    except RuntimeError:
+        pass
+    return _address(name, tensor, shape, torch.float32, inner=True)
+
+
+def _address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, inner: bool) -> int:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
@@ -102,16 +142,20 @@ class Arguments(dict[str, Any]):
         """A contiguous tensor of this shape, or nothing for None; ``where``: its field's name."""
         if tensor is None:
             return
-        tensor = contiguous(tensor)
+        if not tensor.is_contiguous() or tensor.is_neg():
+            tensor = contiguous(tensor)
         self[where or name] = address(name, tensor, shape, dtype)
         self.kept.append(tensor)
 
-    def take_rows(self, name: str, tensor: Tensor, shape: Sequence[int], strides: Sequence[str | None], where: str | None = None) -> None:
+    def take_rows(self, name: str, tensor: Tensor, shape: tuple[int, ...], strides: Sequence[str | None], where: str | None = None) -> None:
         """A tensor whose last dimension is contiguous, and the strides of the others as the fields of these names."""
-        tensor = rows(tensor)
-        self[where or name] = address(name, tensor, shape, inner=True)
+        steps = tensor.stride()
+        if steps[-1] != 1 or tensor.is_neg():
+            tensor = contiguous(tensor)
+            steps = tensor.stride()
+        self[where or name] = address_within(name, tensor, shape, steps)
         self.kept.append(tensor)
-        for stride, field in zip(tensor.stride(), strides, strict=False):
+        for stride, field in zip(steps, strides, strict=False):
             if field:
                 self[field] = stride
 
@@ -125,12 +169,9 @@ class Arguments(dict[str, Any]):
         """Run the operation of the extension on these arguments.
 
         Raises:
-            RuntimeError: no extension. ValueError: arguments that do not fit. IndexError: an index outside. MemoryError.
+            RuntimeError: no extension. ValueError: arguments that do not fit, NaN among them. IndexError: an index outside. MemoryError.
         """
-        for name, number in self.items():
-            if isinstance(number, float) and (math.isnan(number) or (name in FINITE and math.isinf(number))):
-                raise ValueError(f"{name} must be a {'finite ' if name in FINITE else ''}number, got {number}")
-        return getattr(extension(), operation)(dict(self), isa=_isa.get())
+        return getattr(extension(), operation)(self, _isa.get())
 
 
 def contiguous(tensor: Tensor) -> Tensor:

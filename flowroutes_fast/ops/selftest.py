@@ -133,6 +133,69 @@ def _certified() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield signed.head_low * norm[:, None], torch.where(norm > 0, _flow(exact).sum(-1), 0).T * (norm / scale)[:, None], unit[:, None]
 
 
+def _few_rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every other row of layers with an FFN after attention, and of parallel blocks."""
+    for layer, exact, unit in _layers():
+        if layer.gate is not None:
+            continue
+        at = torch.arange(0, layer.n_query, 2, device="cpu")
+        residual, ffn = exact.whole * 0.5, exact.whole.flip(-1)
+        near = _near(exact)
+        for parallel in (False, True):
+            post = exact.whole if parallel else exact.whole + ffn
+            table, dense = _rows_of(layer, at, (residual, ffn, post), parallel)
+            parts = [reference.proximity(residual, exact.whole), reference.proximity(ffn, post)]
+            past = parts[1] if parallel else reference.proximity(exact.whole, post)
+            total = near.sum((0, 2)) + parts[0] + past * parallel
+            below = total if parallel else parts[1] + past
+            wanted = torch.stack([total, total, _share(parts[0], total), 0 * total, 0 * total, _share(parts[1], below)], 1)
+            one = torch.ones_like(unit)
+            yield table[:, :6], wanted[at], torch.stack([unit, unit, one, one, one, one], 1)[at]
+            if not parallel:
+                yield table[:, 6], _share(past, below)[at], one[at]
+            heads = _share(near.sum(-1), total).T
+            yield table[:, 7:], heads.repeat(1, 3)[at], one[at, None]
+            yield dense, _share(near, total[:, None])[:, at], one[at, None]
+
+
+def _share(part: Tensor, total: Tensor) -> Tensor:
+    return torch.where(total > 0, part / total, 0)
+
+
+def _rows_of(layer: Attention, at: Tensor, states: tuple[Tensor, Tensor, Tensor], parallel: bool) -> tuple[Tensor, Tensor]:
+    """What the operation says of rows ``at``: its table and its list of sub-edges, dense ``[head, row, key]``."""
+    (heads, queries, d_qk), (kv, keys, d_v) = layer.query.shape, layer.value.shape
+    d_model, n = layer.whole.shape[1], len(at)
+    whole = native.contiguous(layer.whole[at])
+    flat = native.contiguous(layer.w_o.permute(2, 0, 1).reshape(d_model, -1))
+    a = native.Arguments(
+        queries=n, stored=queries, keys=keys, heads=heads, group=heads // kv, d_v=d_v, d_model=d_model, d_qk=d_qk, w_row=heads * d_v,
+        scale=layer.scaling, softcap=layer.softcap, window=layer.window, floor=1e-6, cut=1e-6, capacity=keys * heads, tolerance=0.0,
+        n_thresholds=0, thresholds=0, threads=1, parallel=parallel, exact=True,
+    )  # fmt: skip
+    residual, ffn, post = (state.float() for state in states)
+    a.take_rows("query", native.contiguous(layer.query), (heads, queries, d_qk), ("q_head", "q_row"), where="q")
+    a.take_rows("key", layer.key, (kv, keys, d_qk), ("k_head", "k_row"), where="k")
+    a.take_rows("value", layer.value, (kv, keys, d_v), ("v_head", "v_row"), where="v")
+    a.take_rows("residual", residual, (queries, d_model), ("residual_row",))
+    a.take_rows("ffn", ffn, (queries, d_model), ("ffn_row",))
+    a.take("w_o", flat, d_model, heads * d_v)
+    a.take("sinks", layer.sinks, heads)
+    a.take("whole", whole, n, d_model, where="y")
+    a.take("positions", at + keys - queries, n, dtype=torch.int64)
+    a.take("at", at, n, dtype=torch.int64)
+    through = layer.whole if not parallel else None
+    if through is not None:
+        a.take_rows("through", through, (queries, d_model), ("through_row",))
+        a.take("post", native.contiguous(post[at]), n, d_model)
+    table = a.make("table", n, 7 + 3 * heads)
+    index, value, _ = a.call("few_rows")
+    dense = torch.zeros(heads, n, keys, dtype=torch.float32, device="cpu")
+    row, key, head = torch.from_numpy(index).long()
+    dense[head, row, key] = torch.from_numpy(value)
+    return table, dense
+
+
 def _bound() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for layer, exact, unit in _layers():
         flow = _flow(exact)
@@ -185,7 +248,7 @@ def _components() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def _rank1() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for rows, width in ((1, 1), (5, 33), (27, 67)):
         w_down, whole = _states(rows, width)
-        activation = (whole @ w_down.T).contiguous()
+        activation = (whole @ w_down.T / (30 * width)).contiguous()  # small: else no part is close, and all that is compared is nothing
         near = reference.proximity(activation.double()[..., None] * w_down.double(), whole.double()[:, None])
         found = neuron_importances(activation, w_down, whole, torch.ones_like(whole[:, 0]), floor=0.0, backend="cpu")
         dense = torch.zeros_like(activation)
@@ -198,6 +261,7 @@ def _rank1() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 OPERATIONS = {
     "attention": _attention,
     "certified": _certified,
+    "few_rows": _few_rows,
     "bound": _bound,
     "pairs": _pairs,
     "rank1": _rank1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from flowroutes_fast.models.families import blocks_of, context_length
 from flowroutes_fast.ops import BACKENDS, choose_backend
 from flowroutes_fast.ops.certified import MEASURES
 from flowroutes_fast.tracing.importances import Options
-from flowroutes_fast.tracing.memory import DENSE_LIMIT, Shape, needs, shape_of, size_text
+from flowroutes_fast.tracing.memory import DENSE_LIMIT, Shape, kept_states, needs, shape_of, size_text
 
 TOKENIZER_BYTES = 1000  # per entry of the vocabulary
 CONTEXT_BYTES = 500 * 10**6  # a CUDA context
@@ -48,6 +48,8 @@ class Estimate:
         throughput: FLOP per second that a matrix product reaches; seconds follow from it. throughput_source: where it comes from.
         flops: floating point operations, the forward pass's and ours. read: bytes read from disk while streaming (0: none).
         bandwidth: bytes per second of that disk, measured; None if the checkpoint is not here.
+        states: bytes that a lazy trace keeps instead of ``results``: ``whole`` (by reference), ``inputs`` (block inputs, keys and values; as
+            much with ``host`` and ``disk``), ``cache`` (keys and values, which the caller has already).
     """
 
     model: str
@@ -73,6 +75,7 @@ class Estimate:
     flops: float = 0.0
     read: int = 0
     bandwidth: float | None = None
+    states: dict[str, int] = field(default_factory=dict)
 
     @property
     def additional(self) -> int:
@@ -106,7 +109,13 @@ class Estimate:
             + f", {self.precision}, {self.measure}, backend {self.backend}"
         )
         table = "\n".join(f"{name:12}{size_text(size):>10}  {how}" for name, size, how in self.rows())
-        return "\n".join([head, table, f"{'time':12}{_duration(self.seconds):>10}  {self.time_source}", *self.notes])
+        return "\n".join([head, table, *self._lazy(), f"{'time':12}{_duration(self.seconds):>10}  {self.time_source}", *self.notes])
+
+    def _lazy(self) -> list[str]:
+        if not self.states:
+            return []
+        kept = ", ".join(f"{size_text(size)} {name}" for name, size in self.states.items())
+        return [f"{'lazy=True':12}{'':>10}  keeps instead of results: {kept} (predicted from shapes)"]
 
     @property
     def floor(self) -> float | None:
@@ -211,7 +220,7 @@ def estimate(
     return Estimate(
         label, tokens, batch, precision, measure, backend, device, str(dtype).removeprefix("torch."), weights, max(process, 0),
         need.activations, need.captured, need.buffers, need.results, need.allocator, seconds, speed, source, device == "cpu", tuple(notes),
-        batch * (forward + ours), read, disk,
+        batch * (forward + ours), read, disk, {} if read else kept_states(s, tokens, dtype.itemsize, batch),
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def _routes(examples: Any, threshold: float | None, position: int | None) -> tup
         return items, None
     wanted = THRESHOLD if threshold is None else threshold
     routes = [trace.route(-1 if position is None else position, wanted) for trace in items]
-    return routes, (items[0].n_layers, items[0].heads.shape[-1])
+    return routes, (items[0].n_layers, items[0].n_heads)
 
 
 def _same_model(a: Trace | Route, b: Trace | Route) -> None:

@@ -50,25 +50,19 @@ class EdgeRows(NamedTuple):
 
 def same_token_parts(trace: Trace, layer: int, queries: np.ndarray) -> list[EdgeRows]:
     """Edges into the node after attention (parallel block: after the block) that stay at their position."""
-    values = {"attention_residual": trace.attention_residual}
+    kinds = ["attention_residual"]
     if trace.has_mixer(layer):
-        values["mixer"] = trace.mixer
+        kinds.append("mixer")
     if trace.shapes[layer] == "parallel":
-        values["ffn"] = trace.ffn
-    return _alone(layer, queries, values)
+        kinds.append("ffn")
+    return _alone(trace, layer, queries, kinds)
 
 
 def after_ffn(trace: Trace, layer: int, queries: np.ndarray) -> list[EdgeRows]:
     """Edges into the node after the FFN of a sequential block."""
-    return _alone(layer, queries, {"ffn": trace.ffn, "ffn_residual": trace.ffn_residual})
+    return _alone(trace, layer, queries, ["ffn", "ffn_residual"])
 
 
-def _alone(layer: int, queries: np.ndarray, values: dict[str, Any]) -> list[EdgeRows]:
+def _alone(trace: Trace, layer: int, queries: np.ndarray, kinds: list[str]) -> list[EdgeRows]:
     none = np.full(len(queries), -1)
-    return [EdgeRows(kind, queries, queries, none, v[layer].numpy()[queries].astype(np.float64)) for kind, v in values.items()]
-
-
-def check_traced(trace: Trace, layer: int, queries: np.ndarray) -> None:
-    """``ValueError`` if a position is needed that ``trace(positions=)`` left out."""
-    if len(missing := queries[np.isnan(trace.ffn[layer].numpy()[queries])]):
-        raise ValueError(f"position {missing[0]} was not traced, and the route reaches it in layer {layer}; trace without positions=")
+    return [EdgeRows(kind, queries, queries, none, trace.values(kind, layer, queries).astype(np.float64)) for kind in kinds]

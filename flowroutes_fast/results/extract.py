@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowroutes_fast.results.edges import EdgeRows, EdgeTable, after_ffn, check_traced, same_token_parts
+from flowroutes_fast.results.edges import EdgeRows, EdgeTable, after_ffn, same_token_parts
 from flowroutes_fast.results.flow import connected, push, strongest
 from flowroutes_fast.results.route import Route
 
@@ -15,20 +15,12 @@ if TYPE_CHECKING:
     from flowroutes_fast.results.trace import Trace
 
 
-class OpenRows(Exception):
-    """A certified trace leaves a decision open at some rows that a route visits."""
-
-    def __init__(self, layer: int, queries: np.ndarray) -> None:
-        super().__init__(layer, queries)
-        self.layer, self.queries = layer, queries
-
-
 def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, renormalize: bool) -> np.ndarray:
     """Those of the rows ``active`` (sorted) where the certified intervals do not say what is above the threshold."""
     if (
         renormalize
         and trace.measure != "signed"
-        and np.array_equal(*(t[layer].numpy()[active] for t in (trace.normaliser_low, trace.normaliser_high)))
+        and np.array_equal(trace.values("normaliser_low", layer, active), trace.values("normaliser_high", layer, active))
     ):
         return active[:0]  # evaluated whole
     below, above = trace.factors(layer, active)
@@ -47,7 +39,8 @@ def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, re
     for part in same_token_parts(trace, layer, active):
         check(everyone, part.importance, part.importance)
     if renormalize:
-        check(everyone, trace.attention_bias[layer].numpy()[active], trace.attention_bias[layer].numpy()[active])
+        bias = trace.values("attention_bias", layer, active)
+        check(everyone, bias, bias)
         named = head >= 0
         check(row[named], value[named].astype(np.float64), value[named].astype(np.float64))
     else:
@@ -68,14 +61,14 @@ def extract(trace: Trace, positions: Sequence[int], threshold: float, renormaliz
     their sum. ``renormalize=False``: sub-edges are summed over heads first and the (source, target) sums are thresholded; the
     table then lists all sub-edges of the pairs that pass; from a certified trace, those too small to be evaluated as one row with head -1.
     The bias part takes part in normalisation but is no edge. Signed flows are compared, and renormalised, by absolute value.
-    Raises :class:`OpenRows` where a certified trace does not decide.
+    Where a certified trace leaves a decision open, it is asked to settle it (:meth:`Trace.decide`).
     """
     found = EdgeTable()
     active = np.unique(np.asarray(positions, np.int64))
     for layer in reversed(range(trace.n_layers)):
         if not len(active):
             break
-        check_traced(trace, layer, active)
+        trace.reach(layer, active)
         if trace.shapes[layer] != "parallel":
             active = _ffn_node(found, layer, active, after_ffn(trace, layer, active), threshold, renormalize)
         active = _attention_node(found, trace, layer, active, threshold, renormalize)
@@ -98,7 +91,8 @@ def _route(trace: Trace, positions: Sequence[int], threshold: float, found: Edge
     return Route(
         tokens=list(trace.tokens), position=last, positions=tuple(sorted(set(positions))), threshold=threshold, model=trace.model,
         shapes=list(trace.shapes), edges=found.table(), prediction=list(trace.prediction) if last == len(trace.tokens) - 1 else [],
-        measure=trace.measure, token_ids=list(trace.token_ids), inputs=dict(trace.inputs), **known,
+        measure=trace.measure, token_ids=list(trace.token_ids), inputs=dict(trace.inputs), chat=list(trace.chat),
+        **known,
     )  # fmt: skip
 
 
@@ -117,16 +111,18 @@ def _attention_node(found: EdgeTable, trace: Trace, layer: int, active: np.ndarr
     if not len(active):
         return active
     if trace.precision == "certified" and len(undecided := open_rows(trace, layer, active, threshold, renormalize)):
-        raise OpenRows(layer, undecided)
+        trace.decide(layer, undecided)
     query, key, head, value = trace.sub_edges(layer, active)
     alone = same_token_parts(trace, layer, active)
-    constant = trace.attention_bias[layer].numpy()[active]
+    constant = trace.values("attention_bias", layer, active)
     if renormalize:
         keep = (np.abs(value) > threshold) & (head >= 0)
     else:
         value = np.where(head < 0, value / 2, value)  # the middle of what a pair's other heads may have
         unique, inverse = np.unique(query * len(trace.tokens) + key, return_inverse=True)
         keep = np.abs(np.bincount(inverse, weights=value, minlength=len(unique))[inverse]) > threshold
+    keep = np.flatnonzero(keep)
+    keep = keep[np.lexsort((head[keep], key[keep], query[keep]))]  # in this order however the rows were evaluated
     query, key, head, value = query[keep], key[keep], head[keep], value[keep].astype(np.float64)
     row = np.searchsorted(active, query)
     total = np.ones(len(active))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowroutes_fast.results.edges import EdgeRows, after_ffn, check_traced, same_token_parts
+from flowroutes_fast.results.edges import EdgeRows, after_ffn, same_token_parts
 
 if TYPE_CHECKING:
     from flowroutes_fast.results.trace import Trace
@@ -39,7 +39,7 @@ def push(trace: Trace, positions: Sequence[int]) -> tuple[np.ndarray, list[Flow]
     flows, unresolved = [], 0.0
     for layer in reversed(range(trace.n_layers)):
         active = mass.nonzero()[0]
-        check_traced(trace, layer, active)
+        trace.reach(layer, active)
         flow = Flow([], [])
         if trace.shapes[layer] != "parallel":
             _, flow.ffn, _ = _split(mass, active, after_ffn(trace, layer, active))
@@ -75,7 +75,7 @@ def _missing(
     if trace.dense is not None or trace.measure == "signed":
         return 0.0
     heads = np.zeros(len(mass))
-    heads[active] = trace.heads[layer].numpy()[active].sum(-1)
+    heads[active] = trace.values("heads", layer, active).sum(-1)
     missing = np.clip(heads - np.bincount(query, weights=value, minlength=len(mass)), 0, None)
     whole = total + missing
     return float((mass * np.divide(missing, whole, out=np.zeros_like(whole), where=whole > 0)).sum())

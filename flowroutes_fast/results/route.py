@@ -57,6 +57,7 @@ class Route:
     keep: float | None = None
     token_ids: list[int] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)  # what the model was given beside the tokens, see Trace
+    chat: list[tuple[str, int, int]] = field(default_factory=list)  # where the messages of a chat are, see Trace
 
     def __post_init__(self) -> None:
         self.positions = tuple(self.positions) or (self.position,)
@@ -216,6 +217,7 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "keep": lambda name, value: None if value is None else doc.a_number(name, value, 0, 1),
     "token_ids": lambda name, value: doc.integers(name, value, 0, doc.INT64),
     "inputs": lambda name, value: doc.table_of(name, value, doc.a_text),
+    "chat": doc.messages,
 }
 _REQUIRED = {"tokens", "position", "threshold", "renormalize", "model", "shapes", "prediction", "edges"}
 
@@ -232,6 +234,7 @@ def _checked(document: dict[str, Any], required: set[str]) -> Route:
         list(positions) == sorted(set(positions)) and positions[-1] == found["position"], "its position is not the last of its positions"
     )
     doc.check(len(found.get("token_ids", [])) in (0, tokens), f"it has {len(found.get('token_ids', []))} token ids for {tokens} tokens")
+    doc.check_messages(found.get("chat", []), tokens)
     flow, signed = found.get("rule") == "flow", found.get("measure") == "signed"
     doc.check(flow or (found["threshold"] < 1 and found.get("keep") is None), "its threshold and keep do not belong to its rule")
     doc.check(not flow or found["renormalize"], "a route by flow is always renormalised")

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowroutes_fast.ops.neurons import NeuronImportances
 from flowroutes_fast.results import trace_file
 from flowroutes_fast.results.elsewhere import from_above
-from flowroutes_fast.results.extract import OpenRows, by_flow, extract, open_rows
+from flowroutes_fast.results.extract import by_flow, extract, open_rows
 from flowroutes_fast.results.flow import push
 from flowroutes_fast.results.route import Route
 from flowroutes_fast.system.arguments import file_path, flag, integer, integers, number, share
@@ -24,6 +24,15 @@ from flowroutes_fast.system.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd  # a quarter of a second; imported when the first table is made
+
+
+class OpenRows(Exception):
+    """A certified trace leaves a decision open at some rows that a route visits."""
+
+    def __init__(self, layer: int, queries: np.ndarray) -> None:
+        super().__init__(layer, queries)
+        self.layer, self.queries = layer, queries
+
 
 CHANGED = 0.05  # of a normaliser: above what rounding to bfloat16 does between two passes
 Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
@@ -48,6 +57,9 @@ class Trace:
         timings: seconds of the whole traced pass (``"total"``) and of our part of it (``"importances"``).
         inputs: what the model was given beside the tokens (images), ``{name: digest}``; a trace does not keep it, so that what runs the
             model again on the tokens alone (``to_html(model=)``, ``Route.verify``) is refused.
+        chat: of a chat, ``(role, first, stop)`` of each message's tokens; the others are the template's. Empty for other prompts, and where
+            the messages were not found again among the tokens.
+        lazy: rows were evaluated when they were asked for (``trace(..., lazy=True)``); in a trace that was saved the others are NaN.
     """
 
     tokens: list[str]
@@ -76,6 +88,8 @@ class Trace:
     prediction: list[tuple[str, float]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    chat: list[tuple[str, int, int]] = field(default_factory=list)
+    lazy: bool = False
     dense: list[Tensor] | None = field(default=None, repr=False)  # per layer [head, query, key]
     sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # per layer: index [3, n], importance [n]
     neuron_parts: list[NeuronImportances] | None = field(default=None, repr=False)  # per layer
@@ -115,7 +129,7 @@ class Trace:
         """Importances of all sub-edges of one layer ``[query, key, head]``; ``ValueError`` when only those above a floor were kept."""
         layer = self._layer(layer)
         if self.dense is None:
-            size = self.n_layers * self.heads.shape[-1] * len(self.tokens) ** 2 * 4
+            size = self.n_layers * self.n_heads * len(self.tokens) ** 2 * 4
             raise ValueError(
                 f"dense importances were not kept (all layers would take {size / 1e9:.2f} GB): sub-edges above {self.floor} are in "
                 f"trace.edges({layer}); to have all, call trace(..., precision='exact', dense=True)"
@@ -135,18 +149,60 @@ class Trace:
 
         ``worst_error`` and ``mean_error`` are (high − low) / (high + low) of the normalisers: the relative error of any importance.
         """
-        traced = ~self.normaliser_low.isnan()
-        low, high = self.normaliser_low[traced].double(), self.normaliser_high[traced].double()
+        low, high = self._normalisers()
         error = ((high - low) / (high + low).clamp_min(1e-300)).clamp_min(0)
         return {
             "precision": self.precision, "measure": self.measure, "rows": low.numel(), "pairs_bounded": self.work.get("bounded", 0),
             "pairs_evaluated": self.work.get("evaluated", 0), "rows_refined": self.work.get("refined", 0),
-            "rows_evaluated_whole": self.work.get("exhausted", 0), "worst_error": float(error.max()), "mean_error": float(error.mean()),
+            "rows_evaluated_whole": self.work.get("exhausted", 0), "worst_error": float(error.max()) if len(error) else 0.0,
+            "mean_error": float(error.mean()) if len(error) else 0.0,
         }  # fmt: skip
+
+    def _normalisers(self) -> tuple[Tensor, Tensor]:
+        """Bounds of the normalisers that are known, ``[row]`` each, float64."""
+        traced = ~self.normaliser_low.isnan()
+        return self.normaliser_low[traced].double(), self.normaliser_high[traced].double()
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of the layer that has most."""
+        return self.heads.shape[-1]
+
+    def values(self, name: str, layer: int, queries: np.ndarray) -> np.ndarray:
+        """One of the arrays ``[layer, query, ...]`` at some rows of a layer (after :meth:`reach`)."""
+        found: np.ndarray = getattr(self, name)[layer].numpy()[queries]
+        return found
+
+    def reach(self, layer: int, queries: np.ndarray) -> None:
+        """Called before rows are looked at; ``ValueError`` if one of them is not there."""
+        if len(missing := queries[np.isnan(self.values("ffn", layer, queries))]):
+            raise ValueError(self._missing(layer, int(missing[0])))
+
+    def _missing(self, layer: int, position: int) -> str:
+        if self.lazy:
+            return f"position {position} of layer {layer} had not been evaluated when this trace was saved; trace again, or follow routes before saving"
+        return f"position {position} was not traced, and the route reaches it in layer {layer}; trace without positions="
+
+    def complete(self) -> Trace:
+        """The trace with all its rows: a lazy one evaluates those that are missing.
+
+        Raises:
+            ValueError: rows that are not there, in a lazy trace from a file.
+        """
+        if self.lazy and (missing := int(self.ffn.isnan().sum())):
+            raise ValueError(
+                f"this trace was lazy when it was saved and has no figures of {missing} of its {self.ffn.numel()} rows (layers × tokens): "
+                "trace again without lazy=True"
+            )
+        return self
+
+    def decide(self, layer: int, queries: np.ndarray) -> None:
+        """Settle rows whose intervals leave a decision open; a trace that keeps no states does it all at once, see :meth:`route`."""
+        raise OpenRows(layer, queries)
 
     def factors(self, layer: int, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What an importance of these rows is multiplied by to get its lower and its upper bound."""
-        low, high = (t[layer].numpy()[queries] for t in (self.normaliser_low, self.normaliser_high))
+        low, high = (self.values(name, layer, queries) for name in ("normaliser_low", "normaliser_high"))
         if self.measure == "signed":
             return np.ones(len(low)), np.ones(len(low))
         return _factors(low, high)
@@ -170,8 +226,10 @@ class Trace:
             keep = wanted[query]
         return query[keep].astype(np.int64), key[keep].astype(np.int64), head[keep].astype(np.int64), importance.numpy()[keep]
 
-    def edges(self, layer: int, floor: float | None = None) -> pd.DataFrame:
+    def edges(self, layer: int, floor: float | None = None, *, positions: int | Sequence[int] | None = None) -> pd.DataFrame:
         """Sub-edges of one layer whose importance may be above ``floor`` (default: the trace's own, at least 1e-3).
+
+        ``positions``: of the queries; None for all (a lazy trace evaluates the rows of this layer that it needs).
 
         Columns ``query, key, head, importance, low, high``: the estimate, and what the exact importance lies between. ``ValueError`` for a
         floor outside [0, 1) or below the trace's own, ``IndexError`` for a layer that there is not, ``TypeError`` for what is no number.
@@ -183,10 +241,14 @@ class Trace:
         if floor < self.floor:
             way = "precision='exact', dense=True" if floor == 0 else f"floor={floor}"
             raise ValueError(f"sub-edges below {self.floor} were not kept; trace again with {way}")
-        query, key, head, importance = self.sub_edges(layer, np.arange(len(self.tokens)))
-        below, above = self.factors(layer, np.arange(len(self.tokens)))
+        queries = np.arange(len(self.tokens)) if positions is None else np.asarray(self._positions(positions), np.int64)
+        if positions is not None or self.lazy:
+            self.reach(layer, queries)
+        query, key, head, importance = self.sub_edges(layer, queries)
+        below, above = self.factors(layer, queries)
+        row = np.searchsorted(queries, query)
         with np.errstate(invalid="ignore"):  # nothing is nothing, whatever it is divided by
-            low, high = (np.where(importance == 0, 0, importance * factor[query]) for factor in (below, above))
+            low, high = (np.where(importance == 0, 0, importance * factor[row]) for factor in (below, above))
         keep = (np.maximum(np.abs(low), np.abs(high)) > floor) & (head >= 0)
         columns = {"query": query, "key": key, "head": head, "importance": importance, "low": low, "high": high}
         table = pd.DataFrame({name: values[keep] for name, values in columns.items()})
@@ -336,7 +398,11 @@ class Trace:
         self.work["exhausted"] = self.work.get("exhausted", 0) + sum(map(len, rows.values()))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the trace as one safetensors file (:func:`load_trace` reads it back)."""
+        """Write the trace as one safetensors file (:func:`load_trace` reads it back); of a lazy trace, the rows that have been evaluated."""
+        return trace_file.write(file_path(path), {name: getattr(self, name) for name in trace_file.PLAIN}, self._stored())
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The arrays of its file."""
         tensors = {name: getattr(self, name) for name in trace_file.ARRAYS}
         for layer in range(self.n_layers):
             if self.dense is not None:
@@ -345,7 +411,7 @@ class Trace:
                 tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"] = self.sparse[layer]  # type: ignore[index]
         for layer, found in enumerate(self.neuron_parts or []):
             tensors |= {f"neuron_{name}.{layer}": getattr(found, name) for name in trace_file.NEURON}
-        return trace_file.write(file_path(path), {name: getattr(self, name) for name in trace_file.PLAIN}, tensors)
+        return tensors
 
     def to_html(
         self,
@@ -391,7 +457,7 @@ class Trace:
 
     def __repr__(self) -> str:
         kept = "all sub-edges" if self.dense is not None else f"sub-edges above {self.floor}"
-        return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.heads.shape[-1]} heads, {self.precision}, {kept}, {printable(self.model)})"
+        return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.n_heads} heads, {self.precision}, {kept}, {printable(self.model)})"
 
 
 def _factors(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -48,9 +48,11 @@ _FIELDS: dict[str, Any] = {
     "prediction": doc.probabilities,
     "timings": lambda name, value: doc.table_of(name, value, _seconds),
     "inputs": lambda name, value: doc.table_of(name, value, doc.a_text),
+    "chat": doc.messages,
+    "lazy": doc.a_flag,
 }
 PLAIN = tuple(_FIELDS)
-_LATER = {"inputs"}  # fields that older files of this version lack; what a figure means must not hang on a default
+_LATER = {"inputs", "chat", "lazy"}  # fields that older files of this version lack; what a figure means must not hang on a default
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -125,6 +127,7 @@ def check_header(header: Any) -> dict[str, Any]:
     check(0 < tokens <= MAX_TOKENS, f"it has {tokens} tokens")
     check(0 < layers <= MAX_LAYERS, f"it has {layers} layers")
     check(len(found["token_ids"]) in (0, tokens), f"it has {len(found['token_ids'])} token ids for {tokens} tokens")
+    doc.check_messages(found.get("chat", []), tokens)
     check(len(found["mixers"]) in (0, layers), f"it names the mixers of {len(found['mixers'])} of {layers} layers")
     check(found["measure"] != "signed" or found["precision"] != "exact", "measure signed and precision exact exclude each other")
     return found
@@ -160,11 +163,14 @@ def check_arrays(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Could a pass have given these numbers?"""
     signed = header["measure"] == "signed"
     parallel = torch.tensor([shape == "parallel" for shape in header["shapes"]])
-    traced = ~tensors["normaliser_low"][0].isnan()
-    check(traced.any(), "no position was traced")
-    _check_tracedness(tensors, traced, parallel)
-    whole = {name: tensors[name][:, traced] for name in ARRAYS}  # [layer, traced query] or [layer, traced query, head]
-    whole["ffn_residual"] = whole["ffn_residual"].masked_fill(parallel[:, None], 0)
+    known = ~tensors["normaliser_low"].isnan()  # [layer, query]
+    if not header.get("lazy"):  # all layers at the same positions
+        known = known[:1].expand(known.shape)
+    check(header.get("lazy") or bool(known.any()), "no position was traced")
+    _check_tracedness(tensors, known, parallel)
+    whole = {name: tensors[name][known] for name in ARRAYS}  # [row] or [row, head]
+    alone = parallel[:, None].expand(known.shape)[known]  # [row]: of a parallel block
+    whole["ffn_residual"] = whole["ffn_residual"].masked_fill(alone, 0)
     for name, values in whole.items():
         check(values.isfinite().all(), f"{name} holds numbers that are not finite")
         if name not in _SHARES:
@@ -173,8 +179,8 @@ def check_arrays(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             check(((values >= 0) & (values <= 1 + ROUNDING)).all(), f"{name} holds shares outside 0 ... 1")
     _check_ordered(whole, signed)
     if not signed:
-        _check_sums(whole, parallel)
-    for layer in range(len(parallel)):
+        _check_sums(whole, alone)
+    for layer, traced in enumerate(known):
         if "dense.0" in tensors:
             _check_dense(layer, tensors, traced, signed)
         else:
@@ -183,10 +189,9 @@ def check_arrays(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             _check_neurons(layer, tensors, traced, signed)
 
 
-def _check_tracedness(tensors: dict[str, Tensor], traced: Tensor, parallel: Tensor) -> None:
+def _check_tracedness(tensors: dict[str, Tensor], known: Tensor, parallel: Tensor) -> None:
     for name in ARRAYS:
-        values = tensors[name]
-        missing = (~traced).expand(len(parallel), -1)
+        values, missing = tensors[name], ~known
         if name == "ffn_residual":
             missing = missing | parallel[:, None]
         missing = missing[..., None] if values.dim() == 3 else missing
@@ -202,7 +207,7 @@ def _check_ordered(whole: dict[str, Tensor], signed: bool) -> None:
 
 def _check_sums(whole: dict[str, Tensor], parallel: Tensor) -> None:
     """Proximities of a node sum to 1; to 0 where nothing is near the state."""
-    ffn = whole["ffn"] * parallel[:, None]
+    ffn = whole["ffn"] * parallel
     total = whole["heads"].sum(-1) + whole["attention_residual"] + whole["attention_bias"] + whole["mixer"] + ffn
     empty = (total == 0) & (whole["normaliser_low"] == 0)
     check((((total - 1).abs() <= ROUNDING) | empty).all(), "the importances of a state after attention do not sum to 1")

@@ -198,6 +198,20 @@ def probabilities(name: str, value: Any) -> list[tuple[str, float]]:
     return [(a_text(name, text), a_number(name, p, 0, 1 + ROUNDING)) for text, p in pairs]
 
 
+def messages(name: str, value: Any) -> list[tuple[str, int, int]]:
+    """Role, first token and the one after the last of the messages of a chat."""
+    rows = [a_list(name, row, 3) for row in a_list(name, value)]
+    return [(a_text(name, role), an_integer(name, first, 0, INT64), an_integer(name, stop, 0, INT64)) for role, first, stop in rows]
+
+
+def check_messages(found: list[tuple[str, int, int]], tokens: int) -> None:
+    """Are they tokens of the prompt, one after another?"""
+    at = 0
+    for role, first, stop in found:
+        check(at <= first < stop <= tokens, f"its chat has a message ({role[:20]}) at tokens {first} to {stop}")
+        at = stop
+
+
 def table_of(name: str, value: Any, check_value: Callable[[str, Any], Any]) -> dict[str, Any]:
     """A JSON object whose values are all of one kind."""
     check(isinstance(value, dict), f"{name} is no table of names and values")

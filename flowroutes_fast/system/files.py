@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 LOCK = ".lock"
 PREFIX = 24  # characters of a file's name in that of its temporary folder, up to four bytes each
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")
+ATTEMPTS = 3  # to make a folder that no other process takes
 WAIT = 0.05  # seconds between two looks at a lock
 PIECE = 2**25  # bytes that a thread hashes at a time
 SETTLED = 2.0  # seconds after which a later change of a file shows in its times
@@ -200,30 +202,46 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def temporary_folder(prefix: str) -> tuple[Path, Callable[[], None]]:
-    """A folder of this process below the system's temporary one, and what removes it. Those that killed processes left go now."""
+def temporary_folder(prefix: str, where: Path | None = None) -> tuple[Path, Callable[[], None]]:
+    """A folder of this process below ``where`` (None: the system's temporary one), and what removes it. Those that killed processes left
+    go now. ``OSError`` names the folder above."""
+    above = Path(tempfile.gettempdir()) if where is None else where
+    sweep(prefix, above)
+    for _ in range(ATTEMPTS - 1):
+        with suppress(ValueError):  # another process took it for one that was left
+            return _claimed_folder(prefix, above)
+    return _claimed_folder(prefix, above)
+
+
+def _claimed_folder(prefix: str, above: Path) -> tuple[Path, Callable[[], None]]:
+    folder = None
     try:
-        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=above))
+        lock = claim(folder)
+    except BaseException as error:
+        if folder is not None:
+            remove(folder)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot work in the folder '{above}': {said(error.__cause__ or error)}") from error
+        raise
+    return folder, partial(_give_back, folder, lock)
+
+
+def _give_back(folder: Path, lock: Lock) -> None:
+    _emptied(folder)
+    lock.release()
+
+
+def sweep(prefix: str, where: Path) -> None:
+    """Remove what killed processes left of their :func:`temporary_folder`, as far as it can be removed."""
+    with suppress(OSError):
+        for left in where.glob(f"{prefix}*"):
             with suppress(OSError):
                 if not (left / LOCK).exists():
                     left.rmdir()  # if it is empty
                 elif (theirs := _locked(left / LOCK)) is not None:
                     _emptied(left)
                     theirs.release()
-        folder = Path(tempfile.mkdtemp(prefix=prefix))
-    except OSError as error:
-        raise OSError(f"cannot work in the temporary folder '{tempfile.gettempdir()}': {said(error)}") from error
-    try:
-        lock = claim(folder)
-    except BaseException:
-        remove(folder)
-        raise
-
-    def finish() -> None:
-        _emptied(folder)
-        lock.release()
-
-    return folder, finish
 
 
 def _emptied(folder: Path) -> None:
@@ -263,7 +281,8 @@ def digest_of(file: Path, remembered: Path | None = None) -> str:
                 return found  # changed just now: another change need not show in its times
             if kept is not None:
                 with suppress(OSError):
-                    write_text(kept, found)
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    kept.write_text(_sealed(kept, found), encoding="ascii")
         _digests[key] = found
         return found
     except OSError as error:
@@ -287,4 +306,9 @@ def _remembered(kept: Path | None) -> str | None:
         text = kept.read_text(encoding="ascii")
     except (OSError, ValueError):
         return None
-    return text if re.fullmatch("[0-9a-f]{64}", text) else None
+    return text[:64] if text == _sealed(kept, text[:64]) else None
+
+
+def _sealed(kept: Path, digest: str) -> str:
+    """A digest with one of itself and the file it is of: half of it, or another's, is none."""
+    return f"{digest} {hashlib.sha256(f'{kept.name} {digest}'.encode()).hexdigest()}"

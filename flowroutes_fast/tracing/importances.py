@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowroutes_fast.capture.conservation import check_finite
 from flowroutes_fast.capture.hooks import Layer
-from flowroutes_fast.ops import native, reference
+from flowroutes_fast.ops import interpreted, native, reference
 from flowroutes_fast.ops.bounds import Attention
 from flowroutes_fast.ops.certified import Counts, certified
 from flowroutes_fast.ops.neurons import NeuronImportances, neuron_importances
@@ -117,7 +117,7 @@ def importances(layer: Layer, options: Options, exact_rows: Tensor | None = None
     ``exact_rows [query]`` (bool): rows to evaluate whole, whatever the tolerance.
     """
     check_finite(layer)
-    if layer.residual.device.type == "cpu" and options.backend in ("triton", "cuda"):  # a layer that was offloaded
+    if layer.residual.device.type == "cpu" and options.backend in ("triton", "cuda") and not interpreted():  # a layer that was offloaded
         options = replace(options, backend="cpu" if native.load()[0] is not None else "reference")
     parts = parts_of(layer, options.bias)
     share = _signed_shares if options.measure == "signed" else _proximities
@@ -161,10 +161,11 @@ def attention_of(layer: Layer, parts: Parts, backend: str) -> Attention | None:
         if _stored_as_it_is(layer):
             w_o = w_o.to(layer.query.dtype)
         whole = layer.resid_post if layer.resid_mid is None else layer.resid_mid  # in the model's type: half the bytes
-    return Attention(
+    attention = Attention(
         layer.query, layer.key, parts.value, w_o, whole, layer.scaling, layer.mask, layer.sinks, layer.softcap, layer.window,
-        layer.row_scale, layer.gate,
+        layer.row_scale, layer.gate, layer.positions,
     )  # fmt: skip
+    return attention if backend == "cpu" else attention.masked()
 
 
 def _stored_as_it_is(layer: Layer) -> bool:
@@ -248,7 +249,7 @@ def _signed_shares(layer: Layer, parts: Parts, options: Options) -> tuple[Tensor
 def _exact(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | None) -> LayerImportances:
     if options.measure == "signed":
         raise ValueError("measure='signed' is exact in precision='certified'; there is no other")
-    if a.row_scale is not None or a.gate is not None:
+    if a.row_scale is not None or a.gate is not None or a.n_query < a.n_key:
         return _exact_in_rows(a, others, options)
     dense, heads, normaliser, index, edge = torch.ops.flowroutes.attention_layer(
         a.query.float(), a.key.float(), a.value.float(), a.w_o.float(), a.whole.float(), others.sum(0), a.mask, a.sinks, a.scaling, a.softcap, a.window,

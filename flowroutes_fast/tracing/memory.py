@@ -157,8 +157,18 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
     return Need(int(forward), int(captured), int(additive + buffers), int(batch * results), int(min(share * working, limit)))
 
 
-def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1) -> None:
-    """``MemoryError`` with figures if a trace needs more bytes than are available, beyond the opened model. Silent where nothing is known."""
+def kept_states(s: Shape, tokens: int, element: int, batch: int = 1) -> dict[str, int]:
+    """Bytes of a lazy trace's states by what is kept, from shapes (see :mod:`flowroutes_fast.tracing.on_demand`)."""
+    each = batch * s.layers * tokens * element
+    kv = s.kv_heads * (s.d_qk + s.d_head)
+    return {"whole": each * (3 * s.d_model + s.heads * s.d_qk + kv), "inputs": each * (s.d_model + kv), "cache": each * kv}
+
+
+def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1, lazy: bool = False) -> None:
+    """``MemoryError`` with figures if a trace needs more bytes than are available, beyond the opened model. Silent where nothing is known.
+
+    ``lazy``: results are those of few rows, and states find their place by their budget.
+    """
     if (left := address_space()) is not None and left < ROOM:
         raise MemoryError(
             f"the address space of this process is limited (ulimit -v, RLIMIT_AS): {size_text(max(left, 0))} are left, and a trace takes up to {size_text(ROOM)} "
@@ -172,7 +182,7 @@ def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1
     device = "cuda" if weight.device.type not in ("cpu", "meta") else "cpu"
     need = needs(s, tokens, options, device=device, element=_element(model), batch=batch)
     working = max(need.activations, need.captured + need.buffers)
-    host = need.results + (working if device == "cpu" else 0)
+    host = (0 if lazy else need.results) + (working if device == "cpu" else 0)
     places = [(host, available_memory(), "")]
     if device == "cuda":
         places.append((working, available_device_memory(weight.device), f" on {weight.device}"))

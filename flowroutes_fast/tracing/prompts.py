@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
@@ -24,13 +26,20 @@ OURS = (  # what a trace decides itself, or cannot take over
 BY_TOKEN = ("mm_token_type_ids", "token_type_ids")  # what a model is told of every token
 
 
+Message = tuple[
+    str, int, int
+]  # of a chat: a role, and the first of its tokens and the one after the last; the other tokens are the template's
+
+
 @dataclass
 class Prompts:
-    """Prompts as ids; ``several``: whether a list was given; ``inputs``: what the model gets beside the ids of a single prompt (images)."""
+    """Prompts as ids; ``several``: whether a list was given; ``inputs``: what the model gets beside the ids of a single prompt (images);
+    ``chats``: where the messages of each prompt are, nothing where it is no chat, or where this is not known."""
 
     ids: list[list[int]]
     several: bool
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    chats: list[list[Message]] = field(default_factory=list)
 
 
 def read_prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any = None) -> Prompts:
@@ -48,6 +57,12 @@ def read_prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any = No
                 raise ValueError("the mapping holds another 'attention_mask' than the one given: give one of them")
             mask = own
         text = text["input_ids"]
+    chats: list[list[Message]] = []
+    if _is_chat(text):
+        text, chat = of_chat(tokenizer, text)
+        chats = [chat]
+    elif isinstance(text, (list, tuple)) and text and all(map(_is_chat, text)):
+        text, chats = (list(both) for both in zip(*(of_chat(tokenizer, one) for one in text), strict=True))
     if isinstance(text, (Tensor, np.ndarray)):
         text = _integers(text).tolist() if text.ndim in (1, 2) else _integers(text)
     spans: list[slice] | None = None
@@ -65,6 +80,7 @@ def read_prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any = No
         spans = _spans(text, mask)
         rows = zip(text, spans, strict=True)
         found = Prompts([_named(i, token_ids, model, tokenizer, ids[span]) for i, (ids, span) in enumerate(rows)], True)
+    found.chats = chats if chats and mask is None else [[] for _ in found.ids]
     width = len(found.ids[0]) if mask is None else mask.shape[-1]
     found.inputs = _inputs(model, inputs, found, spans or [slice(0, len(ids)) for ids in found.ids], width)
     return found
@@ -134,8 +150,8 @@ def _integers(ids: Any) -> Tensor:
 def _wrong_kind(text: Any) -> TypeError:
     if _is_message(text):
         return TypeError(
-            "chat messages are not a prompt yet: apply the tokenizer's template first "
-            "(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))"
+            "a chat is given as a list of messages with 'role' and 'content', for which the tokenizer's template is applied; a single message "
+            "goes into a list"
         )
     if isinstance(text, Mapping) and "input_ids" in text:
         return TypeError("a mapping of a tokenizer is given alone; here give the ids that it holds (its 'input_ids')")
@@ -146,6 +162,102 @@ def _wrong_kind(text: Any) -> TypeError:
 
 def _is_message(text: Any) -> bool:
     return isinstance(text, Mapping) and "content" in text
+
+
+def _is_chat(text: Any) -> bool:
+    """A list of messages: mappings with a role and a text."""
+    return (
+        isinstance(text, (list, tuple))
+        and len(text) > 0
+        and all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in text)
+    )
+
+
+def of_chat(tokenizer: Any, messages: Any) -> tuple[list[int], list[Message]]:
+    """Messages as ids, by the tokenizer's template, up to where the model's answer begins; and where each message's tokens are.
+
+    A system text that the template adds by itself counts as a message. Where messages are not found again in what the template made of them,
+    or the tokenizer does not say which characters a token stands for, none is named.
+
+    Raises:
+        TypeError: no tokenizer, one without a template, or a message whose content is no text. ValueError: messages that the template refuses.
+    """
+    if tokenizer is None:
+        raise TypeError("chat messages need a tokenizer with a chat template; pass token ids to trace without one")
+    if not getattr(tokenizer, "chat_template", None):
+        raise TypeError("chat messages need a tokenizer with a chat template, which this one has not: give the prompt as a text")
+    for message in messages:
+        if not isinstance(message["content"], str):
+            raise TypeError(f"the content of a chat message must be a text, got {type(message['content']).__name__}")
+    try:
+        text = _rendered(tokenizer, messages)
+    except Exception as error:  # templates raise errors of their own
+        raise ValueError(f"the tokenizer's chat template refuses these messages: {(str(error).splitlines() or [''])[0]}") from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template holds the special tokens
+    ids = [int(i) for i in ids]
+    return ids, _messages_of(tokenizer, messages, text, ids)
+
+
+def _rendered(tokenizer: Any, messages: Any) -> str:
+    return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
+
+
+def _messages_of(tokenizer: Any, messages: Any, text: str, ids: list[int]) -> list[Message]:
+    """Where the tokens of each message are; nothing where that cannot be told."""
+    try:
+        answer = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = [(int(a), int(b)) for a, b in answer["offset_mapping"]]
+        spans = _places(tokenizer, messages, text)
+    except Exception:  # a tokenizer without offsets, a template that wants other messages
+        return []
+    if list(answer["input_ids"]) != ids:
+        return []
+    found = []
+    for role, start, end in spans:
+        inside = [i for i, (a, b) in enumerate(offsets) if max(a, start) < min(b, end)]
+        if inside:
+            found.append((role, inside[0], inside[-1] + 1))
+    apart = all(one[2] <= other[1] for one, other in pairwise(found))
+    return found if apart else []
+
+
+MARK = "qvzmessage{}zvq"  # stands for a message's text while its place is looked for
+
+
+def _places(tokenizer: Any, messages: Any, text: str) -> list[Message]:
+    """Role, first character and the one after the last of each message in what a template made of them."""
+    marks = [MARK.format(i) for i in range(len(messages))]
+    pieces, rest = [], _rendered(tokenizer, [dict(one) | {"content": mark} for one, mark in zip(messages, marks, strict=True)])
+    for mark in marks:
+        piece, found, rest = rest.partition(mark)
+        if not found:
+            return []
+        pieces.append(piece)
+    places, at = [], len(pieces[0])
+    for message, after in zip(messages, [*pieces[1:], rest], strict=True):
+        texts = (message["content"], message["content"].strip())  # templates strip
+        end = next((at + len(one) for one in texts if text.startswith(one + after, at)), -1)
+        if end < 0:
+            return []
+        places.append((str(message["role"]), at, end))
+        at = end + len(after)
+    if not text.startswith(pieces[0]) or at != len(text):
+        return []
+    return [*_own_system(tokenizer, messages, pieces[0]), *places]
+
+
+def _own_system(tokenizer: Any, messages: Any, before: str) -> list[Message]:
+    """The system text that a template adds where none is given: what stands in the place of a given one, before the first message."""
+    if messages[0]["role"] == "system":
+        return []
+    first, second = MARK.format("system"), MARK.format("first")
+    with suppress(Exception):  # a template that takes no system message
+        made = _rendered(tokenizer, [{"role": "system", "content": first}, dict(messages[0]) | {"content": second}])
+        start, found, rest = made.partition(first)
+        between, also, _ = rest.partition(second)
+        if found and also and between and before.startswith(start) and before.endswith(between) and len(before) > len(start) + len(between):
+            return [("system", len(start), len(before) - len(between))]
+    return []
 
 
 def check_tokenizer(tokenizer: Any) -> None:

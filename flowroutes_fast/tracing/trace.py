@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,24 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flowroutes_fast.capture.hooks import Layer, capture, last_logits, rows_of, unwrap
-from flowroutes_fast.loading.streaming import Stream, stream_of
-from flowroutes_fast.models.families import blocks_of, rotary_regime, text_config
+from flowroutes_fast.loading.streaming import Stream, parse_memory, stream_of
+from flowroutes_fast.models.families import Block, blocks_of, rotary_regime, text_config
 from flowroutes_fast.models.heads import predicts
 from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.models.weights import check_adapters, state_of
 from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.ops.certified import MEASURES, Counts
+from flowroutes_fast.results.lazy import LazyTrace
 from flowroutes_fast.results.trace import Settle, Trace
+from flowroutes_fast.results.trace_file import ARRAYS
 from flowroutes_fast.system.ambient import in_neutral, uncompiled
 from flowroutes_fast.tracing import layer_by_layer as by_layer
 from flowroutes_fast.tracing.adapters import adapter_of
 from flowroutes_fast.tracing.importances import BIAS_MODES, LayerImportances, Options, importances
 from flowroutes_fast.tracing.layer_by_layer import Store, identity_of
 from flowroutes_fast.tracing.memory import check_memory, working_memory
-from flowroutes_fast.tracing.prompts import digests, read_prompts
+from flowroutes_fast.tracing.on_demand import CachedStates, States
+from flowroutes_fast.tracing.prompts import Prompts, digests, read_prompts
 from flowroutes_fast.tracing.workers import check_threads, run_all
 
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
@@ -41,6 +44,7 @@ PRECISIONS = ("certified", "exact")
 PREDICTIONS = 10
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 Exact = dict[int, np.ndarray]
+_EVALUATED = {*ARRAYS, "work", "dense", "sparse", "neuron_parts", "settle", "lazy"}  # of a trace's fields
 
 
 @uncompiled
@@ -64,6 +68,9 @@ def trace(
     threads: int = 0,
     progress: bool = False,
     resume: str | os.PathLike[str] | None = None,
+    lazy: bool = False,
+    memory: int | str | None = None,
+    past_key_values: Any = None,
 ) -> Any:
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
 
@@ -95,6 +102,13 @@ def trace(
         resume: a new folder in which every finished layer is kept. The same call after a kill goes on from the last finished layer, and
             after the end returns the result at once; remove the folder when the result is saved (the command line does). It goes on only
             with the same weights, options and prompts, by content.
+        lazy: evaluate nothing yet: the pass keeps what rows are evaluated from, and the returned :class:`LazyTrace` evaluates those that
+            a route, ``edges(layer, positions=...)`` or an index reaches, each once, with the figures that a full trace has. The model must
+            stay as it is, and alive.
+        memory: lazy: most bytes that may be kept, as a number or ``"2GiB"``. States are kept by reference while they fit (None: up to 1
+            GiB), else block inputs, keys and values alone, from which the rows that are reached run again, in main memory or on disk.
+        past_key_values: lazy: the cache of transformers that the model filled over these ids (one prompt, with its last token), used instead
+            of running the prompt again; positions that a route reaches run once more.
 
     Raises:
         ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a model whose
@@ -105,32 +119,43 @@ def trace(
         return adapter.trace(
             model, tokenizer, text, attention_mask=attention_mask, positions=positions, precision=precision, measure=measure, backend=backend,
             floor=floor, thresholds=thresholds, tolerance=tolerance, dense=dense, bias=bias, neurons=neurons, threads=threads,
-            progress=progress, resume=resume,
+            progress=progress, resume=resume, lazy=lazy, memory=memory,
+            past_key_values=past_key_values,
         )  # fmt: skip
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
     check_threads(threads)
     model = unwrap(model)
-    if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
-        raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
-    blocks = blocks_of(model)
-    check_weights(model)
-    check_adapters(model)
+    blocks = check_model(model)
     given = read_prompts(model, tokenizer, text, attention_mask)
     prompts = given.ids
     rows = [_positions(positions, len(ids)) for ids in prompts]
-    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
     heads = int(getattr(text_config(model), "num_attention_heads", 1))
-    if precision == "certified":
+    if lazy and dense:
+        raise ValueError("dense importances are those of all rows: leave out lazy=True or dense=True")
+    if precision == "certified" or lazy:
         dense = False
     elif dense is None:
         dense = positions is None and len(blocks) * heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
     if dense and positions is not None:
         raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
-    wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
-    options = Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
+    options = options_of(
+        model, precision=precision, measure=measure, backend=backend, dense=dense, floor=floor, thresholds=thresholds, tolerance=tolerance,
+        bias=bias, threads=threads, neurons=neurons,
+    )  # fmt: skip
     needed = options if positions is None else replace(options, precision="certified", neurons=False)  # few rows: no table of all
     alone = any(block.mixer is not None for block in blocks) or predicts(model) != "tokens"  # mixers and pooled heads see padding
     groups = _groups(model, [len(ids) for ids in prompts], needed, alone)
+    if past_key_values is not None and (not lazy or given.several or given.inputs):
+        raise ValueError("past_key_values belongs to lazy=True and one prompt of ids alone")
+    if memory is not None and not lazy:
+        raise ValueError("memory says what a lazy trace may keep: it belongs to lazy=True")
+    if lazy:
+        _check_lazy(model, positions, resume)
+        if past_key_values is None:
+            check_memory(model, max(map(len, prompts)), options, batch=max(map(len, groups)), lazy=True)
+        if past_key_values is not None:
+            return _from_cache(model, tokenizer, prompts[0], options, past_key_values)
+        return _lazily(model, tokenizer, given, groups, options, memory, progress)
     check_memory(model, max(map(len, prompts)), needed, batch=max(map(len, groups)))
     results: list[list[LayerImportances]] = [[] for _ in prompts]
     outputs: list[Tensor | None] = [None] * len(prompts)
@@ -165,11 +190,114 @@ def trace(
     traces = [
         _record(
             found, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
-            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours}, inputs=digests(given.inputs),
+            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours}, inputs=digests(given.inputs), chat=chat,
             settle=_settler(weak, ids, row, replace(options, neurons=False), given.inputs) if precision == "certified" else None,
         )
-        for found, ids, row, logits in zip(results, prompts, rows, outputs, strict=True)
+        for found, ids, row, logits, chat in zip(results, prompts, rows, outputs, given.chats, strict=True)
     ]  # fmt: skip
+    return traces if given.several else traces[0]
+
+
+def check_model(model: nn.Module) -> list[Block]:
+    """The layers of a model that can be traced.
+
+    Raises:
+        ValueError: a family that is not known, weights that are not there, adapters that act outside the forward pass.
+    """
+    if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+        raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
+    blocks = blocks_of(model)
+    check_weights(model)
+    check_adapters(model)
+    return blocks
+
+
+def options_of(
+    model: nn.Module, *, precision: str = "certified", measure: str = "proximity", backend: str = "auto", dense: bool = False,
+    floor: float = DEFAULT_FLOOR, thresholds: Sequence[float] = DEFAULT_THRESHOLDS, tolerance: float = 1e-2, bias: str = "part",
+    threads: int = 0, neurons: bool = False,
+) -> Options:  # fmt: skip
+    """Options of :func:`trace`, checked, for this model."""
+    _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
+    check_threads(threads)
+    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
+    wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
+    return Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
+
+
+def _check_lazy(model: nn.Module, positions: Sequence[int] | None, resume: Any) -> None:
+    if resume is not None or positions is not None:
+        raise ValueError("lazy=True evaluates rows when they are asked for: leave out resume= and positions=")
+    if stream_of(model) is not None:
+        raise ValueError(
+            "lazy=True needs the weights in memory when rows are evaluated: load the model whole, or trace it without lazy=True"
+        )
+
+
+def pass_facts(
+    model: nn.Module, tokenizer: Any, ids: list[int], options: Options, logits: Tensor | None, seconds: float
+) -> dict[str, Any]:  # fmt: skip
+    """What a lazy trace says of its pass."""
+    blocks = blocks_of(model)
+    return {
+        "tokens": token_texts(tokenizer, ids), "token_ids": ids, "model": model_name(model), "floor": options.floor,
+        "mixers": [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks], "shapes": [b.shape for b in blocks],
+        "prediction": _prediction(logits, tokenizer, model), "timings": {"total": seconds, "importances": 0.0},
+        "precision": options.precision, "measure": options.measure, "backend": options.backend, "bias": options.bias,
+        "tolerance": options.tolerance, "thresholds": options.thresholds,
+    }  # fmt: skip
+
+
+def lazy_trace(states: States, options: Options, known: dict[str, Any]) -> LazyTrace:
+    return LazyTrace(states, max((kept.n_heads for kept in states.layers), default=0), options.neurons, **known)
+
+
+def by_measure(found: LazyTrace, measure: str) -> LazyTrace:
+    """The lazy trace of the same pass by another measure, from the same states: no forward pass, nothing evaluated yet."""
+    states = found.source
+    assert isinstance(states, States)
+    wanted = () if measure == "signed" else found.thresholds
+    options = replace(states.options, measure=measure, thresholds=wanted)
+    known = {f.name: getattr(found, f.name) for f in fields(Trace) if f.name not in _EVALUATED}
+    return lazy_trace(states.by(options), options, known | {"measure": measure, "thresholds": wanted})
+
+
+def _from_cache(model: nn.Module, tokenizer: Any, ids: list[int], options: Options, cache: Any) -> LazyTrace:
+    start = time.perf_counter()
+    states = CachedStates(model, options, ids, cache)
+    logits = last_logits(states.output, [len(ids) - 1], [len(ids) - 1]).get(0)
+    return lazy_trace(states, options, pass_facts(model, tokenizer, ids, options, logits, time.perf_counter() - start))
+
+
+def _lazily(
+    model: nn.Module, tokenizer: Any, given: Prompts, groups: list[list[int]], options: Options, memory: int | str | None,
+    progress: bool,
+) -> Any:  # fmt: skip
+    """One forward pass whose layers are kept: a lazy trace per prompt."""
+    budget = None if memory is None else parse_memory(memory)
+    device, blocks = model.get_input_embeddings().weight.device, blocks_of(model)  # type: ignore[operator]
+    device = _device(model) if device.type == "meta" else device
+    traces: list[Trace | None] = [None] * len(given.ids)
+    for members in groups:
+        prompts, start = [given.ids[i] for i in members], time.perf_counter()
+        states = [States(model, options, len(blocks), None if budget is None else budget // len(given.ids)) for _ in members]
+        group = by_layer.group_of(prompts, list(range(len(prompts))), device)
+        lasts = sorted({len(ids) - 1 for ids in prompts})
+        with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:
+
+            def on_item(item: int, layer: Layer, states: list[States] = states, bar: Any = bar) -> None:
+                states[item].keep(layer)
+                bar.update(item == 0)
+
+            output = capture(
+                model, group.ids, neurons=options.neurons, attention_mask=group.mask, on_item=on_item,
+                logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device), inputs=given.inputs,
+            )  # fmt: skip
+        logits = last_logits(output, lasts, [len(ids) - 1 for ids in prompts])
+        total = time.perf_counter() - start
+        for at, i in enumerate(members):
+            known = pass_facts(model, tokenizer, prompts[at], options, logits.get(at), total)
+            traces[i] = lazy_trace(states[at], options, known | {"inputs": digests(given.inputs), "chat": given.chats[i]})
     return traces if given.several else traces[0]
 
 
@@ -211,7 +339,7 @@ def _run(
     lasts = sorted({len(ids) - 1 for ids in prompts})
     results: list[list[LayerImportances]] = [[] for _ in prompts]
 
-    workers, single = _workers(model, options, [len(ids) for ids in prompts])
+    workers, single = workers_for(model, options, [len(ids) for ids in prompts])
     waiting: list[tuple[int, Layer, Options]] = []
 
     def on_item(item: int, layer: Layer) -> None:
@@ -236,7 +364,7 @@ def _run(
     return [(found, logits.get(i)) for i, found in enumerate(results)], seconds
 
 
-def _workers(model: nn.Module, options: Options, lengths: list[int]) -> tuple[int, Options]:
+def workers_for(model: nn.Module, options: Options, lengths: list[int]) -> tuple[int, Options]:
     """How many threads evaluate a batch's prompts side by side, and the options of each."""
     threads = options.threads or torch.get_num_threads()
     if options.backend != "cpu" or len(lengths) < 2 or threads < 2 or any(hasattr(module, "_hf_hook") for module in model.modules()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import webbrowser
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,14 +85,19 @@ def serve(
     position: int = -1,
     renormalize: bool = True,
     max_tokens: int | None = None,
+    memory: str | None = None,
     say: Say = print,
+    ready: Callable[[], object] = lambda: None,
 ) -> None:
-    """Serve the page on 127.0.0.1 until interrupted; prompts typed into it are traced by ``model``."""
+    """Serve the page on 127.0.0.1 until interrupted; prompts typed into it are traced by ``model``, and the states of
+    the last few are kept (most ``memory``: see :class:`flowroutes_fast.view.server.Limits`). ``ready`` is called once it is loaded."""
     from flowroutes_fast.loading.load import load
+    from flowroutes_fast.loading.streaming import parse_memory
     from flowroutes_fast.view import server
 
     _check(threshold)
-    limits = server.Limits() if max_tokens is None else server.Limits(tokens=max_tokens)
+    given = {"tokens": max_tokens, "memory": None if memory is None else parse_memory(memory)}
+    limits = server.Limits(**{name: value for name, value in given.items() if value is not None})
     if limits.tokens < 1:
         raise ValueError(f"--max-tokens must be positive, got {max_tokens}")
     prompts = _read(files)
@@ -103,13 +107,12 @@ def serve(
         options = {**prompts.options(), "threshold": threshold, "position": position, "renormalize": renormalize}
         taken = listening.getsockname()[1]
         app = server.create_app(server.Tracer(loaded, tokenizer, limits), taken, prompts.first, **options)
+        ready()
         address = f"http://{server.HOST}:{taken}/"
         say(f"{address}  ({model}; Ctrl+C stops the server)")
         if open_page:
             webbrowser.open(address)
-        with suppress(KeyboardInterrupt):  # the server ends by itself, then raises it where the signal is not ignored
-            server.make_server(app).run(sockets=[listening])
-        say("stopped")
+        server.make_server(app).run(sockets=[listening])
 
 
 def _check(threshold: float) -> None:

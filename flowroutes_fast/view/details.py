@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from flowroutes_fast.tracing.trace import check_weights
 from flowroutes_fast.view.text import show_token
 
 if TYPE_CHECKING:
+    from flowroutes_fast.results.lazy import LazyTrace
     from flowroutes_fast.results.trace import Trace
 
 TOP_TOKENS = 5
@@ -188,25 +189,99 @@ class _Collected:
         assert layer.key is not None
         heads, count = layer.query.shape[0], layer.key.shape[1]
         step = max(1, CHUNK_BYTES // (heads * count * 4))
-        kept = min(TOP_KEYS, self.n)
         keys, weights = [], []
-        key_at = torch.arange(count, device=layer.query.device)
         for first in range(0, len(queries), step):
             at = torch.from_numpy(queries[first : first + step]).to(layer.query.device)
-            if layer.mask is not None:
-                mask = layer.mask[..., at, :].float()
-            else:
-                age = at[:, None] - key_at
-                hidden = (age < 0) | (age >= layer.window if layer.window else torch.zeros_like(age, dtype=torch.bool))
-                mask = torch.zeros(age.shape, device=age.device).masked_fill_(hidden, float("-inf"))
-            options: dict[str, Any] = {"scaling": layer.scaling, "mask": mask, "softcap": layer.softcap, "sinks": layer.sinks}
-            top = attention_pattern(layer.query[:, at].float(), layer.key.float(), **options).nan_to_num().topk(kept)
-            keys.append(top.indices.permute(1, 0, 2).cpu().numpy())
-            weights.append(top.values.permute(1, 0, 2).cpu().numpy())
+            found, weight = _strongest_keys(layer, at, at, min(TOP_KEYS, self.n))
+            keys.append(found)
+            weights.append(weight)
         self.heads.add(heads)
         self.rows_done.append((layer.index, queries))
         self.keys.append(np.concatenate(keys))
         self.weights.append(np.concatenate(weights))
+
+
+def _strongest_keys(layer: Layer, rows: Tensor, positions: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and weights ``[row, head, most]`` of some rows of a layer, which stand at these positions."""
+    assert layer.query is not None
+    assert layer.key is not None
+    if layer.mask is not None:
+        mask = layer.mask[..., rows, :].float()
+    else:
+        age = positions[:, None] - torch.arange(layer.key.shape[1], device=positions.device)
+        hidden = (age < 0) | (age >= layer.window if layer.window else torch.zeros_like(age, dtype=torch.bool))
+        mask = torch.zeros(age.shape, device=age.device).masked_fill_(hidden, float("-inf"))
+    options: dict[str, Any] = {"scaling": layer.scaling, "mask": mask, "softcap": layer.softcap, "sinks": layer.sinks}
+    top = attention_pattern(layer.query[:, rows].float(), layer.key.float(), **options).nan_to_num().topk(most)
+    return top.indices.permute(1, 0, 2).cpu().numpy(), top.values.permute(1, 0, 2).cpu().numpy()
+
+
+class Glance:
+    """The logit lens and the attention weights of single states of a lazy trace, from what it keeps: its prompt does not run again.
+
+    The lens is fitted once, on the first few tokens of the first prompt.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = unwrap(model), tokenizer
+        self.fitted: tuple[Lens | None, str] | None = None
+
+    @in_neutral
+    def __call__(self, trace: LazyTrace, states: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """What a page shows of ``states`` (height as in :class:`Details`, position) and of ``rows`` (layer, query).
+
+        Returns ``lens``: ``[height, position, [[text, probability], …]]`` of the states that there are, ``attention``: ``[layer, query,
+        [[[key, weight], …] of each head]]`` of layers with attention weights, ``missing``: why there is no lens. IndexError: out of range.
+        """
+        tokens = len(trace.tokens)
+        for at, position in (*states, *((2 * layer + 1, query) for layer, query in rows)):
+            if not (0 <= at <= 2 * trace.n_layers and 0 <= position < tokens):
+                raise IndexError(f"state {at} at position {position} is out of range: {trace.n_layers} layers, {tokens} tokens")
+        source: Any = trace.source
+        with source.session():
+            lens, missing = self._lens(trace)
+            found = [(at, p, state) for at, p in states if lens is not None and (state := _kept_state(source, at, p)) is not None]
+            texts = self._texts(lens, torch.cat([state.cpu() for *_, state in found])) if lens is not None and found else []
+            attention = [[layer, query, weights] for layer, query in rows if (weights := _kept_weights(source, layer, query, tokens))]
+        return {"lens": [[at, p, text] for (at, p, _), text in zip(found, texts, strict=True)], "attention": attention, "missing": missing}
+
+    def _lens(self, trace: LazyTrace) -> tuple[Lens | None, str]:
+        if self.fitted is None:
+            check_predicts_tokens(self.model, needed=False)
+            ids = torch.tensor([list(trace.token_ids)], device=self.model.get_input_embeddings().weight.device)
+            self.fitted = _lens(self.model, blocks_of(self.model), ids)
+        return self.fitted
+
+    def _texts(self, lens: Lens, states: Tensor) -> list[list[tuple[str, float]]]:
+        with prepared(self.model, blocks_of(self.model)):
+            logits = lens(states)
+        top = logits.softmax(-1).topk(min(TOP_TOKENS, logits.shape[-1]))
+        texts = [[show_token(text) for text in token_texts(self.tokenizer, row)] for row in top.indices.tolist()]
+        return [list(zip(row, p, strict=True)) for row, p in zip(texts, top.values.tolist(), strict=True)]
+
+
+def _kept_state(source: Any, height: int, position: int) -> Tensor | None:
+    """A state ``[1, d_model]``; None where there is none: after the attention of a parallel block, an embedding of another shape."""
+    if height == 0:
+        state = source.layers[0].spans[0].layer.state
+        return None if state is None else state[position][None]
+    layer = source.rows((height - 1) // 2, np.array([position]))
+    found: Tensor | None = layer.resid_mid if height % 2 else layer.resid_post
+    return found
+
+
+def _kept_weights(source: Any, layer: int, query: int, tokens: int) -> list[list[tuple[int, float]]]:
+    found: Layer = source.rows(layer, np.array([query]))
+    if found.query is None or found.key is None:
+        return []
+    device = found.query.device
+    keys, weights = _strongest_keys(
+        found, torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([query], device=device), min(TOP_KEYS, tokens)
+    )
+    return [
+        [(k, w) for k, w in zip(key, weight, strict=True) if w > 0]
+        for key, weight in zip(keys[0].tolist(), weights[0].tolist(), strict=True)
+    ]
 
 
 def _wanted(trace: Trace, positions: list[int], max_states: int, max_rows: int) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -48,10 +48,16 @@ class _Layout:
     parallel: list[bool]
     labels: list[str]
     slanted: bool
+    chat: bool = False  # its messages are named between the graph and the labels
 
     @property
     def bottom(self) -> float:
         return self.top + self.n_layers * self.dy
+
+    @property
+    def low(self) -> float:
+        """From where numbers and labels are written."""
+        return self.bottom + (15 if self.chat else 0)
 
     @property
     def width(self) -> float:
@@ -60,7 +66,7 @@ class _Layout:
     @property
     def height(self) -> float:
         longest = max(cell_len(label) for label in self.labels) * CELL
-        return self.bottom + 34 + (longest * math.sin(SLANT) + 8 if self.slanted else 10)
+        return self.low + 34 + (longest * math.sin(SLANT) + 8 if self.slanted else 10)
 
     def at(self, node: _Node) -> tuple[float, float]:
         state, level, position = node
@@ -80,7 +86,7 @@ def _layout(route: Route) -> _Layout:
     left += max(NARROWEST - RIGHT - left - (n - 1) * dx, 0) / 2
     dy = min(72.0, max(36.0, 900 / max(route.n_layers, 1)))
     parallel = [shape == "parallel" for shape in route.shapes]
-    return _Layout(dx, dy, left, 52.0, route.n_layers, parallel, labels, slanted)
+    return _Layout(dx, dy, left, 52.0, route.n_layers, parallel, labels, slanted, bool(route.chat))
 
 
 def _ends(route: Route, layer: int, kind: str, source: int, target: int) -> tuple[_Node, _Node]:
@@ -190,9 +196,42 @@ def _tokens(route: Route, layout: _Layout, nodes: list[dict[str, Any]]) -> list[
             "touched": position in touched,
             "embedded": position in embedded,
             "root": position in route.positions,
+            **_message(route, position),
         }
         for position, token in enumerate(route.tokens)
     ]
+
+
+ROLES = ("system", "user", "assistant")  # of a chat's messages, those with a colour of their own
+
+
+def _message(route: Route, position: int) -> dict[str, Any]:
+    """What a token is in a chat: its ``role`` ("template" for what the template adds, "" where there is no chat), and whether a message
+    ``begins``, or such a stretch of the template."""
+    if not route.chat:
+        return {"role": "", "begins": False, "colour": 3}
+    role, first = "template", next((stop for _, _, stop in reversed(route.chat) if stop <= position), 0)
+    for name, start, stop in route.chat:
+        if start <= position < stop:
+            role, first = printable(name), start
+    return {"role": role, "begins": position == first, "colour": ROLES.index(role) if role in ROLES else 3}
+
+
+def _messages(route: Route, layout: _Layout, tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bars below a chat's tokens."""
+    return [
+        {
+            "role": tokens[first]["role"], "colour": tokens[first]["colour"], "first": first, "last": stop - 1,
+            "x": tokens[first]["x"] - layout.dx / 2 + 3, "width": (stop - first) * layout.dx - 6,
+        }
+        for _, first, stop in route.chat
+    ]  # fmt: skip
+
+
+def _folding(route: Route, layout: _Layout, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page's script needs to leave out the template's tokens that the route does not touch."""
+    template = [i for i, token in enumerate(tokens) if token["role"] == "template" and not token["touched"]]
+    return {"dx": layout.dx, "width": round(layout.width, 1), "template": template, "root": route.position}
 
 
 @cache
@@ -225,7 +264,14 @@ def route_html(route: Route) -> str:
         counts=[(kind, int(counts[kind])) for kind in KINDS if kind in counts],
         crossing=len(crossing),
         strongest=list(strongest_edges(route, 12, across=True).itertuples(index=False, name=None)),
-        data={"tokens": [token["shown"] for token in tokens], "kinds": KINDS, "nodes": node_data, "edges": edge_data},
+        messages=_messages(route, layout, tokens),
+        data={
+            "tokens": [token["shown"] for token in tokens],
+            "kinds": KINDS,
+            "nodes": node_data,
+            "edges": edge_data,
+            "chat": _folding(route, layout, tokens) if route.chat else None,
+        },
     )
 
 

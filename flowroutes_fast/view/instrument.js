@@ -5,9 +5,9 @@ const canvas = $("graph"), context = canvas.getContext("2d"), view = new View();
 const KEYS = [
   ["← →", "state before, after at the same height"], ["↑ ↓", "state above, below at the same token; from an edge: its ends"], [", .", "edges into the selected state, by importance"],
   ["Enter", "details of the strongest head of an edge"], ["+ −", "threshold up, down"], ["r", "make the selected token the root"], ["n", "renormalise"], ["s", "signed, or proximity"],
-  ["c", "compare: nothing, two positions, two prompts"], ["p", "touched tokens only"], ["/", "show only some heads: L5H3, L20, H3, ffn"], ["f", "fit into the window"], ["[ ]", "zoom"], ["d", "light, dark"], ["Esc", "let go of the selection"],
+  ["c", "compare: nothing, two positions, two prompts"], ["p", "touched tokens only"], ["t", "of a chat: fold what the template adds"], ["/", "show only some heads: L5H3, L20, H3, ffn"], ["f", "fit into the window"], ["[ ]", "zoom"], ["d", "light, dark"], ["Esc", "let go of the selection"],
 ];
-const state = { sets: [], aligned: null, threshold: 0.04, root: 0, second: null, renormalize: true, measure: "proximity", compare: "", prune: false, filter: headFilter(""), selection: null, hover: null, firstPrompt: null, asking: false };
+const state = { sets: [], aligned: null, threshold: 0.04, root: 0, second: null, renormalize: true, measure: "proximity", compare: "", prune: false, fold: true, filter: headFilter(""), selection: null, hover: null, first: null, asking: false, walking: false, looking: false, shown: null, note: "" };
 let scene = null, drawn = [], colours = LIGHT, frame = 0, moved = false;
 
 const panel = new Panel($("panel"), (selection) => choose(selection));
@@ -29,14 +29,18 @@ function rebuild({ refit = false } = {}) {
   const routes = [extract(a, [state.root], state.threshold, state.renormalize)];
   if (state.compare === "position") routes.push(extract(a, [state.second], state.threshold, state.renormalize));
   if (state.compare === "prompt") routes.push(extract(setOf("B"), [state.second], state.threshold, state.renormalize));
+  const unknown = routes.find((route) => route.trace.lazy && (route.untraced >= 0 || route.open) && !route.trace.answered.has(choiceOf(route)));
+  if (unknown) { walk(unknown, refit); return; }
+  state.shown = Object.fromEntries(["root", "second", "threshold", "renormalize", "measure", "compare"].map((name) => [name, state[name]]));
   const columns = allColumns(a, state.compare === "prompt" ? setOf("B") : state.compare ? a : null, state.aligned);
   const kept = state.selection;
-  scene = buildScene(routes, columns, { prune: state.prune, filter: state.filter });
+  scene = buildScene(routes, columns, { prune: state.prune, fold: state.fold, filter: state.filter });
   state.hover = null;
   state.selection = reselect(kept);
   state.took = performance.now() - began;
   if (refit) fit();
   showState();
+  look();
   panel.show(scene, state.selection);
   draw();
 }
@@ -66,6 +70,8 @@ function showState() {
   $("root-b").value = state.second ?? "";
   $("renormalize").checked = state.renormalize;
   $("prune").checked = state.prune;
+  $("fold").checked = state.fold;
+  $("fold-tool").hidden = !scene.messages;
   $("measure").value = a.measure;
   for (const option of $("measure").options) option.disabled = !state.sets.some((s) => s.prompt === "A" && s.measure === option.value);
   $("compare").value = state.compare;
@@ -83,40 +89,61 @@ function notice() {
   const text = untraced ? `Position ${untraced.untraced} was not traced, and the route reaches it: trace without positions=.`
     : state.filter.wrong ? "Not understood: show takes heads and kinds, such as L5H3, L20, H3, ffn, attention, residual."
     : scene.filter.active && !scene.lines.some((line) => line.shown) ? "No edge of this route passes the filter."
-    : open ? `At this threshold ${open} decision${open === 1 ? "" : "s"} of the route lie${open === 1 ? "s" : ""} within the certified intervals: estimates decide here. Certain without a new pass: ${setOf("A").thresholds.join(", ") || "none"}.` : "";
+    : open ? `At this threshold ${open} decision${open === 1 ? "" : "s"} of the route lie${open === 1 ? "s" : ""} within the certified intervals: estimates decide here. Certain without a new pass: ${setOf("A").thresholds.join(", ") || "none"}.` : state.note;
+  state.note = "";
   $("notice").textContent = text;
   $("notice").hidden = !text;
 }
 
-// A prompt as buttons, one per token; built once, then only classes change.
+// A prompt as buttons, one per token; built once, then only classes change. In a chat each message begins a line, with its role.
 function strip(box, trace, side) {
   if (box.trace !== trace) {
     box.trace = trace;
     box.showing = false;
+    box.classList.toggle("chat", trace.chat.length > 0);
     box.replaceChildren();
     trace.tokens.forEach((token, i) => {
+      const role = roleOf(trace, i), begins = trace.chat.length && (!i || trace.messageOf[i] !== trace.messageOf[i - 1]);
+      if (begins && role === "template") gap(box);
+      else if (begins) add(box, "b", role, `role role-${roleIndex(role)}`);
       const button = add(box, "button");
       button.type = "button";
       button.tabIndex = -1;
       add(button, "bdi", token);
-      button.title = `position ${i}`;
+      button.title = `position ${i}${role && `, ${role}`}`;
       button.dataset.position = i;
-      for (let n = 0; n < trace.breaks[i]; n++) add(box, "br");
+      for (let n = 0; n < (role === "template" ? 0 : trace.breaks[i]); n++) add(box, "br");
     });
   }
   const chosen = side ? state.second : state.root;
-  if (box.chosen !== chosen || !box.showing) {
-    [box.chosen, box.showing] = [chosen, true];
+  const both = state.compare === "position", place = scene.placeOf[side], second = scene.placeOf[1];
+  let fold = null;
+  for (const child of box.children) {
+    if (child.classList.contains("gap")) [fold, child.hidden] = [child, true];
+    if (child.dataset.position === undefined) continue;
+    const i = +child.dataset.position, role = roleOf(trace, i);
+    const isRoot = i === chosen, two = both && i === state.second, reached = scene.touched[place[i]] || (both && scene.touched[second[i]]);
+    child.className = `${reached ? "touched" : ""} ${isRoot || two ? "root" : ""} ${two || (side && isRoot) ? "two" : ""} ${role && role !== "template" ? `said role-${roleIndex(role)}` : role}`;
+    child.hidden = folded(trace, i, place, second, both);
+    if (child.hidden) fold.hidden = false;
+  }
+  if (box.chosen !== chosen || box.folded !== state.fold || !box.showing) {
+    [box.chosen, box.folded, box.showing] = [chosen, state.fold, true];
     const found = box.querySelector(`[data-position="${chosen}"]`);
     if (found) box.scrollTop = found.offsetTop - box.offsetTop - box.clientHeight / 2;
   }
-  const both = state.compare === "position", place = scene.placeOf[side], second = scene.placeOf[1];
-  for (const button of box.children) {
-    if (button.tagName !== "BUTTON") continue;
-    const i = +button.dataset.position;
-    const isRoot = i === (side ? state.second : state.root), two = both && i === state.second;
-    button.className = `${scene.touched[place[i]] || (both && scene.touched[second[i]]) ? "touched" : ""} ${isRoot || two ? "root" : ""} ${two || (side && isRoot) ? "two" : ""}`;
-  }
+}
+
+// Is a token of a template left out? Not where a route touches it.
+const folded = (trace, i, place, second, both) => state.fold && roleOf(trace, i) === "template" && !scene.touched[place[i]] && !(both && scene.touched[second[i]]);
+
+// In the place of tokens that are folded.
+function gap(box) {
+  const found = add(box, "button", "⋯", "gap");
+  found.type = "button";
+  found.tabIndex = -1;
+  found.title = "tokens of the template that the route does not touch (t)";
+  found.setAttribute("aria-label", found.title);
 }
 
 function marked() {
@@ -173,7 +200,7 @@ function resize() {
 function fit() {
   moved = false;
   const root = scene.x[scene.placeOf[0][state.root]];
-  view.bottom = 30 + Math.min(Math.max(...scene.shown.map((i) => [...labelOf(scene, i)].length), 4) * 5.6 + 14, 112);
+  view.bottom = 30 + (scene.messages ? ROLE_ROOM : 0) + Math.min(Math.max(...scene.shown.map((i) => [...labelOf(scene, i)].length), 4) * 5.6 + 14, 112);
   view.fit(scene, root < 0 ? 0 : root);
   draw();
 }
@@ -181,6 +208,7 @@ function fit() {
 function choose(selection) {
   state.selection = selection;
   state.hover = null;
+  look();
   panel.show(scene, selection);
   $("tip").hidden = true;
   const text = selection ? sentence(selection) : "";
@@ -220,7 +248,8 @@ function tip(found, x, y) {
   if (found.type === "node") {
     const { node } = found, column = scene.columns[node.column];
     add(box, "div", `${isolated(labelOf(scene, node.column, 30))}@${column.a >= 0 ? column.a : column.b}`);
-    add(box, "div", stateText(trace, node.height), "muted");
+    const role = scene.messages ? scene.messages[node.column].role : "";
+    add(box, "div", stateText(trace, node.height) + (role && `, ${role}`), "muted");
     const guess = column.a >= 0 && lensOf(trace, node.height, column.a);
     if (guess) add(box, "div", `lens: ${guess.slice(0, 3).map(([text, p]) => `${isolated(text)} ${p.toFixed(2)}`).join("  ")}`);
   } else {
@@ -364,6 +393,7 @@ const ACTIONS = {
   n: () => { state.renormalize = !state.renormalize; rebuild(); },
   s: () => measureIs(setOf("A").measure === "signed" ? "proximity" : "signed"),
   c: () => compareWith({ "": "position", position: setOf("B") ? "prompt" : "", prompt: "" }[state.compare]),
+  t: () => { state.fold = !state.fold; rebuild({ refit: true }); },
   p: () => { state.prune = !state.prune; rebuild({ refit: true }); },
   "/": () => $("filter").focus(), f: fit, d: () => themeIs(colours === DARK ? "light" : "dark"), "?": () => $("keys").showModal(),
   "]": () => zoomBy(1.25), "[": () => zoomBy(0.8), Escape: () => choose(null),
@@ -398,6 +428,7 @@ $("root").addEventListener("change", () => { const p = position($("root"), setOf
 $("root-b").addEventListener("change", () => { const p = position($("root-b"), state.compare === "prompt" ? setOf("B") : setOf("A")); if (p !== null) state.second = p; rebuild(); });
 $("renormalize").addEventListener("change", () => { state.renormalize = $("renormalize").checked; rebuild(); });
 $("prune").addEventListener("change", () => { state.prune = $("prune").checked; rebuild({ refit: true }); });
+$("fold").addEventListener("change", () => { state.fold = $("fold").checked; rebuild({ refit: true }); });
 $("measure").addEventListener("change", () => measureIs($("measure").value));
 $("compare").addEventListener("change", () => compareWith($("compare").value));
 $("filter").addEventListener("input", () => { state.filter = headFilter($("filter").value); rebuild(); });
@@ -411,6 +442,7 @@ for (const [id, side] of [["prompt", 0], ["prompt-b", 1]]) {
   $(id).addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
+    if (button.classList.contains("gap")) { ACTIONS.t(); return; }
     const chosen = +button.dataset.position;
     if (side || (event.shiftKey && state.compare === "position")) state.second = chosen;
     else if (event.shiftKey) Object.assign(state, { second: chosen, compare: "position", selection: null });
@@ -472,6 +504,10 @@ async function show(about, blocks, keep = false) {
   const began = performance.now(), sets = [];
   for (let i = 0; i < about.sets.length; i++) sets.push(await openTrace(about.sets[i], blocks[i]));
   const { start } = about, first = sets[0];
+  for (const set of sets.filter((one) => one.lazy)) {
+    const same = sets.find((one) => one.prompt === set.prompt && one.looked);
+    Object.assign(set, { answered: new Set(), looked: same ? same.looked : { lens: new Map(), attention: new Map(), missing: "", waiting: false } });
+  }
   for (const set of sets) shareDetails(set, sets.find((one) => one.prompt === set.prompt && one.details.keys));
   Object.assign(state, { sets, aligned: about.columns, root: start.root, second: start.second, selection: null, hover: null });
   if (!keep) Object.assign(state, { threshold: start.threshold, renormalize: start.renormalize });
@@ -484,33 +520,119 @@ async function show(about, blocks, keep = false) {
   state.opened = performance.now() - began;
 }
 
-async function ask(form, beside) {
-  const text = $("text").value, first = state.firstPrompt;
-  if (!text.trim() || state.asking) return;
+// A question to the server: its answer, or an error with one sentence.
+async function post(path, question) {
+  const { key } = $("ask").dataset;
+  const reply = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json", "X-Flowroutes": key }, body: JSON.stringify(question) })
+    .catch(() => { throw new Error("the server does not answer; is it still running?"); });
+  const found = await reply.json().catch(() => ({}));
+  if (!reply.ok) throw new Error(found.error || `the server answered ${reply.status}`);
+  return found;
+}
+
+function say(text) {
+  $("notice").textContent = text;
+  $("notice").hidden = !text;
+}
+
+// Trace what was typed, alone or beside the first prompt.
+async function ask(beside) {
+  const typed = { text: $("text").value, chat: $("chat") ? $("chat").checked : false }, first = beside ? state.first : typed;
+  if (!typed.text.trim() || state.asking) return;
   state.asking = true;
   askable();
-  $("notice").textContent = "Tracing …";
-  $("notice").hidden = false;
+  say("Tracing …");
   try {
-    const body = JSON.stringify({ text: beside ? first : text, other: beside ? text : null, threshold: state.threshold });
-    const reply = await fetch(form.dataset.url, { method: "POST", headers: { "Content-Type": "application/json", "X-Flowroutes": form.dataset.key }, body })
-      .catch(() => { throw new Error("the server does not answer; is it still running?"); });
-    const found = await reply.json().catch(() => ({}));
-    if (!reply.ok) throw new Error(found.error || `the server answered ${reply.status}`);
-    if (!beside) state.firstPrompt = text;
+    const { threshold, renormalize, measure } = state;
+    const found = await post($("ask").dataset.url, { ...first, ...(beside ? { other: typed.text, other_chat: typed.chat } : {}), threshold, renormalize, measure });
+    for (const set of found.sets) set.asked = set.prompt === "A" ? first : typed;
+    if (!beside) state.first = typed;
     await show(found, found.data, true);
   } catch (error) {
-    $("notice").textContent = `Not traced: ${error.message}`;
-    $("notice").hidden = false;
+    say(`Not traced: ${error.message}`);
   } finally {
     state.asking = false;
     askable();
   }
 }
 
+// What a served trace has been asked for: not the same twice.
+const choiceOf = ({ roots, threshold, renormalize }) => JSON.stringify([roots, threshold, renormalize]);
+
+// The route reaches rows that the page has not, or decisions are open: the server walks it from the states it keeps. What is on show stays until
+// it answers; of choices made meanwhile the last one counts.
+async function walk(route, refit) {
+  state.refit ||= refit;
+  if (state.walking) return;
+  state.walking = true;
+  const { trace, roots, threshold, renormalize } = route, { number, have, measure, asked } = trace, sets = state.sets;
+  const slow = setTimeout(() => say("Evaluating the rows of this route …"), 300);
+  let failed = "";
+  try {
+    const found = await post("/route", { ...asked, number, have, measure, roots, threshold, renormalize });
+    const arrays = await openArrays(found, found.data);
+    if (found.again) Object.assign(trace, noRows(trace.layers * trace.n, trace.heads, arrays), { answered: new Set() });
+    addRows(trace, found, arrays);
+    trace.answered.add(choiceOf(route));
+    state.note = found.note;
+  } catch (error) {
+    failed = error.message;
+  }
+  clearTimeout(slow);
+  state.walking = false;
+  if (sets !== state.sets) return; // another prompt is on show
+  const whole = state.refit;
+  state.refit = false;
+  if (failed) Object.assign(state, state.shown);
+  rebuild({ refit: whole });
+  if (failed) say(`This route is not known: ${failed}`);
+}
+
+// What the panel and the picture would show of states and heads of served traces, and the page has not: [states, rows] of one trace.
+function unseen(trace, side) {
+  const found = state.selection, states = [[2 * trace.layers, scene.routes[side].roots[0]]], rows = [];
+  const place = (column) => (side && state.compare === "prompt" ? scene.columns[column].b : scene.columns[column].a);
+  if (found && found.type === "node") states.push([found.node.height, place(found.node.column)]);
+  if (found && found.type === "edge" && found.line.edge[side] >= 0) {
+    const { line } = found;
+    if (line.kind === ATTENTION) rows.push([line.layer, place(line.t)]);
+    else states.push([line.from, place(line.s)], [line.to, place(line.t)]);
+  }
+  if (found && found.type === "head" && found.side === side) rows.push([found.layer, found.query]);
+  const { lens, attention } = trace.looked, wanted = (known) => ([a, b]) => b >= 0 && !known.has(a * trace.n + b);
+  return [states.filter(wanted(lens)), rows.filter(wanted(attention))];
+}
+
+async function look() {
+  if (state.looking || !scene) return;
+  for (const [side, { trace }] of scene.routes.entries()) {
+    if (!trace.looked) continue;
+    const [states, rows] = unseen(trace, side), { looked, asked } = trace;
+    if (!states.length && !rows.length) continue;
+    state.looking = looked.waiting = true;
+    try {
+      const found = await post("/state", { ...asked, threshold: trace.floor, states, rows });
+      for (const [height, position] of states) looked.lens.set(height * trace.n + position, null);
+      for (const [layer, query] of rows) looked.attention.set(layer * trace.n + query, []);
+      for (const [height, position, guesses] of found.lens) looked.lens.set(height * trace.n + position, guesses);
+      for (const [layer, query, heads] of found.attention) looked.attention.set(layer * trace.n + query, heads);
+      looked.missing = found.missing;
+      if (found.note) say(found.note);
+      state.looking = looked.waiting = false;
+      look(); // the next one, if there is one
+    } catch (error) {
+      looked.missing = `Not known: ${error.message}`;
+      state.looking = looked.waiting = false;
+    }
+    panel.show(scene, state.selection);
+    draw();
+    return;
+  }
+}
+
 function askable() {
   $("run").disabled = state.asking;
-  $("run-other").disabled = state.asking || !state.firstPrompt;
+  $("run-other").disabled = state.asking || !state.first;
 }
 
 function begin() {
@@ -525,10 +647,10 @@ function begin() {
   const about = JSON.parse($("about-data").textContent), form = $("ask");
   document.documentElement.classList.add("live");
   if (form) {
-    state.firstPrompt = about.prompt;
+    state.first = about.prompt && { text: about.prompt, chat: false };
     askable();
-    form.addEventListener("submit", (event) => { event.preventDefault(); ask(form, event.submitter && event.submitter.id === "run-other"); });
-    $("text").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); ask(form, false); } });
+    form.addEventListener("submit", (event) => { event.preventDefault(); ask(event.submitter && event.submitter.id === "run-other"); });
+    $("text").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); ask(false); } });
     if (!about.sets.length) $("text").focus();
   }
   if (!about.sets.length) return;

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowroutes_fast.system.escape import printable
 from flowroutes_fast.view.text import show_token
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowroutes_fast.results.lazy import LazyTrace
     from flowroutes_fast.results.trace import Trace
     from flowroutes_fast.view.details import Details
 
@@ -19,6 +23,7 @@ MAX_SUB_EDGES = 800_000  # per trace: about 4 MB of the page
 MAX_HEAD_ROWS = 150_000  # (layer, query, head): above it the page leaves out intervals of whole heads
 ROLES = ("same token", "previous token", "two before", "three before", "first token")
 ROLE_SHARE = 0.5  # of a head's importance over the positions after the first
+SCALARS = ("attention_residual", "attention_bias", "ffn", "ffn_residual", "normaliser_low", "normaliser_high")  # of a row
 REST = 65535  # stands for head -1 in the page
 
 _Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -34,8 +39,7 @@ def pack(trace: Trace, details: Details | None = None, max_sub_edges: int = MAX_
     edges = _all_edges(trace)
     floor = trace.floor if len(edges[3]) <= max_sub_edges else _raised_floor(edges, trace.floor, max_sub_edges)
     arrays = _rows(_above(edges, floor) if floor > trace.floor else edges, layers * tokens)
-    parts = ("attention_residual", "attention_bias", "ffn", "ffn_residual", "normaliser_low", "normaliser_high")
-    arrays |= {name: getattr(trace, name).numpy().astype(np.float32) for name in parts}
+    arrays |= {name: getattr(trace, name).numpy().astype(np.float32) for name in SCALARS}
     arrays["heads_of"] = trace.heads.numpy().astype(np.float32)
     if any(trace.mixers):
         arrays["mixer"] = trace.mixer.numpy().astype(np.float32)
@@ -46,15 +50,57 @@ def pack(trace: Trace, details: Details | None = None, max_sub_edges: int = MAX_
     arrays |= {"role": role, "role_share": share}
     about = {} if details is None else details.pack(arrays)
     blocks, data = _joined(arrays)
+    return _facts(trace) | {
+        "floor": floor, "sub_edges": len(edges[3]), "stored": int(arrays["value"].size), "bounded": bounded, "details": about, "blocks": blocks,
+        "data": data,
+    }  # fmt: skip
+
+
+def _facts(trace: Trace) -> dict[str, Any]:
+    """What is said in clear of every trace."""
     return {
         "tokens": [show_token(token) for token in trace.tokens],
         "breaks": [min(token.count("\n"), 2) for token in trace.tokens],
-        "model": trace.model, "layers": layers, "heads": heads, "shapes": trace.shapes, "mixers": [bool(m) for m in trace.mixers] or [False] * layers,
-        "measure": trace.measure, "precision": trace.precision, "floor": floor, "traced_floor": trace.floor, "thresholds": list(trace.thresholds),
-        "prediction": [[show_token(text), round(p, 5)] for text, p in trace.prediction],
-        "sub_edges": len(edges[3]), "stored": int(arrays["value"].size), "bounded": bounded, "roles": ["", *ROLES], "details": about,
-        "blocks": blocks, "data": data,
+        "model": trace.model, "layers": trace.n_layers, "heads": trace.n_heads, "shapes": trace.shapes,
+        "mixers": [bool(m) for m in trace.mixers] or [False] * trace.n_layers, "measure": trace.measure, "precision": trace.precision,
+        "floor": trace.floor, "traced_floor": trace.floor, "thresholds": list(trace.thresholds),
+        "prediction": [[show_token(text), round(p, 5)] for text, p in trace.prediction], "roles": ["", *ROLES],
+        "chat": [[printable(role), first, stop] for role, first, stop in trace.chat],
     }  # fmt: skip
+
+
+def pack_lazy(trace: LazyTrace, number: int) -> dict[str, Any]:
+    """A lazy trace with the rows evaluated so far; nothing is evaluated for it. ``number``: by which the server knows it."""
+    return _facts(trace) | {"lazy": True, "bounded": True, "details": {}} | pack_rows(trace, number, [0] * trace.n_layers)
+
+
+def pack_rows(trace: LazyTrace, number: int, have: Sequence[int]) -> dict[str, Any]:
+    """The rows that a page has not seen: of every layer those evaluated after its first ``have``. ``rows``: layer · tokens + query, rising."""
+    tokens = len(trace.tokens)
+    names = [*SCALARS, *(["mixer"] if any(trace.mixers) else [])]
+    rows: list[np.ndarray] = []
+    edges: list[_Edges] = []
+    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.float32)] for name in names}
+    heads: dict[str, list[np.ndarray]] = {name: [np.zeros((0, trace.n_heads), np.float32)] for name in ("heads", "heads_low", "heads_high")}
+    for layer, since in enumerate(have):
+        queries = trace.evaluated(layer, since)
+        rows.append(queries + layer * tokens)
+        if len(queries):
+            query, key, head, value = trace.sub_edges(layer, queries)
+            order = np.argsort(query * tokens + key, kind="stable")
+            edges.append((query[order] + layer * tokens, key[order], head[order], value[order]))
+            for name, found in parts.items():
+                found.append(trace.values(name, layer, queries))
+            for name, found in heads.items():
+                own = trace.values(name, layer, queries)
+                found.append(np.pad(own, ((0, 0), (0, trace.n_heads - own.shape[1]))))
+    row, key, head, value = (np.concatenate(column) for column in zip(*edges, strict=True)) if edges else [np.zeros(0, np.int64)] * 4
+    every = np.concatenate(rows)
+    arrays = _rows((np.searchsorted(every, row), key, head, value.astype(np.float32)), len(every)) | {"rows": every.astype(np.uint32)}
+    arrays |= {name: np.concatenate(found).astype(np.float32) for name, found in {**parts, **heads}.items()}
+    arrays["heads_of"] = arrays.pop("heads")
+    blocks, data = _joined(arrays, level=1)
+    return {"number": number, "have": trace.counts(), "blocks": blocks, "data": data}
 
 
 def _all_edges(trace: Trace) -> _Edges:
@@ -128,7 +174,7 @@ def _roles(edges: _Edges, layers: int, tokens: int, heads: int) -> tuple[np.ndar
     return np.where(share > ROLE_SHARE, best + 1, 0).astype(np.uint8), share.astype(np.float32)
 
 
-def _joined(arrays: dict[str, np.ndarray]) -> tuple[dict[str, list[Any]], str]:
+def _joined(arrays: dict[str, np.ndarray], level: int = 6) -> tuple[dict[str, list[Any]], str]:
     """All arrays as one block, with where each lies in it: ``name: [type, first byte, length]``."""
     blocks: dict[str, list[Any]] = {}
     pieces, at = [], 0
@@ -138,4 +184,4 @@ def _joined(arrays: dict[str, np.ndarray]) -> tuple[dict[str, list[Any]], str]:
         padding = -little.nbytes % 8
         pieces += [little.tobytes(), b"\0" * padding]
         at += little.nbytes + padding
-    return blocks, base64.b64encode(zlib.compress(b"".join(pieces), 6)).decode()
+    return blocks, base64.b64encode(zlib.compress(b"".join(pieces), level)).decode()

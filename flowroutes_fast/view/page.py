@@ -20,6 +20,9 @@ from flowroutes_fast.view.html import static_picture
 from flowroutes_fast.view.text import show_token, states_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flowroutes_fast.results.lazy import LazyTrace
     from flowroutes_fast.results.route import Route
     from flowroutes_fast.results.trace import Trace
     from flowroutes_fast.view.details import Details
@@ -61,6 +64,7 @@ def trace_html(
         ValueError: traces of different models or prompts that do not belong together.
         IndexError: position out of range.
     """
+    trace, other, signed, other_signed = (None if one is None else one.complete() for one in (trace, other, signed, other_signed))
     if trace is None and server is None:
         raise ValueError("there is no trace to show")
     data = payload(
@@ -121,6 +125,21 @@ def payload(
     return {"sets": sets, "columns": None if other is None else align(trace, other), "start": start, "data": blocks}
 
 
+def kept_payload(kept: Sequence[tuple[int, dict[str, LazyTrace]]], threshold: float, renormalize: bool) -> dict[str, Any]:
+    """The same for one prompt or two whose states a server keeps: per prompt its number and its lazy trace by each measure, of which the rows
+    evaluated so far are in it."""
+    sets, blocks = [], []
+    for prompt, (number, traces) in zip("AB", kept, strict=False):
+        for trace in traces.values():
+            packed = packing.pack_lazy(trace, number)
+            blocks.append(packed.pop("data"))
+            sets.append({"prompt": prompt, **packed})
+    first, *others = [traces["proximity"] for _, traces in kept]
+    second = len(others[0].tokens) - 1 if others else None
+    start = {"threshold": threshold, "root": len(first.tokens) - 1, "second": second, "renormalize": renormalize, "floor": sets[0]["floor"]}
+    return {"sets": sets, "columns": align(first, others[0]) if others else None, "start": start, "data": blocks}
+
+
 def align(trace: Trace, other: Trace) -> list[list[int]]:
     """Columns of a comparison: pairs of positions, -1 where one prompt has nothing; equal tokens share a column, then replaced ones."""
     first, second = (list(map(str, t.token_ids or t.tokens)) for t in (trace, other))
@@ -169,7 +188,9 @@ def touched_only(route: Route, at_least: int = 60) -> tuple[Route, list[int]]:
     edges = route.edges.assign(source=place[route.edges["source"]], target=place[route.edges["target"]])
     positions = tuple(int(place[p]) for p in route.positions)
     tokens, ids = [route.tokens[p] for p in kept], [route.token_ids[p] for p in kept] if route.token_ids else []
-    return replace(route, tokens=tokens, token_ids=ids, edges=edges, position=int(place[route.position]), positions=positions), kept
+    return replace(
+        route, tokens=tokens, token_ids=ids, chat=[], edges=edges, position=int(place[route.position]), positions=positions
+    ), kept
 
 
 def _hash(text: str) -> str:

@@ -3,11 +3,14 @@
 const LIGHT = {
   page: "#ffffff", band: "#f4f6f8", rule: "#dde1e6", ink: "#1b1f24", muted: "#5f6873", faint: "#8a929d", attention: "#0072b2", ffn: "#d55e00",
   residual: "#9aa3ae", mixer: "#8a6d1f", node: "#3a414b", root: "#009e73", plus: "#0072b2", minus: "#d55e00", first: "#0072b2", second: "#d55e00", both: "#8b95a1",
+  roles: ["#8a6d1f", "#5b4bb7", "#a3317f", "#5f6873"], // of a chat: system, user, assistant, others
 };
 const DARK = {
   page: "#14171b", band: "#1a1e23", rule: "#333941", ink: "#e8eaed", muted: "#a3abb6", faint: "#737d89", attention: "#56b4e9", ffn: "#e69f00",
   residual: "#79838f", mixer: "#d8c15a", node: "#cfd4da", root: "#2fc79c", plus: "#56b4e9", minus: "#f0825b", first: "#56b4e9", second: "#f0825b", both: "#8b95a1",
+  roles: ["#d8c15a", "#a99cf5", "#f08bd0", "#a3abb6"],
 };
+const ROLE_ROOM = 15; // px below the graph, for the roles of a chat
 const MONO = 'ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", Consolas, monospace';
 const SLANT = (-52 * Math.PI) / 180;
 
@@ -169,18 +172,37 @@ function paintAxes(surface, scene, view, colours, hovered) {
     const y = view.y(2 * layer + 1) + 3;
     if (y > 10 && y < floor) surface.text(view.left - 8, y, `L${layer}`, colours.muted, { align: "right", size: 10.5 });
   }
+  if (scene.messages) paintRoles(surface, scene, view, colours, floor);
+  const low = floor + (scene.messages ? ROLE_ROOM : 0);
   const wide = Math.max(...scene.shown.map((i) => [...labelOf(scene, i)].length)) * 6.7 < view.sx - 4;
   scene.shown.forEach((i, n) => {
     const x = view.x(scene.x[i]);
     if (x < view.left + 2 || x > view.width + 40) return;
-    if (n && scene.shown[n - 1] !== i - 1) surface.text(view.x(scene.x[i] - (1 + GAP) / 2), floor + 22, "⋯", colours.faint, { align: "center" });
+    if (n && scene.shown[n - 1] !== i - 1) surface.text(view.x(scene.x[i] - (1 + GAP) / 2), low + 22, "⋯", colours.faint, { align: "center" });
     if (n % every) return;
     const root = scene.routes.some((route, side) => route.roots.some((r) => scene.placeOf[side][r] === i));
     const colour = root ? colours.root : i === hovered || scene.touched[i] ? colours.ink : colours.faint;
     const { a, b } = scene.columns[i], number = a >= 0 ? a : b;
-    if (view.sx >= 17 || !(n % (2 * every))) surface.text(x, floor + 22, String(number), a < 0 ? colours.second : colours.faint, { align: "center", size: 9 });
-    if (wide) surface.text(x, floor + 38, isolated(labelOf(scene, i)), colour, { align: "center", bold: root });
-    else surface.text(x + 4, floor + 35, isolated(labelOf(scene, i)), colour, { align: "right", slanted: true, bold: root });
+    if (view.sx >= 17 || !(n % (2 * every))) surface.text(x, low + 22, String(number), a < 0 ? colours.second : colours.faint, { align: "center", size: 9 });
+    if (wide) surface.text(x, low + 38, isolated(labelOf(scene, i)), colour, { align: "center", bold: root });
+    else surface.text(x + 4, low + 35, isolated(labelOf(scene, i)), colour, { align: "right", slanted: true, bold: root });
+  });
+}
+
+// The messages of a chat as bars below their tokens, each with its role.
+function paintRoles(surface, scene, view, colours, floor) {
+  const half = Math.min(view.sx / 2 - 2, 16), bars = [];
+  for (let n = 0, end; n < scene.shown.length; n = end) {
+    const first = scene.shown[n], { key, role, template } = scene.messages[first];
+    end = n + 1;
+    while (end < scene.shown.length && scene.messages[scene.shown[end]].key === key) end++;
+    const start = Math.max(view.x(scene.x[first]) - half, view.left), stop = Math.min(view.x(scene.x[scene.shown[end - 1]]) + half, view.width);
+    if (!template && stop > start) bars.push([start, stop, role]);
+  }
+  bars.forEach(([start, stop, role], i) => {
+    const colour = colours.roles[roleIndex(role)], room = (i + 1 < bars.length ? bars[i + 1][0] : view.width) - start;
+    surface.box(start, floor + 12, stop - start, 2.5, colour);
+    surface.text(start, floor + 24, clip(role, Math.max(Math.floor(room / 5.8) - 1, 1)), colour, { size: 9.5, bold: true });
   });
 }
 

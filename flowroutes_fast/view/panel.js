@@ -113,7 +113,8 @@ class Panel {
     add(this.element, "p", stateText(scene.routes[0].trace, node.height), "muted");
     this.sides(scene, (side) => (node.sides >> side & 1 ? (side ? column.b : column.a) : -1), (route, side, position) => {
       const { trace } = route, into = node.into.filter((line) => line.edge[side] >= 0);
-      facts(this.element, [["state", stateName(node.height, position)]]);
+      const role = roleOf(trace, position);
+      facts(this.element, [["state", stateName(node.height, position)], ...(role ? [["message", role === "template" ? "none: the template's" : role]] : [])]);
       this.entering(scene, route, side, node, into, position);
       this.lens(trace, node.height, position);
     });
@@ -141,6 +142,7 @@ class Panel {
   }
 
   missing(trace) {
+    if (trace.looked) return trace.looked.waiting ? "…" : trace.looked.missing || "There is none here.";
     if (trace.details.missing) return trace.details.missing;
     if (trace.details.partial) return "Left out of this page to keep it small: it holds those of the route that the page was opened with.";
     return "Not in this page: it needs the model (flowroutes view … --model NAME).";
@@ -174,7 +176,7 @@ class Panel {
     const order = Array.from({ length: edges.count[e] }, (_, i) => edges.first[e] + i).sort((p, q) => Math.abs(parts.value[q]) - Math.abs(parts.value[p]));
     const side = scene.routes.indexOf(route);
     const shown = order.slice(0, 16).map((p) => {
-      const head = parts.head[p], role = head === REST ? "" : trace.roles[trace.role[line.layer * trace.heads + head]];
+      const head = parts.head[p], role = head === REST || trace.lazy ? "" : trace.roles[trace.role[line.layer * trace.heads + head]];
       const [low, high] = partBounds(route, e, p);
       const action = head === REST ? null : () => this.select({ type: "head", layer: line.layer, head, query: target, side, line });
       return [headName(line.layer, head), parts.value[p], "attention", action, `${low.toFixed(5)} to ${high.toFixed(5)}${role ? ", " + role : ""}`];
@@ -206,10 +208,10 @@ class Panel {
 
   headOf(trace, layer, head, query) {
     const cell = layer * trace.heads + head, at = (layer * trace.n + query) * trace.heads + head;
-    const role = trace.roles[trace.role[cell]], share = trace.role_share[cell];
+    const role = trace.lazy ? "" : trace.roles[trace.role[cell]], share = trace.lazy ? 0 : trace.role_share[cell];
     facts(this.element, [
       ["head", headName(layer, head)],
-      ["role here", role ? `${role} (${(100 * share).toFixed(0)} % of its importance)` : "none: no place has more than half"],
+      trace.lazy ? ["role here", "not known: it needs all rows, and only those of routes were evaluated"] : ["role here", role ? `${role} (${(100 * share).toFixed(0)} % of its importance)` : "none: no place has more than half"],
       ["all keys", `${number(trace.heads_of[at])} of the state`],
       ...(trace.bounded ? [["known", interval([trace.heads_low[at], trace.heads_high[at]])]] : []),
     ]);

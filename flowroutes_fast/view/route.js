@@ -20,12 +20,62 @@ function starts(counts) {
 }
 
 async function openTrace(about, text) {
-  const buffer = await unpack(text);
-  const trace = { ...about, n: about.tokens.length };
-  for (const [name, [type, at, length]] of Object.entries(about.blocks)) trace[name] = new TYPES[type](buffer, at, length);
+  const arrays = await openArrays(about, text), n = about.tokens.length;
+  about.messageOf = new Int32Array(n).fill(-1); // which message of a chat a token belongs to, -1: none, or the template's
+  about.chat.forEach(([, first, stop], i) => about.messageOf.fill(i, first, stop));
+  if (about.lazy) return addRows({ ...about, n, ...noRows(about.layers * n, about.heads, arrays) }, about, arrays);
+  return indexed({ ...about, n, ...arrays });
+}
+
+async function openArrays({ blocks }, text) {
+  const buffer = await unpack(text), arrays = {};
+  for (const [name, [type, at, length]] of Object.entries(blocks)) arrays[name] = new TYPES[type](buffer, at, length);
+  return arrays;
+}
+
+function indexed(trace) {
   trace.rowPairs = starts(trace.row_pairs);
   trace.pairEdges = starts(trace.pair_heads);
   return trace;
+}
+
+// A served trace of which no row is known yet. Numbers of a row are NaN where it was not evaluated.
+const SPARSE = ["pair_key", "pair_heads", "head", "value"];
+function noRows(rows, heads, { rows: mine, row_pairs, pair_key, pair_heads, head, value, ...numbers }) {
+  const trace = { row_pairs: new Uint32Array(rows), pair_key: new Uint32Array(0), pair_heads: new Uint16Array(0), head: new Uint16Array(0), value: new Float32Array(0) };
+  for (const name of Object.keys(numbers)) trace[name] = new Float32Array(rows * (name.startsWith("heads_") ? heads : 1)).fill(NaN);
+  return indexed(trace);
+}
+
+// Put rows that the server evaluated into a trace, in the place of what it had of them.
+function addRows(trace, { number, have, floor = trace.floor }, arrays) {
+  const old = { ...trace }, fresh = indexed({ ...arrays }), count = trace.row_pairs.length, place = new Int32Array(count).fill(-1);
+  Object.assign(trace, { number, have, floor });
+  for (const name of Object.keys(arrays)) {
+    if (name === "rows" || name === "row_pairs" || SPARSE.includes(name)) continue;
+    const each = name.startsWith("heads_") ? trace.heads : 1;
+    arrays.rows.forEach((row, i) => trace[name].set(arrays[name].subarray(i * each, (i + 1) * each), row * each));
+  }
+  arrays.rows.forEach((row, i) => { place[row] = i; });
+  const from = (row) => (place[row] < 0 ? [old, row] : [fresh, place[row]]);
+  trace.row_pairs = Uint32Array.from({ length: count }, (_, row) => { const [source, at] = from(row); return source.row_pairs[at]; });
+  let pairs = 0, edges = 0;
+  for (let row = 0; row < count; row++) {
+    const [source, at] = from(row);
+    pairs += source.row_pairs[at];
+    edges += source.pairEdges[source.rowPairs[at + 1]] - source.pairEdges[source.rowPairs[at]];
+  }
+  Object.assign(trace, { pair_key: new Uint32Array(pairs), pair_heads: new Uint16Array(pairs), head: new Uint16Array(edges), value: new Float32Array(edges) });
+  pairs = edges = 0;
+  for (let row = 0; row < count; row++) {
+    const [source, at] = from(row), p = source.rowPairs[at], q = source.rowPairs[at + 1], e = source.pairEdges[p], f = source.pairEdges[q];
+    if (p === q) continue;
+    for (const name of ["pair_key", "pair_heads"]) trace[name].set(source[name].subarray(p, q), pairs);
+    for (const name of ["head", "value"]) trace[name].set(source[name].subarray(e, f), edges);
+    pairs += q - p;
+    edges += f - e;
+  }
+  return indexed(trace);
 }
 
 // What an importance of one row is multiplied by to get its lower and upper bound.
@@ -188,6 +238,11 @@ function attentionRow(route, layer, t, row, same, limit, below, alone) {
   }
 }
 
+// The role whose message a token belongs to, "template" for what a chat's template adds, "" where there is no chat.
+const roleOf = (trace, position) => (!trace.chat.length ? "" : trace.messageOf[position] < 0 ? "template" : trace.chat[trace.messageOf[position]][0]);
+const ROLE_NAMES = ["system", "user", "assistant"];
+const roleIndex = (role) => (ROLE_NAMES.includes(role) ? ROLE_NAMES.indexOf(role) : 3);
+
 // Where an edge begins and ends: a node is (2 * level, or 2 * layer + 1 after attention) * n + position.
 function endsOf(trace, layer, kind, source, target) {
   const parallel = trace.shapes[layer] === "parallel", after = kind === FFN || kind === FFN_RESIDUAL;
@@ -210,6 +265,7 @@ function find(sorted, wanted) {
 
 // The most probable next tokens if a state were the last: [[text, probability]], or null.
 function lensOf(trace, height, position) {
+  if (trace.looked) return trace.looked.lens.get(height * trace.n + position) || null;
   const at = trace.lens_state ? find(trace.lens_state, height * trace.n + position) : -1;
   if (at < 0) return null;
   const k = trace.details.tokens;
@@ -218,6 +274,7 @@ function lensOf(trace, height, position) {
 
 // The keys with the largest attention weights of a head at a query: [[position, weight]], or null.
 function attentionOf(trace, layer, head, query) {
+  if (trace.looked) return (head !== REST && (trace.looked.attention.get(layer * trace.n + query) || [])[head]) || null;
   const at = trace.attention_row ? find(trace.attention_row, layer * trace.n + query) : -1;
   if (at < 0 || head === REST) return null;
   const { keys: k, heads } = trace.details, from = (at * heads + head) * k;

@@ -89,8 +89,19 @@ function fill(line, side, e, value) {
   line.value[side] = value;
 }
 
-// A scene of one route or of two that are compared. `columns`: of all tokens; `prune`: leave out those that no route touches.
-function buildScene(routes, columns, { prune, filter }) {
+// The message of a chat in each column: {key, role, template} (key: of one message), in the first trace that has the column; null where there is no chat.
+function messagesOf(routes, columns) {
+  if (!routes.some(({ trace }) => trace.chat.length)) return null;
+  return columns.map(({ a, b }) => {
+    const side = a >= 0 ? 0 : 1, { trace } = routes[Math.min(side, routes.length - 1)], position = side ? b : a;
+    const role = roleOf(trace, position);
+    return { key: `${role} ${trace.messageOf[position]}`, role, template: role === "template" };
+  });
+}
+
+// A scene of one route or of two that are compared. `columns`: of all tokens; `prune`: leave out those that no route touches; `fold`: of those,
+// what a chat's template adds.
+function buildScene(routes, columns, { prune, fold, filter }) {
   const placeOf = routes.map((route, side) => {
     const place = new Int32Array(route.trace.n).fill(-1);
     columns.forEach((column, i) => { const p = side ? column.b : column.a; if (p >= 0) place[p] = i; });
@@ -126,16 +137,16 @@ function buildScene(routes, columns, { prune, filter }) {
   routes.forEach((route, side) => route.roots.forEach((root) => { node(2 * route.trace.layers, placeOf[side][root], side).root |= 1 << side; }));
   for (const one of nodes.values()) one.into.sort((p, q) => q.strength - p.strength);
   lines.sort((p, q) => q.strength - p.strength);
-  const x = new Float64Array(count).fill(-1), shown = [];
+  const x = new Float64Array(count).fill(-1), shown = [], messages = messagesOf(routes, columns);
   let at = 0;
   for (let i = 0; i < count; i++) {
-    if (prune && !touched[i]) continue;
+    if ((prune || (fold && messages && messages[i].template)) && !touched[i]) continue;
     if (shown.length && shown[shown.length - 1] !== i - 1) at += GAP;
     x[i] = at++;
     shown.push(i);
   }
   return {
-    routes, columns, shown, x, width: Math.max(at - 1, 0), layers: routes[0].trace.layers, count, placeOf, touched, nodes, filter,
+    routes, columns, shown, x, width: Math.max(at - 1, 0), layers: routes[0].trace.layers, count, placeOf, touched, nodes, filter, messages,
     lines, sizes, allLines: sizes[0] + sizes[1] - sizes[2], byKey: new Map(lines.map((line) => [line.key, line])),
     signed: routes[0].trace.measure === "signed", compared: routes.length > 1,
   };

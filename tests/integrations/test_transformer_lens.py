@@ -420,3 +420,82 @@ def test_the_benchmarks_heads(tokenizer):
             block.self_attn.v_proj.bias.zero_()
     heads = benchmark.head_importances(bridge, torch.tensor(IDS))
     torch.testing.assert_close(heads, fr.trace(bridge, None, IDS, precision="exact").heads, atol=1e-5, rtol=0)
+
+
+def same_route(found, wanted):
+    keys = ["layer", "kind", "source", "target", "head"]
+    assert found.edges[keys].equals(wanted.edges[keys])
+    assert len(wanted.edges)
+    torch.testing.assert_close(torch.tensor(found.edges["importance"]), torch.tensor(wanted.edges["importance"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2"])
+def test_rows_on_demand(name, tokenizer):
+    """Routes of a bridge and of a cache evaluate the rows they reach, and are those of full traces."""
+    model = tiny(name)
+    full = fr.trace(model, None, IDS)
+    bridge = bridge_of(model, tokenizer)
+    _, cache = bridge.run_with_cache(torch.tensor([IDS]), names_filter=ours.hooks_for(bridge))
+    for source in (bridge, cache):
+        full = fr.trace(source, None, IDS)
+        for renormalize in (True, False):
+            lazy = fr.trace(source, None, IDS, lazy=True)
+            assert lazy.certificate["rows"] == 0
+            same_route(lazy.route(-1, 0.05, renormalize), full.route(-1, 0.05, renormalize))
+            assert 0 < lazy.certificate["rows"] < lazy.n_layers * len(IDS)
+            same_route(lazy.route(5, 0.01, renormalize), full.route(5, 0.01, renormalize))
+        same_route(fr.route(source, None, IDS, threshold=0.05), full.route(threshold=0.05))
+        signed = fr.trace(source, None, IDS, lazy=True, measure="signed").token_attribution()
+        wanted = fr.trace(source, None, IDS, measure="signed").token_attribution()
+        torch.testing.assert_close(torch.tensor(signed["importance"]), torch.tensor(wanted["importance"]), rtol=0, atol=1e-5)
+        near(lazy.complete(), full, 1e-5)
+    assert lazy.certificate["states"] == "activations"
+
+
+def test_caches_on_demand_of_a_padded_batch(tokenizer):
+    bridge = bridge_of(tiny("llama"), tokenizer)
+    tokenizer.padding_side = "left"
+    padded = tokenizer([TEXT, "5 6 7"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(padded["input_ids"], attention_mask=padded["attention_mask"])
+    given = (None, padded["input_ids"])
+    routes = fr.route(cache, *given, attention_mask=padded["attention_mask"])
+    for found, one in zip(routes, fr.trace(cache, *given, attention_mask=padded["attention_mask"]), strict=True):
+        same_route(found, one.route())
+
+
+def test_caches_on_demand_say_what_changed(tokenizer):
+    bridge = bridge_of(tiny("llama"), tokenizer)
+    _, cache = bridge.run_with_cache(torch.tensor([IDS]))
+
+    def lazy(**options):
+        return fr.trace(cache, None, IDS, lazy=True, **options)
+
+    for options, said in (
+        ({"memory": "1GiB"}, "memory= is for models that run"), ({"positions": [3]}, "leave out positions="),
+        ({"dense": True, "precision": "exact"}, "leave out positions= and dense=True"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            lazy(**options)
+    found = lazy()
+    found.route(3)
+    found.release()
+    found.route(3)
+    with pytest.raises(ValueError, match="activations of this trace were released"):
+        found.route(-1)
+    found = lazy()
+    cache.cache_dict["blocks.1.attn.hook_v"].mul_(1)
+    with pytest.raises(ValueError, match="layer 1: activations were written to after the trace was made"):
+        found.route(-1)
+    found = lazy()
+    with torch.no_grad():
+        bridge.original_model.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"layer 1: what heads .* does not belong to the model's present weights"):
+        found.route(-1)
+    pattern = torch.full_like(cache["pattern", 1], 1 / 12)
+    cache.cache_dict["blocks.1.attn.hook_pattern"] = pattern
+    with pytest.raises(ValueError, match="layer 1: attention looks ahead"):
+        lazy().route(4)
+    bridge.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: tensor)
+    with pytest.raises(ValueError, match=r"lazy= needs the transformers model inside .* or give its cache"):
+        fr.trace(bridge, None, IDS, lazy=True)

@@ -1,0 +1,163 @@
+"""What a route on demand costs over the model's own forward pass (last logits only), beside a full trace and a decode step.
+
+All of a length are run in turns: forward pass, ``fr.route`` at each threshold (its pass and its walk apart), one decode step, full trace.
+Memory: peak of a process that runs the pass, over one that runs the forward alone. Generation: ``fr.generate`` beside ``model.generate``.
+
+python benchmarks/on_demand.py --tokens 256 1024 2048
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flowroutes_fast as fr
+from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.loading.load import DEMO_NAME
+
+ROOT = Path(__file__).parent.parent
+THRESHOLDS = (0.04, 0.02, 0.01)
+
+
+def prompt(tokenizer: Any, tokens: int) -> list[int]:
+    """Real text: the project's own pages, as often as needed."""
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    ids = tokenizer(text)["input_ids"]
+    return (ids * (tokens // len(ids) + 1))[:tokens]  # type: ignore[no-any-return]
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = call()
+    return time.perf_counter() - start, found
+
+
+def walks(model: Any, ids: list[int], runs: int, full_up_to: int) -> dict[str, Any]:
+    """One length, everything in turns."""
+    batch = torch.tensor([ids])
+    with torch.no_grad():
+        cache = model(input_ids=batch, use_cache=True, logits_to_keep=1).past_key_values
+    times: dict[str, list[float]] = {}
+    edges: dict[str, int] = {}
+    rows: dict[str, float] = {}
+    states = ""
+
+    def note(name: str, taken: float) -> None:
+        times.setdefault(name, []).append(taken)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(input_ids=batch[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)
+
+    for _ in range(runs):
+        note("forward", seconds(forward)[0])
+        for threshold in THRESHOLDS:
+            options = {"floor": threshold, "thresholds": (threshold,), "tolerance": 0.1}
+            taken, trace = seconds(lambda options=options: fr.trace(model, None, ids, lazy=True, **options))
+            note("pass", taken)
+            taken, route = seconds(lambda trace=trace, threshold=threshold: trace.route(threshold=threshold))
+            note(f"walk {threshold}", taken)
+            edges[str(threshold)], rows[str(threshold)] = len(route.edges), trace.certificate["rows"] / (trace.n_layers * len(ids))
+            states = str(trace.certificate["states"])
+            trace.release()
+        note("decode step", seconds(step)[0])
+        if len(ids) <= full_up_to:
+            taken, trace = seconds(lambda: fr.trace(model, None, ids))
+            note("full trace", taken)
+            for threshold in THRESHOLDS:
+                assert len(trace.route(threshold=threshold).edges) == edges[str(threshold)], "a route differs from the full trace's"
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {str(t): (middle["pass"] + middle[f"walk {t}"]) / middle["forward"] for t in THRESHOLDS}
+    steps = {str(t): middle[f"walk {t}"] / middle["decode step"] for t in THRESHOLDS}
+    return {
+        "tokens": len(ids), "states": states, "seconds": middle, "over_forward": ratios, "pass_over_forward": middle["pass"] / middle["forward"],
+        "decode_steps": steps, "full_over_forward": middle["full trace"] / middle["forward"] if "full trace" in middle else None,
+        "sub_edges": edges, "share_of_rows": rows, "times": times,
+    }  # fmt: skip
+
+
+def peak(tokens: int, lazy: bool) -> float:
+    """MB of the resident peak of a process of its own."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import on_demand; on_demand.child({tokens}, {lazy})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    return float(out.stdout.split()[-1])
+
+
+def child(tokens: int, lazy: bool) -> None:
+    model, tokenizer = fr.load("demo")
+    ids = prompt(tokenizer, tokens)
+    if lazy:
+        trace = fr.trace(model, None, ids, lazy=True)
+        trace.route(threshold=0.04)
+    else:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def generation(model: Any, ids: list[int], count: int, runs: int) -> dict[str, Any]:
+    batch = torch.tensor([ids])
+    options = {"do_sample": False, "max_new_tokens": count}
+    plain, ours = [], []
+    for _ in range(runs):
+        taken, wanted = seconds(lambda: model.generate(batch, attention_mask=torch.ones_like(batch), **options))
+        plain.append(taken)
+        running = fr.generate(model, None, ids, count, do_sample=False)
+        ours.append(seconds(lambda running=running: list(running))[0])
+        assert running.token_ids == wanted[0, len(ids) :].tolist(), "the text differs from the model's"
+    return {
+        "prompt": len(ids), "tokens": count, "seconds": statistics.median(ours), "model_seconds": statistics.median(plain),
+        "over_generate": statistics.median(ours) / statistics.median(plain),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048, 4096, 8192])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--full-up-to", type=int, default=2048, help="longest prompt that is traced whole beside it")
+    parser.add_argument("--generate", type=int, default=64, help="tokens generated after a prompt of 1,024; 0 for none")
+    parser.add_argument("--memory", type=int, nargs="*", default=[2048, 8192])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "on-demand.json")
+    arguments = parser.parse_args()
+    model, tokenizer = fr.load("demo")
+    found: dict[str, Any] = {"conditions": conditions("cpu", "cpu") | {"model": DEMO_NAME, "load_before": os.getloadavg()}, "rows": []}
+    for tokens in arguments.tokens:
+        row = walks(model, prompt(tokenizer, tokens), max(2, arguments.runs - tokens // 2048), arguments.full_up_to)
+        found["rows"].append(row)
+        over = "  ".join(f"τ {t}: {r:.2f} ({row['decode_steps'][t]:.1f} steps)" for t, r in row["over_forward"].items())
+        full = "" if row["full_over_forward"] is None else f"  full trace {row['full_over_forward']:.2f}"
+        print(f"{tokens:5} tokens ({row['states']}): pass {row['pass_over_forward']:.2f}  {over}{full}", flush=True)
+    if arguments.generate:
+        found["generation"] = generation(model, prompt(tokenizer, 1024), arguments.generate, max(2, arguments.runs // 2))
+        print(f"generation: {found['generation']['over_generate']:.2f} of model.generate", flush=True)
+    found["memory"] = []
+    for tokens in arguments.memory:
+        plain, ours = peak(tokens, False), peak(tokens, True)
+        config = model.config
+        kv = 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        floor = config.num_hidden_layers * tokens * (config.hidden_size + kv) * 4 / 1e6
+        found["memory"].append({"tokens": tokens, "forward_mb": plain, "lazy_mb": ours, "inputs_and_kv_mb": floor, "over_mb": ours - plain})
+        print(f"{tokens:5} tokens: {ours - plain:.0f} MB over the forward; layer inputs, keys and values are {floor:.0f} MB", flush=True)
+    found["conditions"]["load_after"] = os.getloadavg()
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
