@@ -331,7 +331,9 @@ def arrays(counts: Counts, case: Case, tier: str, lazy: Any, full: Any) -> None:
             found = {(p, n): v for p, n, v in zip(*mine.index.tolist(), mine.importance.tolist(), strict=True)}
             wanted = {(p, n): v for p, n, v in zip(*(theirs[c].tolist() for c in ("position", "neuron", "importance")), strict=True)}
             edge = {key: abs(abs(found.get(key, wanted.get(key, 0))) - full.floor) for key in found.keys() ^ wanted.keys()}
-            off = max((abs(found[key] - wanted[key]) - 2 * full.tolerance * abs(wanted[key]) for key in found.keys() & wanted.keys()), default=0.0)
+            off = max(
+                (abs(found[key] - wanted[key]) - 2 * full.tolerance * abs(wanted[key]) for key in found.keys() & wanted.keys()), default=0.0
+            )
             if off > near or any(v > near + 2 * full.tolerance * full.floor for v in edge.values()):
                 counts.differ.append(f"{case}: neurons of layer {layer} differ by {off:.1e}, {len(edge)} at the floor")
 

@@ -166,10 +166,7 @@ class KeptLayer:
     def _of_span(self, span: Span, positions: Tensor, at: Tensor, neurons: bool) -> Layer:
         n_key = 0 if self.key is None else self.key.shape[1]
         mask = None if span.mask is None else _padded(span.mask[..., at.to(span.mask.device), :], n_key)
-        if span.lean:
-            layer = self._again(span, positions, at, mask, neurons)
-        else:
-            layer = replace(some_rows(span.layer, at), state=None)
+        layer = self._again(span, positions, at, mask, neurons) if span.lean else replace(some_rows(span.layer, at), state=None)
         alone = None if mask is not None or self.key is None else positions
         key, value = (None if t is None else t.to(self.device) for t in (self.key, self.value))
         return replace(layer, key=key, value=value, mask=mask, positions=alone, window=self.window if mask is None else 0)

@@ -94,9 +94,13 @@ def put_on(model: nn.Module, block: Block) -> str:
     forwards = (
         f"the forward of {name or 'the block'}"
         for name, module in block.module.named_modules()
-        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook") and type(module.__dict__["forward"]).__module__.split(".")[0] not in IDLE
+        if "forward" in module.__dict__
+        and not hasattr(module, "_hf_hook")
+        and type(module.__dict__["forward"]).__module__.split(".")[0] not in IDLE
     )
-    return " and ".join(phrase for phrase in (_several("forward hooks", _hooks(model, block)), _several("replaced methods", forwards)) if phrase)
+    return " and ".join(
+        phrase for phrase in (_several("forward hooks", _hooks(model, block)), _several("replaced methods", forwards)) if phrase
+    )
 
 
 def _patched(block: Block) -> Iterator[str]:
