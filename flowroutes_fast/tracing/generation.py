@@ -130,6 +130,7 @@ class _Run:
         self.steps = 0
         self.watching = ExitStack()
         self.start = 0.0
+        self.threads = torch.get_num_threads()
 
     def stop(self) -> None:
         self.stopped = True
@@ -138,6 +139,7 @@ class _Run:
     def work(self) -> None:
         try:
             self.turn.acquire()
+            torch.set_num_threads(self.threads)  # a new thread may begin with another number
             if not self.stopped:
                 self._generate()
             self.answers.put(None)
