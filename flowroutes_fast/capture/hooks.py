@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flowroutes_fast.capture.conservation import Conservation, recomputes
 from flowroutes_fast.models.causes import causes, foreign_classes, modes, replaced_functions, written_elsewhere
 from flowroutes_fast.models.families import Block, blocks_of
+from flowroutes_fast.models.modules import modules_of
 from flowroutes_fast.models.precision import coarsest_dtype
 from flowroutes_fast.ops.bounds import causal_mask
 from flowroutes_fast.system.ambient import neutral
@@ -208,7 +209,7 @@ def _attention_interface(model: Any, blocks: list[Block]) -> Iterator[None]:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules_of(model) if module.training]
     try:
         for module in training:
             module.training = False
@@ -638,7 +639,7 @@ def _meddled(block: nn.Module, foreign: set[type]) -> bool:
         return True
     return any(
         m._forward_hooks or m._forward_pre_hooks or type(m) in foreign or ("forward" in m.__dict__ and not hasattr(m, "_hf_hook"))
-        for m in block.modules()
+        for m in modules_of(block)
     )
 
 
@@ -680,7 +681,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _rotations_of_their_own(model: nn.Module) -> Iterator[None]:
     """Every pass is rotated as in a fresh model: dynamic rotary embeddings otherwise keep the frequencies of the longest prompt so far."""
-    rotary = [m for m in model.modules() if hasattr(m, "max_seq_len_cached") and "dynamic" in str(getattr(m, "rope_type", ""))]
+    rotary = [m for m in modules_of(model) if hasattr(m, "max_seq_len_cached") and "dynamic" in str(getattr(m, "rope_type", ""))]
     before = [(m, dict(m._buffers), {n: v for n, v in vars(m).items() if n.endswith("max_seq_len_cached")}) for m in rotary]
     handles = [m.register_forward_pre_hook(only_here(lambda module, args: _reset(module))) for m in rotary]
     try:

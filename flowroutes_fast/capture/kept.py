@@ -5,6 +5,7 @@ In the second case the rows that are asked for run once more through their block
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -138,15 +139,18 @@ class KeptLayer:
                 found.append(self._of_span(span, places[-1], at[inside], neurons))
         return _joined(found, places)
 
-    def with_weights(self, layer: Layer) -> Layer:
-        """Rows of the layer, with W_O read once; :class:`Changed` if its weights are not those of the pass."""
+    def with_weights(self, layer: Layer, product: bool = True) -> Layer:
+        """Rows of the layer, with W_O read once; :class:`Changed` if its weights are not those of the pass.
+
+        ``product``: W_O is compared; False where the kernel that reads it does so.
+        """
         if layer.query is not None:
             w_o = layer.output_weight()
             layer = replace(layer, weight=lambda: w_o)
-        self.check_weights(weights_of(layer, self.neurons))
+        self.check_weights(weights_of(layer, self.neurons, None if product or not self.weights else self.weights[0]))
         return layer
 
-    def check_weights(self, found: list[Tensor]) -> None:
+    def check_weights(self, found: list[Tensor | None]) -> None:
         """:class:`Changed` unless these are what the first weights gave."""
         same = len(found) <= len(self.weights) and all(map(same_weights, found, self.weights))
         if not same:
@@ -215,34 +219,43 @@ def check_own(layer: int, key: Tensor, value: Tensor, stored: Stored) -> None:
 
 
 PROBES = 997  # numbers that a probe repeats
+SAME_WEIGHTS = 1e-4  # of products with a probe, relative to the largest
 
 
+@functools.lru_cache(maxsize=8)
 def probe(size: int, device: torch.device) -> Tensor:
-    """Fixed numbers ``[size]`` between -1 and 1, float32."""
+    """Fixed numbers ``[size]`` between -1 and 1, float32; not to be written to."""
     return torch.arange(size, dtype=torch.int64, device=device).remainder(PROBES).float().mul(1.7).cos()
 
 
-def weights_of(layer: Layer, neurons: bool) -> list[Tensor]:
-    """What rows of a layer are evaluated with beside what is kept of it, to be known again: products of matrices with a probe, and biases."""
-    block, found = layer.block, list[Tensor]()
+def weights_of(layer: Layer, neurons: bool, product: Tensor | None = None) -> list[Tensor | None]:
+    """What rows of a layer are evaluated with beside what is kept of it, to be known again: products of matrices with a probe, and biases.
+
+    ``product``: that of W_O ``[head * d_head]``, where it is compared elsewhere.
+    """
+    block, found = layer.block, list[Tensor | None]()
     if layer.query is not None and layer.value is not None:
-        w_o = layer.output_weight()
-        found = [(w_o @ probe(w_o.shape[2], w_o.device)).flatten(), *_biases(block.value_bias(), block.output_bias)]
+        if product is None:
+            flat = layer.output_weight().permute(2, 0, 1).flatten(1)  # a view where W_O views a linear layer
+            product = probe(len(flat), flat.device) @ flat
+        found = [product, *_biases(block.value_bias(), block.output_bias)]
     if neurons and block.down is not None:
         w_down = block.w_down()
         found += [w_down @ probe(w_down.shape[1], w_down.device), *_biases(block.down_bias)]
     return found
 
 
-def _biases(*given: Tensor | None) -> list[Tensor]:
-    return [torch.zeros(1, dtype=torch.float32, device="cpu") if bias is None else bias.clone() for bias in given]
+def _biases(*given: Tensor | None) -> list[Tensor | None]:
+    return [None if bias is None else bias.clone() for bias in given]
 
 
-def same_weights(found: Tensor, wanted: Tensor) -> bool:
+def same_weights(found: Tensor | None, wanted: Tensor | None) -> bool:
     """Equal up to another order of sums."""
-    if found.shape != wanted.shape:
+    if found is wanted:
+        return True
+    if found is None or wanted is None or found.shape != wanted.shape:
         return False
-    return bool((found.float() - wanted.to(found.device).float()).abs().max() <= 1e-4 * wanted.float().abs().max())
+    return bool((found.float() - wanted.to(found.device).float()).abs().max() <= SAME_WEIGHTS * wanted.float().abs().max())
 
 
 def close_rows(found: Tensor, wanted: Tensor) -> bool:

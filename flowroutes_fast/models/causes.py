@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from flowroutes_fast.models.families import Block
+from flowroutes_fast.models.modules import modules_of
 from flowroutes_fast.models.rounding import stores_few_bits
 from flowroutes_fast.models.weights import is_adapter, named
 
@@ -138,7 +139,7 @@ def _foreign(function: Any, home: str = "torch") -> str:
 
 def foreign_classes(blocks: list[Block]) -> set[type]:
     """Classes of modules in these blocks that other code than the libraries' runs in."""
-    kinds = {type(module) for block in blocks for module in block.module.modules()}
+    kinds = {type(module) for block in blocks for module in modules_of(block.module)}
     return {kind for kind in kinds if any(written_elsewhere(getattr(kind, method, None)) for method in CALLED)}
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from flowroutes_fast.models.modules import modules_of, name_of
 from flowroutes_fast.models.rounding import AGREEMENT, LOW_BIT_AGREEMENT, coarsest_of, computing_types, stores_few_bits, type_of_error
 
 NUMBERS_AT_ONCE = 2**24  # of the identity and of the answers to it, in float32
@@ -72,34 +73,47 @@ def _is_readable(t: Tensor) -> bool:
 
 def check_adapters(model: nn.Module) -> None:
     """``ValueError`` for adapters that act through their wrapper's forward pass, which a trace does not call."""
-    for name, module in model.named_modules():
+    for module in modules_of(model):
         if (why := _depends_on_wrapper(module)) is not None:
+            name = name_of(module, model)
             raise ValueError(f"the adapter on {name or 'the model'} ({why}) cannot be traced: disable it, or merge it where it can be")
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
     """What changes when a model's weights are written to or its adapters switched; weights that come and go (offloaded, packed) are left out."""
-    held = [m for m in model.modules() if not hasattr(m, "_hf_hook")]
-    weights = [p for m in held for p in m._parameters.values() if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta]
+    held = [m for m in modules_of(model) if "_hf_hook" not in m.__dict__]
+    return _versions(_weights(held)), _switches(held)
+
+
+def state_and_places(model: nn.Module) -> tuple[Any, ...]:
+    """The same, and where the weights are, and their types: what changes when a model is moved or converted."""
+    held = [m for m in modules_of(model) if "_hf_hook" not in m.__dict__]
+    weights = _weights(held)
+    return _versions(weights), _switches(held), tuple([(p.data_ptr(), p.dtype) for p in weights])
+
+
+def _weights(held: list[nn.Module]) -> list[nn.Parameter]:
+    return [p for m in held for p in m._parameters.values() if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta]
+
+
+def _versions(weights: list[nn.Parameter]) -> tuple[Any, ...]:
+    return tuple([(id(p), 0 if p.is_inference() else p._version) for p in weights])
+
+
+def _switches(held: list[nn.Module]) -> tuple[Any, ...]:
     adapters = [m for m in held if is_adapter(m)]
-    switches = [tuple(map(str, (getattr(m, name, "") for name in ("disable_adapters", "merged", "active_adapters")))) for m in adapters]
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in weights), tuple(switches)
-
-
-def places_of(model: nn.Module) -> tuple[Any, ...]:
-    """Where the weights of :func:`state_of` are, and their types: what changes when a model is moved or converted."""
-    held = [m for m in model.modules() if not hasattr(m, "_hf_hook")]
-    weights = [p for m in held for p in m._parameters.values() if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta]
-    return tuple((p.data_ptr(), p.dtype) for p in weights)
+    return tuple(tuple(map(str, (getattr(m, name, "") for name in ("disable_adapters", "merged", "active_adapters")))) for m in adapters)
 
 
 def _depends_on_wrapper(module: Any) -> str | None:
     kind = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
     if is_adapter(module) and kind in _BY_WRAPPER and not getattr(module, "disable_adapters", False):
         return _BY_WRAPPER[kind]
-    variants: Any = getattr(module, "lora_variant", None)
+    variants: Any = module.__dict__.get("lora_variant")
+    if not variants:
+        return None
     off = getattr(module, "disable_adapters", False) or getattr(module, "merged", False)
-    active = () if not variants or off else module.active_adapters
+    active = () if off else module.active_adapters
     if any("ALora" in getattr(variants.get(name), "__name__", type(variants.get(name)).__name__) for name in active):
         return "activated LoRA: it acts only on tokens after its invocation sequence"
     return None

@@ -213,7 +213,7 @@ class _Run:
             self.check.finish()
             for layer in self.layers:
                 self.states.keep(layer)
-            facts = pass_facts(self.model, self.tokenizer, self.prompt, self.options, None, time.perf_counter() - self.start)
+            facts = pass_facts(self.model, self.blocks, self.tokenizer, self.prompt, self.options, None, time.perf_counter() - self.start)
             self.trace = lazy_trace(self.states, self.options, facts | {"chat": self.chat})
         else:
             self._grow()

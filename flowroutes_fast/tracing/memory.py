@@ -7,12 +7,14 @@ stands in the constants below.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from flowroutes_fast.models.families import family_of
+from flowroutes_fast.models.modules import modules_of
 from flowroutes_fast.ops.certified import CAPACITY
 from flowroutes_fast.system.memory import address_space, available_device_memory, available_memory
 from flowroutes_fast.tracing.importances import FEW_KEYS, Options
@@ -215,5 +217,6 @@ def working_memory(model: nn.Module, tokens: int, options: Options, batch: int) 
 
 def _element(model: nn.Module) -> int:
     """Bytes of a number in a model's activations."""
-    norms = [p for p in model.parameters() if p.dim() == 1 and p.is_floating_point()]
-    return (norms[0] if norms else next(model.parameters())).element_size()
+    weights = (p for m in modules_of(model) for p in m._parameters.values() if p is not None)
+    first = next(weights)
+    return next((p for p in chain([first], weights) if p.dim() == 1 and p.is_floating_point()), first).element_size()

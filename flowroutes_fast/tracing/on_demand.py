@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flowroutes_fast.capture.hooks import Layer
 from flowroutes_fast.capture.kept import Changed, KeptLayer, can_be_lean, check_first_keys, close_rows, run_positions, running
 from flowroutes_fast.models.families import blocks_of
-from flowroutes_fast.models.weights import places_of, state_of
+from flowroutes_fast.models.weights import state_and_places
 from flowroutes_fast.system.ambient import in_neutral
 from flowroutes_fast.system.memory import available_memory
 from flowroutes_fast.tracing.importances import LayerImportances, Options, importances
@@ -42,7 +42,7 @@ class States:
     def __init__(self, model: nn.Module, options: Options, n_layers: int, budget: int | None) -> None:
         self.model, self.options, self.n_layers, self.budget = weakref.ref(model), options, n_layers, budget
         self.layers: list[KeptLayer] = []
-        self.traced = state_of(model), places_of(model)
+        self.traced = state_and_places(model)
         self._last: tuple[KeptLayer, Tensor] | None = None  # the layer before, and what it gave
         self.tier = ""
         self.lock = threading.RLock()
@@ -141,7 +141,7 @@ class States:
             raise ValueError(
                 "the model of this lazy trace is gone, and rows that were not evaluated before need it: keep it, or trace again"
             )
-        if (state_of(alive), places_of(alive)) != self.traced:
+        if state_and_places(alive) != self.traced:
             raise ValueError("the model has changed since it was traced (its weights, where they are, or which adapters act): trace again")
         return alive
 

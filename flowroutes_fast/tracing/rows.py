@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowroutes_fast.capture.conservation import check_finite
 from flowroutes_fast.capture.hooks import Layer
-from flowroutes_fast.capture.kept import ROW_WISE, Changed, KeptLayer, probe, same_weights
+from flowroutes_fast.capture.kept import ROW_WISE, SAME_WEIGHTS, Changed, KeptLayer, probe
 from flowroutes_fast.ops import native
 from flowroutes_fast.ops.certified import CAPACITY, FIRST_CUT, Counts
 from flowroutes_fast.tracing.importances import FEW_KEYS, Options, parts_of
@@ -33,7 +33,8 @@ class Prepared:
     arguments: native.Arguments
     w_o: Tensor  # [d_model, head * d_head]
     exact: bool  # every row is evaluated whole
-    answer: Tensor  # to the probe of W_O in the pass, [head * d_head]
+    answer: np.ndarray  # to the probe of W_O in the pass, [head * d_head]
+    slack: float  # by how much another order of sums may change it
 
     def take(self, name: str, rows: Tensor, dim: int = 0) -> Tensor:
         """Rows (rising) of something that the layer has by token."""
@@ -87,7 +88,7 @@ def _plain(kept: KeptLayer, options: Options) -> bool:
 
 
 def _prepare(kept: KeptLayer, options: Options) -> Prepared | None:
-    one = kept.with_weights(_last_row(kept))
+    one = kept.with_weights(_last_row(kept), product=False)
     check_finite(one)
     parts = parts_of(one, options.bias)
     assert parts.value is not None
@@ -113,7 +114,9 @@ def _prepare(kept: KeptLayer, options: Options) -> Prepared | None:
     arguments.take("probe", probe(d_model, flat.device), d_model)
     arguments.take_rows("key", one.key, (kv, tokens, d_qk), ("k_head", "k_row"), where="k")  # type: ignore[arg-type]
     arguments.take_rows("value", parts.value, (kv, tokens, d_v), ("v_head", "v_row"), where="v")
-    return Prepared(kept.key, *_spans(kept), arguments, flat, exact, kept.weights[0])  # type: ignore[arg-type]
+    assert kept.weights[0] is not None
+    answer = kept.weights[0].numpy()
+    return Prepared(kept.key, *_spans(kept), arguments, flat, exact, answer, SAME_WEIGHTS * float(np.abs(answer).max()))  # type: ignore[arg-type]
 
 
 def _last_row(kept: KeptLayer) -> Layer:
@@ -138,7 +141,7 @@ def _grown(kept: KeptLayer, found: Prepared) -> Prepared:
     arguments["keys"] = tokens
     arguments.take_rows("key", kept.key, (kv, tokens, kept.key.shape[2]), ("k_head", "k_row"), where="k")
     arguments.take_rows("value", kept.value, (kv, tokens, d_v), ("v_head", "v_row"), where="v")
-    return Prepared(kept.key, *_spans(kept), arguments, found.w_o, found.exact, found.answer)
+    return Prepared(kept.key, *_spans(kept), arguments, found.w_o, found.exact, found.answer, found.slack)
 
 
 @dataclass
@@ -183,7 +186,7 @@ def importances_of(made: Prepared, rows: Tensor, options: Options, whole: bool) 
     answer = arguments.make("answer", heads * arguments["d_v"])
     table = arguments.make("table", n, SCALARS + 3 * heads).numpy()
     index, value, counts = arguments.call("few_rows")
-    if not same_weights(answer, made.answer):
+    if not np.abs(answer.numpy() - made.answer).max() <= made.slack:
         raise Changed(layer.index, "weights")
     finite = np.isfinite(table)
     if parallel:

@@ -19,6 +19,7 @@ from flowroutes_fast.capture.hooks import Layer, capture, last_logits, rows_of, 
 from flowroutes_fast.loading.streaming import Stream, parse_memory, stream_of
 from flowroutes_fast.models.families import Block, blocks_of, rotary_regime, text_config
 from flowroutes_fast.models.heads import predicts
+from flowroutes_fast.models.modules import modules_of, name_of
 from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.models.weights import check_adapters, state_of
 from flowroutes_fast.ops import choose_backend
@@ -155,7 +156,7 @@ def trace(
             check_memory(model, max(map(len, prompts)), options, batch=max(map(len, groups)), lazy=True)
         if past_key_values is not None:
             return _from_cache(model, tokenizer, prompts[0], options, past_key_values)
-        return _lazily(model, tokenizer, given, groups, options, memory, progress)
+        return _lazily(model, blocks, tokenizer, given, groups, options, memory, progress)
     check_memory(model, max(map(len, prompts)), needed, batch=max(map(len, groups)))
     results: list[list[LayerImportances]] = [[] for _ in prompts]
     outputs: list[Tensor | None] = [None] * len(prompts)
@@ -204,7 +205,7 @@ def check_model(model: nn.Module) -> list[Block]:
     Raises:
         ValueError: a family that is not known, weights that are not there, adapters that act outside the forward pass.
     """
-    if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+    if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in modules_of(model)):
         raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
     blocks = blocks_of(model)
     check_weights(model)
@@ -235,10 +236,9 @@ def _check_lazy(model: nn.Module, positions: Sequence[int] | None, resume: Any) 
 
 
 def pass_facts(
-    model: nn.Module, tokenizer: Any, ids: list[int], options: Options, logits: Tensor | None, seconds: float
+    model: nn.Module, blocks: list[Block], tokenizer: Any, ids: list[int], options: Options, logits: Tensor | None, seconds: float
 ) -> dict[str, Any]:  # fmt: skip
     """What a lazy trace says of its pass."""
-    blocks = blocks_of(model)
     return {
         "tokens": token_texts(tokenizer, ids), "token_ids": ids, "model": model_name(model), "floor": options.floor,
         "mixers": [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks], "shapes": [b.shape for b in blocks],
@@ -266,16 +266,16 @@ def _from_cache(model: nn.Module, tokenizer: Any, ids: list[int], options: Optio
     start = time.perf_counter()
     states = CachedStates(model, options, ids, cache)
     logits = last_logits(states.output, [len(ids) - 1], [len(ids) - 1]).get(0)
-    return lazy_trace(states, options, pass_facts(model, tokenizer, ids, options, logits, time.perf_counter() - start))
+    return lazy_trace(states, options, pass_facts(model, states.blocks, tokenizer, ids, options, logits, time.perf_counter() - start))
 
 
 def _lazily(
-    model: nn.Module, tokenizer: Any, given: Prompts, groups: list[list[int]], options: Options, memory: int | str | None,
-    progress: bool,
+    model: nn.Module, blocks: list[Block], tokenizer: Any, given: Prompts, groups: list[list[int]], options: Options,
+    memory: int | str | None, progress: bool,
 ) -> Any:  # fmt: skip
     """One forward pass whose layers are kept: a lazy trace per prompt."""
     budget = None if memory is None else parse_memory(memory)
-    device, blocks = model.get_input_embeddings().weight.device, blocks_of(model)  # type: ignore[operator]
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     device = _device(model) if device.type == "meta" else device
     traces: list[Trace | None] = [None] * len(given.ids)
     for members in groups:
@@ -296,7 +296,7 @@ def _lazily(
         logits = last_logits(output, lasts, [len(ids) - 1 for ids in prompts])
         total = time.perf_counter() - start
         for at, i in enumerate(members):
-            known = pass_facts(model, tokenizer, prompts[at], options, logits.get(at), total)
+            known = pass_facts(model, blocks, tokenizer, prompts[at], options, logits.get(at), total)
             traces[i] = lazy_trace(states[at], options, known | {"inputs": digests(given.inputs), "chat": given.chats[i]})
     return traces if given.several else traces[0]
 
@@ -367,7 +367,7 @@ def _run(
 def workers_for(model: nn.Module, options: Options, lengths: list[int]) -> tuple[int, Options]:
     """How many threads evaluate a batch's prompts side by side, and the options of each."""
     threads = options.threads or torch.get_num_threads()
-    if options.backend != "cpu" or len(lengths) < 2 or threads < 2 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if options.backend != "cpu" or len(lengths) < 2 or threads < 2 or any(hasattr(module, "_hf_hook") for module in modules_of(model)):
         return 1, options  # weights of offloaded modules come in for one reader at a time
     config = text_config(model)
     each = 4 * int(getattr(config, "num_attention_heads", 1)) * int(getattr(config, "hidden_size", 1)) * max(lengths)
@@ -478,11 +478,11 @@ def _device(model: nn.Module) -> torch.device:
 
 def check_weights(model: nn.Module) -> None:
     """``ValueError`` for a model without (all of) its weights; those that accelerate loads on demand are there."""
-    for name, module in model.named_modules():
-        missing = [n for n, p in module.named_parameters(recurse=False) if p.is_meta]
+    for module in modules_of(model):
+        missing = [n for n, p in module._parameters.items() if p is not None and p.is_meta]
         if missing and not hasattr(module, "_hf_hook"):
             raise ValueError(
-                f"the model has no weights for {name}.{missing[0]} (it is on the meta device): load it whole, or with device_map="
+                f"the model has no weights for {name_of(module, model)}.{missing[0]} (it is on the meta device): load it whole, or with device_map="
             )
 
 
