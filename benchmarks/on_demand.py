@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import flowroutes_fast as fr
@@ -127,14 +128,56 @@ def generation(model: Any, ids: list[int], count: int, runs: int) -> dict[str, A
     }  # fmt: skip
 
 
+def growth(found: dict[str, Any]) -> dict[str, float]:
+    """Exponents: slopes of log seconds and log bytes over log tokens, from 1,024 tokens on."""
+    rows = [row for row in found["rows"] if row["tokens"] >= 1024]
+    series = {
+        name: [(row["tokens"], row["seconds"][name]) for row in rows] for name in ("forward", *(f"walk {t}" for t in THRESHOLDS), "decode step")
+    } | {
+        "memory over the forward": [(row["tokens"], row["over_mb"]) for row in found["memory"]],
+    }  # fmt: skip
+    fitted = {}
+    for name, points in series.items():
+        positive = np.array([(n, y) for n, y in points if y > 0 and n >= 1024])
+        if len(positive) > 1:
+            fitted[name] = float(np.polyfit(*np.log(positive).T, 1)[0])
+    return fitted
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    tokens = [row["tokens"] for row in found["rows"]]
+    for name, style in (("forward", "k-"), ("walk 0.04", "C0-"), ("walk 0.02", "C1-"), ("walk 0.01", "C2-"), ("decode step", "k:")):
+        label = name.replace("walk", "walk at τ").replace("forward", "forward pass")
+        left.plot(tokens, [row["seconds"][name] for row in found["rows"]], style, marker="o", markersize=3, label=label)
+    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="time")
+    sizes = [row["tokens"] for row in found["memory"]]
+    right.plot(
+        sizes, [row["over_mb"] for row in found["memory"]], "C0-", marker="o", markersize=3, label="lazy trace and route, over the forward"
+    )
+    right.plot(sizes, [row["inputs_and_kv_mb"] for row in found["memory"]], "k:", label="layer inputs, keys and values")
+    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MB", title="memory")
+    for axes in (left, right):
+        axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    conditions = found["conditions"]
+    figure.suptitle(f"{conditions['model']} on {conditions['device']}, {conditions['threads']} thread(s)", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048, 4096, 8192])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--full-up-to", type=int, default=2048, help="longest prompt that is traced whole beside it")
     parser.add_argument("--generate", type=int, default=64, help="tokens generated after a prompt of 1,024; 0 for none")
-    parser.add_argument("--memory", type=int, nargs="*", default=[2048, 8192])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "on-demand.json")
+    parser.add_argument("--memory", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/on-demand-MACHINE-N-cores.json, and a .png beside it")
     arguments = parser.parse_args()
     model, tokenizer = fr.load("demo")
     found: dict[str, Any] = {"conditions": conditions("cpu", "cpu") | {"model": DEMO_NAME, "load_before": os.getloadavg()}, "rows": []}
@@ -156,7 +199,12 @@ def main() -> None:
         found["memory"].append({"tokens": tokens, "forward_mb": plain, "lazy_mb": ours, "inputs_and_kv_mb": floor, "over_mb": ours - plain})
         print(f"{tokens:5} tokens: {ours - plain:.0f} MB over the forward; layer inputs, keys and values are {floor:.0f} MB", flush=True)
     found["conditions"]["load_after"] = os.getloadavg()
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    found["growth"] = growth(found)
+    print({name: round(value, 2) for name, value in found["growth"].items()})
+    name = f"on-demand-{found['conditions']['device']}-{torch.get_num_threads()}-cores".replace(" ", "-").lower()
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}.json"
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    plot(found, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
