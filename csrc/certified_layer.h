@@ -69,6 +69,7 @@ struct Layer {
     std::vector<Pool::Buffer> k, v;           // [kv_head]: panels [key / NR][d][NR]
     std::vector<float> length;                // [kv_head, padded]: |v_j|
     std::vector<float> width, widest, common; // [head, d_model], [head]: |W_O[h, :, d]|, its largest, its largest without the wide ones
+    std::vector<float> factors;               // [query, d_model]: signs of y, and the probe, where the layer computes g itself
     std::vector<int32_t> wide;                // [head, WIDE]: channels of the largest, -1 where there are fewer
 
     explicit Layer(const Certified& problem, int threads)
@@ -90,6 +91,12 @@ struct Layer {
         widest.resize(p.heads);
         common.resize(p.heads);
         wide.assign(p.heads * WIDE, -1);
+        if (p.g_out) {
+            const int64_t n = p.queries * p.d_model;
+            factors.resize(n + (p.probe ? p.d_model : 0));
+            for (int64_t i = 0; i < n; ++i) factors[i] = std::copysign(1.f, p.y[i]);
+            if (p.probe) std::copy_n(p.probe, p.d_model, factors.data() + n);
+        }
         const int64_t parts = (padded + PART - 1) / PART;
         Failure failure;
 #pragma omp parallel num_threads(threads)
@@ -127,34 +134,26 @@ struct Layer {
         norms(p.w_o + d * p.w_row + from * p.d_v, p.d_v, to - from, p.d_v, [=](int64_t h, float length) { width[(from + h) * p.d_model + d] = length; });
     }
 
-    // the same of all channels, and while a channel is at hand g[i, h] = sum_d sign(y_d) W_O[h, :, d] of the rows and the answer to the probe;
-    // summed CHANNELS at a time
+    // the same of all channels, and while some channels are at hand g[i, h] = sum_d sign(y_d) W_O[h, :, d] of the rows and the answer to the
+    // probe; summed CHANNELS at a time, in the same order whatever rows are beside
     void products(int64_t from, int64_t to) {
         constexpr int64_t CHANNELS = 32;
         const int64_t n = (to - from) * p.d_v, row = p.heads * p.d_v, first = from * p.d_v;
         if (!n) return;
         const int64_t sums = p.queries + (p.probe ? 1 : 0);
-        std::vector<float> part(sums * n);
-        const auto out = [&](int64_t i) { return (i < p.queries ? p.g_out + i * row : p.answer) + first; };
-        for (int64_t i = 0; i < sums; ++i) std::fill_n(out(i), n, 0.f);
+        std::vector<float> out(sums * n);
         for (int64_t d0 = 0; d0 < p.d_model; d0 += CHANNELS) {
-            std::fill(part.begin(), part.end(), 0.f);
-            for (int64_t d = d0; d < std::min(p.d_model, d0 + CHANNELS); ++d) {
-                measure(d, from, to);
-                const float* w = p.w_o + d * p.w_row + first;
-                if (p.probe)
-                    for (int64_t c = 0; c < n; ++c) part[p.queries * n + c] += p.probe[d] * w[c];
-                for (int64_t i = 0; i < p.queries; ++i) {
-                    float* sum = part.data() + i * n;
-                    if (std::signbit(p.y[i * p.d_model + d]))
-                        for (int64_t c = 0; c < n; ++c) sum[c] -= w[c];
-                    else
-                        for (int64_t c = 0; c < n; ++c) sum[c] += w[c];
-                }
+            const int64_t count = std::min(p.d_model - d0, CHANNELS);
+            for (int64_t d = d0; d < d0 + count; ++d) measure(d, from, to);
+            const float* w = p.w_o + d0 * p.w_row + first;
+            for (int64_t c = 0; c < n; c += NR) {
+                const int width = static_cast<int>(std::min<int64_t>(NR, n - c));
+                for (int64_t i = 0; i < sums; i += MR)
+                    add_tile(factors.data() + i * p.d_model + d0, p.d_model, static_cast<int>(std::min<int64_t>(MR, sums - i)), w + c, p.w_row, count,
+                             width, out.data() + i * n + c, n);
             }
-            for (int64_t i = 0; i < sums; ++i)
-                for (int64_t c = 0; c < n; ++c) out(i)[c] += part[i * n + c];
         }
+        for (int64_t i = 0; i < sums; ++i) std::copy_n(out.data() + i * n, n, (i < p.queries ? p.g_out + i * row : p.answer) + first);
     }
 
     // the widest channels of one head

@@ -141,6 +141,46 @@ inline void tile(const float* a, int64_t a_row, int rows, const float* panel, in
     }
 }
 
+// out[r, 0:NR] += sum_c a[r, c] b[c, 0:NR] for R rows
+template <int R>
+inline void add_tile_of(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count, float* out, int64_t out_row) {
+    vec acc[R][2] = {};
+    for (int64_t c = 0; c < count; ++c) {
+        const vec b0 = load(b + c * b_row), b1 = load(b + c * b_row + LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const vec x = splat(a[r * a_row + c]);
+            acc[r][0] += x * b0;
+            acc[r][1] += x * b1;
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        store(out + r * out_row, load(out + r * out_row) + acc[r][0]);
+        store(out + r * out_row + LANES, load(out + r * out_row + LANES) + acc[r][1]);
+    }
+}
+
+// the same for 1 to MR rows and 1 to NR columns
+inline void add_tile(const float* a, int64_t a_row, int rows, const float* b, int64_t b_row, int64_t count, int width, float* out, int64_t out_row) {
+    if (width < NR) {
+        for (int r = 0; r < rows; ++r)
+            for (int x = 0; x < width; ++x) {
+                float sum = 0.f;
+                for (int64_t c = 0; c < count; ++c) sum += a[r * a_row + c] * b[c * b_row + x];
+                out[r * out_row + x] += sum;
+            }
+        return;
+    }
+    switch (rows) {
+        case 1: return add_tile_of<1>(a, a_row, b, b_row, count, out, out_row);
+        case 2: return add_tile_of<2>(a, a_row, b, b_row, count, out, out_row);
+        case 3: return add_tile_of<3>(a, a_row, b, b_row, count, out, out_row);
+        case 4: return add_tile_of<4>(a, a_row, b, b_row, count, out, out_row);
+        case 5: return add_tile_of<5>(a, a_row, b, b_row, count, out, out_row);
+        default: return add_tile_of<MR>(a, a_row, b, b_row, count, out, out_row);
+    }
+}
+
 // Channels of one row in ascending classes of |y|. end[b]: how many channels lie in class b or below.
 struct Magnitudes {
     std::vector<int32_t> channel, end;  // [queries, d_model], [queries, BUCKETS]
