@@ -14,6 +14,7 @@ from families import VARIANTS, make
 
 import flowroutes_fast as fr
 from flowroutes_fast.models.families import FAMILIES
+from flowroutes_fast.tracing import on_demand
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 7, 51]
 NAMES = sorted(FAMILIES) + sorted(VARIANTS)
@@ -452,3 +453,21 @@ def test_generation_refuses_by_name():
     with pytest.raises(ValueError, match="nosuch"):
         list(fr.generate(model, None, IDS, 2, nosuch=1))
     assert [number for number, _, _ in fr.generate(model, None, [IDS, IDS[:5]], 2, do_sample=False)] == [0, 0, 1, 1]
+
+
+def test_what_is_kept_follows_the_memory_that_is_free(monkeypatch):
+    """By reference within a quarter of it, block inputs within half; the prompts of a pass share it."""
+    model = make("llama")
+    kept = fr.trace(model, None, IDS, lazy=True)
+    sizes = kept.certificate["state_bytes"], fr.trace(model, None, IDS, lazy=True, memory=LITTLE).certificate["state_bytes"]
+    whole, lean = (-(-size // kept.n_layers) * kept.n_layers for size in sizes)
+
+    def tier(free, prompts=1):
+        monkeypatch.setattr(on_demand, "available_memory", lambda: free)
+        found = fr.trace(model, None, [IDS] * prompts if prompts > 1 else IDS, lazy=True)
+        return {one.certificate["states"] for one in (found if prompts > 1 else [found])}
+
+    assert tier(None) == tier(8 * whole) == {"whole"}
+    assert tier(8 * whole, 8) == {"inputs"}
+    assert tier(3 * whole) == {"inputs"}
+    assert tier(lean) == tier(0) == {"disk"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import mmap
 import tempfile
 import threading
@@ -22,11 +23,13 @@ from flowroutes_fast.capture.kept import Changed, KeptLayer, can_be_lean, check_
 from flowroutes_fast.models.families import blocks_of
 from flowroutes_fast.models.weights import state_and_places
 from flowroutes_fast.system.ambient import in_neutral
-from flowroutes_fast.system.memory import available_memory
+from flowroutes_fast.system.memory import available_device_memory, available_memory
 from flowroutes_fast.tracing.importances import LayerImportances, Options, importances
 from flowroutes_fast.tracing.rows import RowTable, importances_of, prepared
 
-WHOLE_BYTES = 2**30  # all that layers leave is kept by reference up to here, unless a budget says otherwise
+WHOLE_BYTES = (
+    2**31
+)  # all that layers leave is kept by reference up to here and a quarter of the free memory, unless a budget says otherwise
 TIERS = ("whole", "inputs", "host", "disk", "cache")
 
 
@@ -36,11 +39,13 @@ class States:
     Args:
         model: the model, of which only a weak reference is kept.
         options: how rows are evaluated.
-        n_layers: of the model. budget: most bytes that may be kept in memory; None: what :data:`WHOLE_BYTES` and half of the free memory say.
+        n_layers: of the model. budget: most bytes that may be kept in memory; None: what :data:`WHOLE_BYTES` and the free memory say.
+        prompts: of the same pass, each with states of its own, that share the memory.
     """
 
-    def __init__(self, model: nn.Module, options: Options, n_layers: int, budget: int | None) -> None:
-        self.model, self.options, self.n_layers, self.budget = weakref.ref(model), options, n_layers, budget
+    def __init__(self, model: nn.Module, options: Options, n_layers: int, budget: int | None, prompts: int = 1) -> None:
+        self.model, self.options, self.n_layers, self.prompts = weakref.ref(model), options, n_layers, prompts
+        self.budget = None if budget is None else budget // prompts
         self.layers: list[KeptLayer] = []
         self.traced = state_and_places(model)
         self._last: tuple[KeptLayer, Tensor] | None = None  # the layer before, and what it gave
@@ -86,18 +91,19 @@ class States:
                 kept.expect(layer.resid_post, after, follows)
 
     def _tier_for(self, layer: Layer) -> str:
-        whole = size_of([KeptLayer(layer, False)]) * self.n_layers
+        whole, lean = (size_of([KeptLayer(layer, kept)]) * self.n_layers for kept in (False, can_be_lean(layer)))
         device = layer.resid_post.device
-        if whole <= (WHOLE_BYTES if self.budget is None else self.budget):
-            return "whole"
-        lean = size_of([KeptLayer(layer, can_be_lean(layer))]) * self.n_layers
-        free = available_memory()
+        elsewhere = "host" if device.type != "cpu" else "disk"
         if self.budget is not None:
-            return "inputs" if lean <= self.budget else "host" if device.type != "cpu" else "disk"
-        if device.type != "cpu":
-            left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else lean
-            return "inputs" if lean <= left / 2 else "host" if free is None or lean <= free / 2 else "disk"
-        return "inputs" if free is None or lean <= free / 2 else "disk"
+            return "whole" if whole <= self.budget else "inputs" if lean <= self.budget else elsewhere
+        free, free_there = available_memory(), available_device_memory(device) if device.type == "cuda" else None
+        host = math.inf if free is None else free / self.prompts  # unknown: as much as is asked for
+        there = host if free_there is None else free_there / self.prompts
+        if whole <= min(WHOLE_BYTES / self.prompts, there / 4):
+            return "whole"
+        if lean <= there / 2:
+            return "inputs"
+        return elsewhere if lean <= host / 2 else "disk"
 
     @property
     def nbytes(self) -> int:

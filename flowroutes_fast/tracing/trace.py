@@ -106,8 +106,8 @@ def trace(
         lazy: evaluate nothing yet: the pass keeps what rows are evaluated from, and the returned :class:`LazyTrace` evaluates those that
             a route, ``edges(layer, positions=...)`` or an index reaches, each once, with the figures that a full trace has. The model must
             stay as it is, and alive.
-        memory: lazy: most bytes that may be kept, as a number or ``"2GiB"``. States are kept by reference while they fit (None: up to 1
-            GiB), else block inputs, keys and values alone, from which the rows that are reached run again, in main memory or on disk.
+        memory: lazy: most bytes that may be kept, as a number or ``"2GiB"``. States are kept by reference while they fit (None: up to 2
+            GiB and a quarter of the free memory), else block inputs, keys and values alone, from which the rows that are reached run again, in main memory or on disk.
         past_key_values: lazy: the cache of transformers that the model filled over these ids (one prompt, with its last token), used instead
             of running the prompt again; positions that a route reaches run once more.
 
@@ -280,7 +280,7 @@ def _lazily(
     traces: list[Trace | None] = [None] * len(given.ids)
     for members in groups:
         prompts, start = [given.ids[i] for i in members], time.perf_counter()
-        states = [States(model, options, len(blocks), None if budget is None else budget // len(given.ids)) for _ in members]
+        states = [States(model, options, len(blocks), budget, len(given.ids)) for _ in members]
         group = by_layer.group_of(prompts, list(range(len(prompts))), device)
         lasts = sorted({len(ids) - 1 for ids in prompts})
         with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:

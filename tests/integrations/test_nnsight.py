@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -249,6 +250,32 @@ def test_equals_and_leaves_as_it_was(name, implementation, tokenizer):
         after = wrapped.output.logits.save()
     assert torch.equal(before, after)
     same(fr.trace(wrapped, None, TEXT), expected)
+
+
+@needs_nnsight
+@pytest.mark.parametrize("memory", [None, 1000], ids=["whole", "inputs"])
+@pytest.mark.parametrize("name", MODELS)
+def test_routes_on_demand(name, memory, tokenizer):
+    """Rows that a route reaches, evaluated or run again through the model inside; refused within a block of its trace()."""
+    model = tiny(name)
+    full = fr.trace(model, tokenizer, TEXT)
+    wrapped = language_model(model, tokenizer=tokenizer)
+    with wrapped.trace(TEXT):
+        before = wrapped.output.logits.save()
+    state = state_of(model)
+    lazy = fr.trace(wrapped, None, TEXT, lazy=True, memory=memory)
+    for position, threshold in ((-1, 0.05), (4, 0.02)):
+        found, wanted = lazy.route(position, threshold).edges, full.route(position, threshold).edges
+        assert_frame_equal(found, wanted, rtol=1e-4, atol=1e-6)
+    assert 0 < lazy.certificate["rows"] < lazy.n_layers * len(lazy.tokens)
+    assert_frame_equal(fr.route(wrapped, None, TEXT, threshold=0.05).edges, full.route(threshold=0.05).edges, rtol=1e-4, atol=1e-6)
+    assert state_of(model) == state
+    fresh = fr.trace(wrapped, None, TEXT, lazy=True, memory=memory)
+    with pytest.raises(ValueError, match="inside a block"), wrapped.trace(TEXT):
+        fresh.route(threshold=0.05)
+    with wrapped.trace(TEXT):
+        after = wrapped.output.logits.save()
+    assert torch.equal(before, after)
 
 
 @needs_nnsight
