@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
@@ -14,9 +14,53 @@ from flowroutes_fast.tracing.on_demand import States
 from flowroutes_fast.tracing.trace import trace, workers_for
 from flowroutes_fast.tracing.workers import run_all
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flowroutes_fast.tracing.typed import OneText, RouteOptions, Texts
+
 LOOSE = 0.1  # tolerance of a normaliser that a renormalised route divides away
 
 
+@overload
+def route(
+    model: Any,
+    tokenizer: Any,
+    text: OneText,
+    position: int | Sequence[int] = ...,
+    threshold: float | None = ...,
+    renormalize: bool = ...,
+    *,
+    rule: str = ...,
+    keep: float | None = ...,
+    **options: Unpack[RouteOptions],
+) -> Route: ...
+@overload
+def route(
+    model: Any,
+    tokenizer: Any,
+    text: Texts,
+    position: int | Sequence[int] = ...,
+    threshold: float | None = ...,
+    renormalize: bool = ...,
+    *,
+    rule: str = ...,
+    keep: float | None = ...,
+    **options: Unpack[RouteOptions],
+) -> list[Route]: ...
+@overload
+def route(
+    model: Any,
+    tokenizer: Any,
+    text: Any,
+    position: int | Sequence[int] = ...,
+    threshold: float | None = ...,
+    renormalize: bool = ...,
+    *,
+    rule: str = ...,
+    keep: float | None = ...,
+    **options: Unpack[RouteOptions],
+) -> Any: ...
 def route(
     model: nn.Module,
     tokenizer: Any,

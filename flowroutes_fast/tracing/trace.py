@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -37,6 +37,11 @@ from flowroutes_fast.tracing.on_demand import CachedStates, States
 from flowroutes_fast.tracing.prompts import Prompts, digests, read_prompts
 from flowroutes_fast.tracing.workers import check_threads, run_all
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flowroutes_fast.tracing.typed import OneText, Texts, TraceOptions
+
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
 SIDE_BY_SIDE = 256 * 2**20  # bytes that all workers together may hold of u = v W_O
 DEFAULT_FLOOR = 1e-3
@@ -48,6 +53,16 @@ Exact = dict[int, np.ndarray]
 _EVALUATED = {*ARRAYS, "work", "dense", "sparse", "neuron_parts", "settle", "lazy"}  # of a trace's fields
 
 
+@overload
+def trace(model: Any, tokenizer: Any, text: OneText, *, lazy: Literal[True], **options: Unpack[TraceOptions]) -> LazyTrace: ...
+@overload
+def trace(model: Any, tokenizer: Any, text: OneText, *, lazy: Literal[False] = ..., **options: Unpack[TraceOptions]) -> Trace: ...
+@overload
+def trace(model: Any, tokenizer: Any, text: Texts, *, lazy: Literal[True], **options: Unpack[TraceOptions]) -> list[LazyTrace]: ...
+@overload
+def trace(model: Any, tokenizer: Any, text: Texts, *, lazy: Literal[False] = ..., **options: Unpack[TraceOptions]) -> list[Trace]: ...
+@overload
+def trace(model: Any, tokenizer: Any, text: Any, *, lazy: bool = ..., **options: Unpack[TraceOptions]) -> Any: ...
 @uncompiled
 @in_neutral
 def trace(
