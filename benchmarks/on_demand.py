@@ -182,7 +182,9 @@ def main() -> None:
     model, tokenizer = fr.load("demo")
     found: dict[str, Any] = {"conditions": conditions("cpu", "cpu") | {"model": DEMO_NAME, "load_before": os.getloadavg()}, "rows": []}
     for tokens in arguments.tokens:
-        row = walks(model, prompt(tokenizer, tokens), max(2, arguments.runs * (3 if tokens <= 512 else 1) - tokens // 2048), arguments.full_up_to)
+        row = walks(
+            model, prompt(tokenizer, tokens), max(2, arguments.runs * (3 if tokens <= 512 else 1) - tokens // 2048), arguments.full_up_to
+        )
         found["rows"].append(row)
         over = "  ".join(f"τ {t}: {r:.2f} ({row['decode_steps'][t]:.1f} steps)" for t, r in row["over_forward"].items())
         full = "" if row["full_over_forward"] is None else f"  full trace {row['full_over_forward']:.2f}"

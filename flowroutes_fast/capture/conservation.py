@@ -166,7 +166,7 @@ def _miss(parts: Tensor) -> Tensor:
     size = torch.maximum(size, size.amax(1, keepdim=True) * SMALLEST).clamp_min(1e-30)[:, None]
     missing = torch.linalg.vector_norm((parts[:, 1:].sum(1) - parts[:, 0]) / size, dim=-1)
     sizes = torch.linalg.vector_norm(parts / size[:, None], dim=-1).sum(1)
-    return (missing / sizes.clamp_min(1e-30)).amax(1)
+    return (missing / sizes.clamp_min(1e-30)).amax(1)  # type: ignore[no-any-return]
 
 
 def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:

@@ -262,12 +262,12 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def _first(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]  # type: ignore[no-any-return]
 
 
 def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def _additive(kept: dict[str, Any], block: Block, item: int, span: slice) -> Tensor | None:
@@ -317,7 +317,7 @@ def _read_mask(mask: Any, block: Block, item: int, span: slice, tokens: int, blo
     if bool(seen.triu(1).any()):
         raise TwoSided(block)
     if mask.shape[0] > 1:
-        return mask
+        return mask  # type: ignore[no-any-return]
     return None if torch.equal(seen[0], torch.ones_like(seen[0]).tril()) and bool((mask[0][seen[0]] == 0).all()) else mask[0]
 
 
@@ -357,7 +357,7 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
     family = block.family
 
     def row(name: str) -> Tensor:
-        return kept[name][item, span]
+        return kept[name][item, span]  # type: ignore[no-any-return]
 
     passed, state = family.state_scale(block.module), kept["state"]
     query = key = value = mask = sinks = mixed = None
@@ -502,7 +502,7 @@ def _watch(
         if module is not None:  # a copy where the model may add to it in place
             after(module, lambda m, args, out: put(name, _tensor(out).clone() if copy else _tensor(out)))
 
-    def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if block.index in ran:
             raise RanAgain(block)
         ran.add(block.index)
@@ -510,7 +510,7 @@ def _watch(
         kept["state"] = _first(args, kwargs)
         kept["call"] = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
-    def attended(module: nn.Module, args: tuple, output: Any) -> None:
+    def attended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, tuple) or not isinstance(output[1], Tensor):
             raise ValueError(f"layer {block.index}: the attention of {family.name} did not give its attention weights")
         kept["pattern"] = output[1]
@@ -542,7 +542,7 @@ def _watch(
         enters(block.down, "neurons")
     enters(block.post, "post")
 
-    def left(module: nn.Module, args: tuple, output: Any) -> None:
+    def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         kept["left"] = _tensor(output)
         kept.setdefault("post", kept["left"])
         done()

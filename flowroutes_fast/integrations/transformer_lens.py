@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from flowroutes_fast.capture.conservation import check_finite
 from flowroutes_fast.capture.hooks import Layer, _evaluation_mode, _lock, rows_of, span_of, undisturbed, unwrap
 from flowroutes_fast.integrations import require
 from flowroutes_fast.integrations.read_rows import ReadRows
@@ -30,7 +31,7 @@ from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.results.lazy import LazyTrace
 from flowroutes_fast.results.trace import Trace
-from flowroutes_fast.tracing.importances import LayerImportances, Options, check_finite, conservation_error, importances
+from flowroutes_fast.tracing.importances import LayerImportances, Options, conservation_error, importances
 from flowroutes_fast.tracing.prompts import read_prompts, refuse_inputs
 from flowroutes_fast.tracing.trace import (
     _TOLERANCE,

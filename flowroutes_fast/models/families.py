@@ -18,7 +18,7 @@ Number = Callable[[nn.Module], float]
 
 
 def _heads(x: Tensor, d_head: int) -> Tensor:
-    return x.unflatten(-1, (-1, d_head)).transpose(1, 2)
+    return x.unflatten(-1, (-1, d_head)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _plain(attention: Any, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def _plain(attention: Any, x: Tensor) -> Tensor:
 def _interleaved(attention: Any, x: Tensor) -> Tensor:
     """Heads of (query, key, value) each."""
     d_head = getattr(attention, "head_dim", None) or attention.head_size
-    return x.unflatten(-1, (-1, 3, d_head))[..., 2, :].transpose(1, 2)
+    return x.unflatten(-1, (-1, 3, d_head))[..., 2, :].transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _gpt2(attention: Any, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def _bigcode(attention: Any, x: Tensor) -> Tensor:
 
 
 def _falcon(attention: Any, x: Tensor) -> Tensor:
-    return attention._split_heads(x)[2].transpose(1, 2)
+    return attention._split_heads(x)[2].transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _mpt(attention: Any, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def _mpt(attention: Any, x: Tensor) -> Tensor:
 def _codegen(attention: Any, x: Tensor) -> Tensor:
     local = attention.head_dim * attention.num_attention_heads // 4
     value = x.unflatten(-1, (4, -1)).split(local, -1)[1]
-    return attention._split_heads(value, attention.num_attention_heads, attention.head_dim, mp_num=4).transpose(1, 2)
+    return attention._split_heads(value, attention.num_attention_heads, attention.head_dim, mp_num=4).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _one(module: Any) -> float:
@@ -64,11 +64,11 @@ def _number(name: str) -> Number:
 
 
 def _second_half(attention: Any, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, 2, attention.head_dim))[..., 1, :].sigmoid()
+    return x.unflatten(-1, (-1, 2, attention.head_dim))[..., 1, :].sigmoid()  # type: ignore[no-any-return]
 
 
 def _sigmoid(attention: Any, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, attention.head_dim)).sigmoid()
+    return x.unflatten(-1, (-1, attention.head_dim)).sigmoid()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class Block:
 
     def w_o(self, heads: int) -> Tensor:
         """W_O as ``[head, d_head, d_model]`` float32, whichever way round the module stores it."""
-        return _weight(self.output, self.index).unflatten(1, (heads, -1)).permute(1, 2, 0)
+        return _weight(self.output, self.index).unflatten(1, (heads, -1)).permute(1, 2, 0)  # type: ignore[no-any-return]
 
     def w_down(self) -> Tensor:
         """The down projection as ``[neuron, d_model]`` float32."""

@@ -19,4 +19,4 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 
 def name_of(module: nn.Module, root: nn.Module) -> str:
     """Where a module is below ``root``; empty for ``root`` itself."""
-    return next(name for name, one in root.named_modules() if one is module)
+    return next(name for name, one in root.named_modules() if one is module)  # type: ignore[no-any-return]

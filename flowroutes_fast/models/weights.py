@@ -229,7 +229,7 @@ def _offloaded(module: Any) -> bool:
         return False
     from accelerate.utils import has_offloaded_params
 
-    return has_offloaded_params(module)
+    return has_offloaded_params(module)  # type: ignore[no-any-return]
 
 
 def _aligned(module: Any) -> Any:
@@ -256,7 +256,7 @@ class _Answers:
         """``x [row, in]`` on the module's device -> ``[row, out]`` float32."""
         found = self.module.forward(x.to(self.dtype)[None])
         found = found[0] if isinstance(found, tuple) else found
-        return found[0].float()
+        return found[0].float()  # type: ignore[no-any-return]
 
     def _accepted(self) -> tuple[int, torch.dtype]:
         """The first width and type of an input that the module takes."""

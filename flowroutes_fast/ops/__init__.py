@@ -154,7 +154,7 @@ def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int
     if part.shape != whole.shape:
         raise ValueError(f"part {tuple(part.shape)} and whole {tuple(whole.shape)} must have one shape")
     flat = torch.ops.flowroutes.part_proximity(*_flat(part, whole), _resolve(backend, whole), threads)
-    return flat.reshape(whole.shape[:-1])
+    return flat.reshape(whole.shape[:-1])  # type: ignore[no-any-return]
 
 
 @in_neutral
@@ -181,7 +181,7 @@ def component_proximity(outputs: Any, state: Any, *, backend: str = "auto", thre
     _check_states(outputs=outputs, state=state)
     check_threads(threads)
     _check_components(outputs, state)
-    return torch.ops.flowroutes.component_proximity(outputs.detach(), state.detach(), _resolve(backend, state), threads)
+    return torch.ops.flowroutes.component_proximity(outputs.detach(), state.detach(), _resolve(backend, state), threads)  # type: ignore[no-any-return]
 
 
 def _check_states(**named: Tensor) -> None:
@@ -469,7 +469,7 @@ def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0)
     if chosen == "triton":
         from flowroutes_fast.kernels.parts import part_proximity as triton_parts
 
-        return triton_parts(part, whole)
+        return triton_parts(part, whole)  # type: ignore[no-any-return]
     if chosen == "cuda":
         from flowroutes_fast.ops.cuda import part_proximity as cuda_parts
 
@@ -602,13 +602,13 @@ def _attention_layer(
     return (edge if dense else edge.new_empty(0, 0, 0)), by_head, normaliser, index, found
 
 
-def _triton_dense(query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, options: dict) -> Tensor:
+def _triton_dense(query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, options: dict[str, Any]) -> Tensor:
     from flowroutes_fast.kernels.bound import attention_rows
     from flowroutes_fast.kernels.dense import dense_proximity
 
     lse = attention_rows(query, key, **options)[0]
     options = {name: option for name, option in options.items() if name != "sinks"}
-    return dense_proximity(query, key, value, w_o, whole, lse, **options)
+    return dense_proximity(query, key, value, w_o, whole, lse, **options)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("flowroutes::part_proximity", lib=_library)

@@ -268,7 +268,7 @@ def pairs(attention: Attention, bounds: Bounds, index: Tensor, backend: str, thr
         return cuda_pairs(pair_weights(a, bounds, index), a.value, a.w_o.to(a.value.dtype), a.whole, index, a.gate)
     from flowroutes_fast.kernels.pairs import pair_proximity
 
-    return pair_proximity(
+    return pair_proximity(  # type: ignore[no-any-return]
         attention.query, attention.key, attention.value, attention.w_o, attention.whole, bounds.lse, index,
         gate=attention.gate, **attention.triton_options,
     )  # fmt: skip

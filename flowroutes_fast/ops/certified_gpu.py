@@ -121,7 +121,7 @@ class Passes:
             return cuda_pairs(alpha, a.value, a.w_o, a.whole, index, a.gate, ordered=True)
         from flowroutes_fast.kernels.pairs import pair_proximity
 
-        return pair_proximity(
+        return pair_proximity(  # type: ignore[no-any-return]
             a.query, a.key, a.value, a.w_o, a.whole, self.lse, index, gate=a.gate, ordered=True, head_start=head_start, **a.triton_options
         )
 
@@ -167,7 +167,7 @@ class Passes:
 
     def _states(self, name: Tensor, value: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = self.attention
-        return self.decide.pair_states(
+        return self.decide.pair_states(  # type: ignore[no-any-return]
             name, value, low, high, self.tolerance, self.thresholds, size=a.n_head + 1, n_key=a.n_key, floor=self.floor, well=WELL_ABOVE
         )
 
@@ -203,4 +203,4 @@ def one_sided_pairs(attention: Attention, lse: Tensor, cut: Tensor) -> Tensor:
         for piece in bound.bounds(a.query, a.key, v, side, lse, cut, rest, **a.triton_options):
             found.append(piece.index[0].long() * a.n_key + piece.index[1])
         found.append(bound.pair_rests(a.query, a.key, v, side, lse, cut, cut, **a.triton_options)[0])
-    return torch.cat(found).unique()
+    return torch.cat(found).unique()  # type: ignore[no-any-return]

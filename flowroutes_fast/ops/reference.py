@@ -25,7 +25,7 @@ def proximity(part: Tensor, whole: Tensor, distance_norm: float = 1) -> Tensor:
         w = sign * part
         return torch.minimum(w, 2 * whole.abs() - w).sum(-1).clamp_min(0)
     norm = torch.linalg.vector_norm
-    return (norm(whole, distance_norm, dim=-1) - norm(part - whole, distance_norm, dim=-1)).clamp_min(0)
+    return (norm(whole, distance_norm, dim=-1) - norm(part - whole, distance_norm, dim=-1)).clamp_min(0)  # type: ignore[no-any-return]
 
 
 def signed_share(part: Tensor, whole: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def bound_slack(pattern: Tensor, value: Tensor, g: Tensor, slack: float) -> Tens
     """What rounding ``g`` to a relative precision of ``slack`` can add to a sign bound: slack·α·‖v‖₂·‖g‖₂ (Cauchy–Schwarz)."""
     group = pattern.shape[0] // value.shape[0]
     length = torch.linalg.vector_norm(value, dim=-1).repeat_interleave(group, 0)  # [head, key]
-    return slack * pattern * length[:, None] * torch.linalg.vector_norm(g, dim=-1).T[..., None]
+    return slack * pattern * length[:, None] * torch.linalg.vector_norm(g, dim=-1).T[..., None]  # type: ignore[no-any-return]
 
 
 def attention_proximity(

@@ -114,7 +114,7 @@ def difference_interval(x: np.ndarray, y: np.ndarray, paired: bool) -> tuple[np.
     correlation = _phi(x, y) if paired else np.zeros(len(x))
 
     def reach(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.maximum(one**2 - 2 * correlation * one * other + other**2, 0))
+        return np.sqrt(np.maximum(one**2 - 2 * correlation * one * other + other**2, 0))  # type: ignore[no-any-return]
 
     return p - q - reach(p - l1, u2 - q), p - q + reach(u1 - p, q - l2)
 

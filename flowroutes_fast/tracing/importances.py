@@ -11,8 +11,8 @@ from torch import Tensor
 from flowroutes_fast.capture.conservation import check_finite
 from flowroutes_fast.capture.hooks import Layer
 from flowroutes_fast.ops import interpreted, native, reference
-from flowroutes_fast.ops.bounds import Attention
-from flowroutes_fast.ops.certified import Counts, certified
+from flowroutes_fast.ops.bounds import Attention, Counts
+from flowroutes_fast.ops.certified import certified
 from flowroutes_fast.ops.neurons import NeuronImportances, neuron_importances
 from flowroutes_fast.system.ambient import unrounded
 

@@ -113,7 +113,7 @@ def run(
                 for g, group in enumerate(together):
                     members = group.members
 
-                    def on_item(item: int, layer: Layer, members: list = members, results: list = results) -> None:
+                    def on_item(item: int, layer: Layer, members: list[Any] = members, results: list[Any] = results) -> None:
                         results[members[item]] = importances(members[item], layer)
 
                     spans = [slice(0, length) for length in group.lengths]
@@ -173,14 +173,14 @@ def _ends(model: nn.Module, feed: Feed | None, last: bool = False) -> Iterator[N
         yield
 
 
-def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[Call, Tensor]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Tensor]:
     if args:
         return Call(args[1:], kwargs, False), args[0]
     return Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"}, True), kwargs["hidden_states"]
 
 
 def _state_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def _as_output(state: Tensor, extras: int) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flowroutes_fast.loading.layer_feed import Feed
 from flowroutes_fast.loading.load import cache_folder
 from flowroutes_fast.models.identity import code_of
-from flowroutes_fast.ops.certified import Counts
+from flowroutes_fast.ops.bounds import Counts
 from flowroutes_fast.ops.neurons import NeuronImportances
 from flowroutes_fast.system.files import LOCK, claim, digest_of, said, state_of, temporary_folder, write_atomically, write_text
 from flowroutes_fast.tracing.importances import LayerImportances
@@ -204,7 +204,7 @@ def _state_in(path: Path) -> dict[str, Any]:
         if read["identity"]["format"] == FORMAT and digest != _digest_of_text(read):
             raise ValueError("its digest is another")
         read["finished"], read["extras"] = int(read["finished"]), int(read["extras"])
-        return read
+        return read  # type: ignore[no-any-return]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{path}' is damaged: {said(error)}; {START_AGAIN}") from error
 

@@ -16,7 +16,8 @@ from flowroutes_fast.capture.conservation import check_finite
 from flowroutes_fast.capture.hooks import Layer
 from flowroutes_fast.capture.kept import ROW_WISE, SAME_WEIGHTS, Changed, KeptLayer, probe
 from flowroutes_fast.ops import native
-from flowroutes_fast.ops.certified import CAPACITY, FIRST_CUT, Counts
+from flowroutes_fast.ops.bounds import Counts
+from flowroutes_fast.ops.certified import CAPACITY, FIRST_CUT
 from flowroutes_fast.tracing.importances import FEW_KEYS, Options, parts_of
 
 SCALARS = 7  # columns of a table of rows before its heads
