@@ -132,54 +132,73 @@ def trace(
             captured parts do not add up to its states, NaN in the activations (the layer is named).
         TypeError: text of a wrong type. OSError: weights that cannot be read, a folder that cannot be written to.
     """
+    asked = {name: value for name, value in locals().items() if name not in ("model", "tokenizer", "text")}
     if (adapter := adapter_of(model)) is not None:
-        return adapter.trace(
-            model, tokenizer, text, attention_mask=attention_mask, positions=positions, precision=precision, measure=measure, backend=backend,
-            floor=floor, thresholds=thresholds, tolerance=tolerance, dense=dense, bias=bias, neurons=neurons, threads=threads,
-            progress=progress, resume=resume, lazy=lazy, memory=memory,
-            past_key_values=past_key_values,
-        )  # fmt: skip
+        return adapter.trace(model, tokenizer, text, **asked)
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
     check_threads(threads)
     model = unwrap(model)
     blocks = check_model(model)
     given = read_prompts(model, tokenizer, text, attention_mask)
-    prompts = given.ids
-    rows = [_positions(positions, len(ids)) for ids in prompts]
-    heads = int(getattr(text_config(model), "num_attention_heads", 1))
-    if lazy and dense:
-        raise ValueError("dense importances are those of all rows: leave out lazy=True or dense=True")
-    if precision == "certified" or lazy:
-        dense = False
-    elif dense is None:
-        dense = positions is None and len(blocks) * heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
-    if dense and positions is not None:
-        raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
+    rows = [_positions(positions, len(ids)) for ids in given.ids]
+    dense = _dense(
+        asked, len(blocks) * int(getattr(text_config(model), "num_attention_heads", 1)) * sum(len(ids) ** 2 for ids in given.ids)
+    )
     options = options_of(
         model, precision=precision, measure=measure, backend=backend, dense=dense, floor=floor, thresholds=thresholds, tolerance=tolerance,
         bias=bias, threads=threads, neurons=neurons,
     )  # fmt: skip
     needed = options if positions is None else replace(options, precision="certified", neurons=False)  # few rows: no table of all
     alone = any(block.mixer is not None for block in blocks) or predicts(model) != "tokens"  # mixers and pooled heads see padding
-    groups = _groups(model, [len(ids) for ids in prompts], needed, alone)
-    if past_key_values is not None and (not lazy or given.several or given.inputs):
-        raise ValueError("past_key_values belongs to lazy=True and one prompt of ids alone")
-    if memory is not None and not lazy:
-        raise ValueError("memory says what a lazy trace may keep: it belongs to lazy=True")
+    groups = _groups(model, [len(ids) for ids in given.ids], needed, alone)
+    _check_use(model, given, asked)
+    if past_key_values is not None:
+        return _from_cache(model, tokenizer, given.ids[0], options, past_key_values)
+    check_memory(model, max(map(len, given.ids)), options if lazy else needed, batch=max(map(len, groups)), lazy=lazy)
     if lazy:
-        _check_lazy(model, positions, resume)
-        if past_key_values is None:
-            check_memory(model, max(map(len, prompts)), options, batch=max(map(len, groups)), lazy=True)
-        if past_key_values is not None:
-            return _from_cache(model, tokenizer, prompts[0], options, past_key_values)
         return _lazily(model, blocks, tokenizer, given, groups, options, memory, progress)
-    check_memory(model, max(map(len, prompts)), needed, batch=max(map(len, groups)))
+    return _fully(model, blocks, tokenizer, given, groups, rows, options, resume, progress)
+
+
+def _dense(asked: dict[str, Any], elements: int) -> bool:
+    """Are importances of all sub-edges kept? ``elements``: how many there are."""
+    lazy, dense, positions = asked["lazy"], asked["dense"], asked["positions"]
+    if lazy and dense:
+        raise ValueError("dense importances are those of all rows: leave out lazy=True or dense=True")
+    if asked["precision"] == "certified" or lazy:
+        return False
+    if dense and positions is not None:
+        raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
+    return positions is None and elements * 4 < DENSE_LIMIT if dense is None else bool(dense)
+
+
+def _check_use(model: nn.Module, given: Prompts, asked: dict[str, Any]) -> None:
+    """``ValueError`` for options that do not go together, or not with this model or these prompts."""
+    lazy, resume, streamed = asked["lazy"], asked["resume"], stream_of(model) is not None
+    if asked["past_key_values"] is not None and (not lazy or given.several or given.inputs):
+        raise ValueError("past_key_values belongs to lazy=True and one prompt of ids alone")
+    if asked["memory"] is not None and not lazy:
+        raise ValueError("memory says what a lazy trace may keep: it belongs to lazy=True")
+    if lazy and (resume is not None or asked["positions"] is not None):
+        raise ValueError("lazy=True evaluates rows when they are asked for: leave out resume= and positions=")
+    if lazy and streamed:
+        raise ValueError(
+            "lazy=True needs the weights in memory when rows are evaluated: load the model whole, or trace it without lazy=True"
+        )
+    if given.inputs and (resume is not None or streamed):
+        raise ValueError(f"{', '.join(map(repr, given.inputs))} cannot be used with a streamed model or with resume=: load the model whole")
+
+
+def _fully(
+    model: nn.Module, blocks: list[Block], tokenizer: Any, given: Prompts, groups: list[list[int]], rows: list[Tensor], options: Options,
+    resume: Any, progress: bool,
+) -> Any:  # fmt: skip
+    """All rows that are asked for, evaluated: a trace per prompt."""
+    prompts = given.ids
     results: list[list[LayerImportances]] = [[] for _ in prompts]
     outputs: list[Tensor | None] = [None] * len(prompts)
     total, ours = 0.0, 0.0
     store, stream = None, stream_of(model)
-    if given.inputs and (resume is not None or stream is not None):
-        raise ValueError(f"{', '.join(map(repr, given.inputs))} cannot be used with a streamed model or with resume=: load the model whole")
     if resume is not None:
         settings = {"rows": [r.tolist() for r in rows], "groups": groups, "options": options, "dtype": _dtype_of(model)}
         store = Store(resume, identity_of(model, prompts, stream.feed if stream else None, **settings))
@@ -202,15 +221,16 @@ def trace(
         raise
     if store is not None:
         store.finish()
-    weak = weakref.ref(model)
+    weak, inputs = weakref.ref(model), given.inputs
     mixers = [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks]
     traces = [
         _record(
-            found, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers, floor=0.0 if dense else floor,
-            prediction=_prediction(logits, tokenizer, model), timings={"total": total, "importances": ours}, inputs=digests(given.inputs), chat=chat,
-            settle=_settler(weak, ids, row, replace(options, neurons=False), given.inputs) if precision == "certified" else None,
+            layers, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers,
+            floor=0.0 if options.dense else options.floor, prediction=_prediction(logits, tokenizer, model), chat=chat,
+            timings={"total": total, "importances": ours}, inputs=digests(inputs),
+            settle=_settler(weak, ids, row, replace(options, neurons=False), inputs) if options.precision == "certified" else None,
         )
-        for found, ids, row, logits, chat in zip(results, prompts, rows, outputs, given.chats, strict=True)
+        for layers, ids, row, logits, chat in zip(results, prompts, rows, outputs, given.chats, strict=True)
     ]  # fmt: skip
     return traces if given.several else traces[0]
 
@@ -240,15 +260,6 @@ def options_of(
     backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
     wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
     return Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
-
-
-def _check_lazy(model: nn.Module, positions: Sequence[int] | None, resume: Any) -> None:
-    if resume is not None or positions is not None:
-        raise ValueError("lazy=True evaluates rows when they are asked for: leave out resume= and positions=")
-    if stream_of(model) is not None:
-        raise ValueError(
-            "lazy=True needs the weights in memory when rows are evaluated: load the model whole, or trace it without lazy=True"
-        )
 
 
 def pass_facts(
