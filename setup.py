@@ -1,4 +1,6 @@
-"""Builds the native extension. Metadata lives in pyproject.toml; without a compiler the package installs all the same."""
+"""Builds the native extension. Metadata lives in pyproject.toml; without a compiler the package installs all the
+same.
+"""
 
 import contextlib
 import ctypes
@@ -22,7 +24,8 @@ if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 
-# options that change figures, also where they are only given to the linker (-Ofast flushes small numbers to zero in the whole process)
+# options that change figures, also where they are only given to the linker (-Ofast flushes small numbers to zero in the
+# whole process)
 WRONG = re.compile(
     r"-Ofast|-ffast-math|-funsafe-math-optimizations|-ffinite-math-only|-fassociative-math|-freciprocal-math|-fno-signed-zeros"
     r"|-ffp-model=(?:fast|aggressive)|-fapprox-func|-fno-honor-(?:nans|infinities)|-mrecip(?:=\S*)?|-mdaz-ftz"
@@ -43,15 +46,24 @@ def find_nvcc():
 
 
 def compile_cuda(directory):
-    """Objects and link options of the CUDA kernels, or None without nvcc or where FLOWROUTES_CUDA=0. Whether there is a GPU does not matter."""
+    """Objects and link options of the CUDA kernels, or None without nvcc or where FLOWROUTES_CUDA=0. Whether there
+    is a GPU does not matter.
+    """
     nvcc = None if os.environ.get("FLOWROUTES_CUDA") == "0" or sys.platform != "linux" else find_nvcc()
     if nvcc is None:
         return None
     try:
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True, check=True).stderr
+        dry = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
         home = re.search(r"\bTOP=(.*)", dry).group(1).strip()
-        folders = [os.path.join(home, *path) for path in (("lib64",), ("lib",), ("targets", f"{platform.machine()}-linux", "lib"))]
-        library = [path for path in (os.path.join(folder, "libcudart_static.a") for folder in folders) if os.path.exists(path)]
+        folders = [
+            os.path.join(home, *path)
+            for path in (("lib64",), ("lib",), ("targets", f"{platform.machine()}-linux", "lib"))
+        ]
+        library = [
+            path for path in (os.path.join(folder, "libcudart_static.a") for folder in folders) if os.path.exists(path)
+        ]
         if not library:
             raise OSError(f"no libcudart_static.a under {home}")
         archs = os.environ.get("FLOWROUTES_CUDA_ARCHS")
@@ -114,7 +126,9 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def openmp(self):
-        """The options of OpenMP, or none where the compiler, its headers or its library lack it: the kernels then run on one thread."""
+        """The options of OpenMP, or none where the compiler, its headers or its library lack it: the kernels then
+        run on one thread.
+        """
         with tempfile.TemporaryDirectory() as directory:
             source = os.path.join(directory, "openmp.cpp")
             with open(source, "w") as file:
@@ -130,11 +144,15 @@ class BuildNative(build_ext):
         return ["-fopenmp"]
 
     def standard_library(self):
-        """The option that links C++'s library where CXX is a driver of C, or nothing: such an extension would link, and not be imported."""
+        """The option that links C++'s library where CXX is a driver of C, or nothing: such an extension would link,
+        and not be imported.
+        """
         with tempfile.TemporaryDirectory() as directory:
             source, library = os.path.join(directory, "throws.cpp"), os.path.join(directory, "throws.so")
             with open(source, "w") as file:
-                file.write('#include <stdexcept>\nextern "C" void throws(int n) { if (n) throw std::runtime_error("n"); }\n')
+                file.write(
+                    '#include <stdexcept>\nextern "C" void throws(int n) { if (n) throw std::runtime_error("n"); }\n'
+                )
             try:
                 objects = self.compiler.compile([source], output_dir=directory, extra_postargs=["-fPIC"])
                 self.compiler.link_shared_object(objects, library, target_lang="c++")

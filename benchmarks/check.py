@@ -1,4 +1,5 @@
-"""What the check of every pass costs: processor time of ``capture/conservation.py`` over the model's own forward pass, natively and in PyTorch.
+"""What the check of every pass costs: processor time of ``capture/conservation.py`` over the model's own forward pass,
+natively and in PyTorch.
 
 Reading W_O, which the importances need too, does not count.
 
@@ -69,7 +70,8 @@ def main() -> None:
         row = dict(zip(columns, map(statistics.median, zip(*found, strict=True)), strict=True))
         rows.append({"tokens": tokens, **row})
         print(
-            f"{tokens:5} tokens: {row['share']:.1%} of a forward pass of {row['forward_seconds'] * 1e3:.0f} ms; in PyTorch {row['share_pytorch']:.1%}"
+            f"{tokens:5} tokens: {row['share']:.1%} of a forward pass of {row['forward_seconds'] * 1e3:.0f} ms; in "
+            f"PyTorch {row['share_pytorch']:.1%}"
         )
     about = conditions("cpu", "cpu") | {
         "model": DEMO_NAME,

@@ -1,10 +1,12 @@
-"""A corpus of real texts through the demo model: tokens per second against the plain forward pass, then the paper's findings.
+"""A corpus of real texts through the demo model: tokens per second against the plain forward pass, then the paper's
+findings.
 
     python benchmarks/corpus.py --fortunes /usr/share/games/fortunes --texts 300 --out FOLDER
 
-Domains: fortunes in English; German, Spanish, Italian and Russian, half fortunes (Debian's packages fortunes, fortunes-de, …; folders "off" are
-left out) and half paragraphs of manual pages (manpages-de, …); French manual pages; functions of Python's own library, additions and subtractions. Writes the run into FOLDER/run, the report into FOLDER/report, and the
-speed into benchmarks/results/corpus-<device>-<n>-cores.json.
+Domains: fortunes in English; German, Spanish, Italian and Russian, half fortunes (Debian's packages fortunes,
+fortunes-de, …; folders "off" are left out) and half paragraphs of manual pages (manpages-de, …); French manual pages;
+functions of Python's own library, additions and subtractions. Writes the run into FOLDER/run, the report into
+FOLDER/report, and the speed into benchmarks/results/corpus-<device>-<n>-cores.json.
 """
 
 from __future__ import annotations
@@ -23,7 +25,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-ENGLISH = ("computers", "wisdom", "science", "education", "literature", "law", "medicine", "people", "work", "miscellaneous")
+ENGLISH = (
+    "computers",
+    "wisdom",
+    "science",
+    "education",
+    "literature",
+    "law",
+    "medicine",
+    "people",
+    "work",
+    "miscellaneous",
+)
 GERMAN = (
     "sprichworte",
     "zitate",
@@ -38,13 +51,22 @@ GERMAN = (
     "woerterbuch",
 )
 LONGEST = 420  # characters
-UNTRANSLATED = {"the", "of", "and", "to", "is", "are", "be", "with", "which", "this", "for", "that"}  # where a manual page is still English
+# where a manual page is still English
+UNTRANSLATED = {"the", "of", "and", "to", "is", "are", "be", "with", "which", "this", "for", "that"}
 
 
 def fortunes(root: Path, language: str, count: int, rng: random.Random) -> list[str]:
-    folder = root if language == "english" else root / {"german": "de", "spanish": "es", "italian": "it", "russian": "ru"}[language]
+    folder = (
+        root
+        if language == "english"
+        else root / {"german": "de", "spanish": "es", "italian": "it", "russian": "ru"}[language]
+    )
     names = {"english": ENGLISH, "german": GERMAN}.get(language)
-    files = [p for p in sorted(folder.glob("*")) if p.is_file() and p.suffix in ("", ".fortunes") and (names is None or p.name in names)]
+    files = [
+        p
+        for p in sorted(folder.glob("*"))
+        if p.is_file() and p.suffix in ("", ".fortunes") and (names is None or p.name in names)
+    ]
     found: list[str] = []
     for file in files:
         raw = file.read_bytes()
@@ -63,11 +85,20 @@ def manpages(root: Path, code: str, count: int, rng: random.Random) -> list[str]
         raw = gzip.decompress(file.read_bytes()).decode(errors="ignore")
         for block in re.split(r"(?m)^[.'].*$", raw):
             text = re.sub(r"\\f(\[[^]]*\]|\(..|.)|\\&|\\s[-+]?\d", "", " ".join(block.split()))
-            text = re.sub(r"\\\((?:aq|cq|oq)|\\\[(?:aq|cq|oq)\]", "'", text).replace("\\-", "-").replace("\\ ", " ").replace("\\(em", "—")
+            text = (
+                re.sub(r"\\\((?:aq|cq|oq)|\\\[(?:aq|cq|oq)\]", "'", text)
+                .replace("\\-", "-")
+                .replace("\\ ", " ")
+                .replace("\\(em", "—")
+            )
             words = text.lower().split()
             if sum(word in UNTRANSLATED for word in words) > 0.06 * len(words):
                 continue
-            if 80 <= len(text) <= LONGEST and "\\" not in text and sum(c.isalpha() or c.isspace() for c in text) > 0.85 * len(text):
+            if (
+                80 <= len(text) <= LONGEST
+                and "\\" not in text
+                and sum(c.isalpha() or c.isspace() for c in text) > 0.85 * len(text)
+            ):
                 found.add(text)
     return rng.sample(sorted(found), min(count, len(found)))
 
@@ -100,11 +131,17 @@ def texts(root: Path, manuals: Path, count: int, seed: int = 0) -> dict[str, lis
     for name, code in (("german", "de"), ("spanish", "es"), ("italian", "it"), ("russian", "ru"), ("french", "fr")):
         told = [] if name == "french" else fortunes(root, name, count // 2, rng)
         found[name] = told + manpages(manuals, code, count - len(told), rng)
-    return found | {"code": functions(count, rng), "addition": arithmetic("+", count, rng), "subtraction": arithmetic("-", count, rng)}
+    return found | {
+        "code": functions(count, rng),
+        "addition": arithmetic("+", count, rng),
+        "subtraction": arithmetic("-", count, rng),
+    }
 
 
 def speed(model, tokenizer, sources: dict[str, list[str]], repeats: int = 3) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """Seconds of a window of texts: with everything that corpus() does but writing, and the plain forward pass on the same batches."""
+    """Seconds of a window of texts: with everything that corpus() does but writing, and the plain forward pass on
+    the same batches.
+    """
     import tempfile
 
     import flowroutes_fast as fr
@@ -167,7 +204,11 @@ def main() -> None:
         return
     run = fr.corpus(model, tokenizer, sources, arguments.out / "run", progress=True)
     print(run)
-    print(analyze(run, arguments.out / "report", model=model, tokenizer=tokenizer, general="english", tagged_domain="english"))
+    print(
+        analyze(
+            run, arguments.out / "report", model=model, tokenizer=tokenizer, general="english", tagged_domain="english"
+        )
+    )
 
 
 if __name__ == "__main__":

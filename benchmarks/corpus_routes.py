@@ -1,10 +1,11 @@
-"""A corpus run of routes alone beside a full one: seconds of tracing and evaluating (``Progress.seconds``) at several lengths of text.
+"""A corpus run of routes alone beside a full one: seconds of tracing and evaluating (``Progress.seconds``) at several
+lengths of text.
 
 What every run takes once, whatever its size (digests of the model, some 1.5 s here), is left out.
 
-In turns: the plain forward pass over the same batches, ``fr.corpus``, the same without component vectors (``positions=False``), and
-``routes_only=True``; ratios are medians over turns. Texts: the project's own pages, cut to a number of tokens. Before anything is timed the
-two runs' edges are compared.
+In turns: the plain forward pass over the same batches, ``fr.corpus``, the same without component vectors
+(``positions=False``), and ``routes_only=True``; ratios are medians over turns. Texts: the project's own pages, cut to a
+number of tokens. Before anything is timed the two runs' edges are compared.
 
 python benchmarks/corpus_routes.py --tokens 64 256 512
 """
@@ -30,7 +31,11 @@ from flowroutes_fast.corpora.run import Item, batches
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 4096  # of a corpus, about
-RUNS: dict[str, dict[str, Any]] = {"full": {}, "full, no positions": {"positions": False}, "routes only": {"routes_only": True}}
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, no positions": {"positions": False},
+    "routes only": {"routes_only": True},
+}
 
 
 def texts(tokenizer: Any, tokens: int, count: int) -> list[str]:
@@ -81,12 +86,23 @@ def measured(model: Any, tokenizer: Any, tokens: int, threshold: float, turns: i
             times[name].append(run(options)[0])
     over = {
         f"{a} / {b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-        for a, b in (("full", "routes only"), ("full, no positions", "routes only"), ("full", "forward"), ("routes only", "forward"))
+        for a, b in (
+            ("full", "routes only"),
+            ("full, no positions", "routes only"),
+            ("full", "forward"),
+            ("routes only", "forward"),
+        )
     }
     return {
-        "tokens_each": tokens, "texts": len(items), "tokens": sum(len(i.ids) for i in items), "threshold": threshold, "edges": edges,
-        "seconds": {name: statistics.median(taken) for name, taken in times.items()}, "ratios": over, "times": times,
-    }  # fmt: skip
+        "tokens_each": tokens,
+        "texts": len(items),
+        "tokens": sum(len(i.ids) for i in items),
+        "threshold": threshold,
+        "edges": edges,
+        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "ratios": over,
+        "times": times,
+    }
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""How much of a prediction do the strongest sub-edges carry? Rules against each other, mean and zero ablation, on the demo model.
+"""How much of a prediction do the strongest sub-edges carry? Rules against each other, mean and zero ablation, on the
+demo model.
 
     python benchmarks/faithfulness.py --per-kind 30 --fortunes /usr/share/games/fortunes
 
-Prompts of 12 to 40 tokens: facts, indirect objects, years, series, repeated word lists, lines of Python's own library, the licence's sentences,
-and fortunes where they are installed. The prediction after the last token is the one explained. Mean values are taken over other texts.
+Prompts of 12 to 40 tokens: facts, indirect objects, years, series, repeated word lists, lines of Python's own library,
+the licence's sentences, and fortunes where they are installed. The prediction after the last token is the one
+explained. Mean values are taken over other texts.
 """
 
 from __future__ import annotations
@@ -48,31 +50,83 @@ NAMES = (
 PLACES = ("store", "park", "school", "station", "beach", "office", "garden", "library")
 THINGS = ("drink", "book", "ball", "ring", "letter", "computer", "kiss", "bag")
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Germany": "Berlin", "Spain": "Madrid", "Japan": "Tokyo", "China": "Beijing", "Russia": "Moscow", "Egypt": "Cairo",
-    "Greece": "Athens", "Austria": "Vienna", "Portugal": "Lisbon", "Sweden": "Stockholm", "Norway": "Oslo", "Cuba": "Havana", "Peru": "Lima", "Iran": "Tehran",
-    "Ireland": "Dublin", "Poland": "Warsaw", "Hungary": "Budapest", "Kenya": "Nairobi",
-}  # fmt: skip
+    "France": "Paris",
+    "Italy": "Rome",
+    "Germany": "Berlin",
+    "Spain": "Madrid",
+    "Japan": "Tokyo",
+    "China": "Beijing",
+    "Russia": "Moscow",
+    "Egypt": "Cairo",
+    "Greece": "Athens",
+    "Austria": "Vienna",
+    "Portugal": "Lisbon",
+    "Sweden": "Stockholm",
+    "Norway": "Oslo",
+    "Cuba": "Havana",
+    "Peru": "Lima",
+    "Iran": "Tehran",
+    "Ireland": "Dublin",
+    "Poland": "Warsaw",
+    "Hungary": "Budapest",
+    "Kenya": "Nairobi",
+}
 FACTS = (
-    "The Eiffel Tower is one of the most famous buildings in the city of", "Water is made of two elements, which are called hydrogen and",
-    "The first president of the United States of America was George", "The largest planet in our solar system is the gas giant called",
-    "William Shakespeare wrote many plays, among them Romeo and", "The theory of relativity was published by the physicist Albert",
-    "The opposite of hot is cold, and the opposite of day is", "A year has twelve months, and a week has seven",
-    "The chemical symbol of gold is Au and that of silver is", "The Great Wall is a very long wall in the north of",
-    "The sun rises in the east every morning and sets in the", "The author of the Harry Potter books is the writer J. K.",
-    "The Second World War in Europe ended in the year 19", "Bees fly from flower to flower and collect nectar to make",
-    "The human heart is an organ that pumps the", "To be, or not to be, that is the",
-    "The first man who walked on the surface of the moon was Neil", "The currency that is used in Japan is called the Japanese",
-    "The Pacific is the largest ocean in the world, and the second largest is the", "Plants take in carbon dioxide from the air and give off",
-)  # fmt: skip
+    "The Eiffel Tower is one of the most famous buildings in the city of",
+    "Water is made of two elements, which are called hydrogen and",
+    "The first president of the United States of America was George",
+    "The largest planet in our solar system is the gas giant called",
+    "William Shakespeare wrote many plays, among them Romeo and",
+    "The theory of relativity was published by the physicist Albert",
+    "The opposite of hot is cold, and the opposite of day is",
+    "A year has twelve months, and a week has seven",
+    "The chemical symbol of gold is Au and that of silver is",
+    "The Great Wall is a very long wall in the north of",
+    "The sun rises in the east every morning and sets in the",
+    "The author of the Harry Potter books is the writer J. K.",
+    "The Second World War in Europe ended in the year 19",
+    "Bees fly from flower to flower and collect nectar to make",
+    "The human heart is an organ that pumps the",
+    "To be, or not to be, that is the",
+    "The first man who walked on the surface of the moon was Neil",
+    "The currency that is used in Japan is called the Japanese",
+    "The Pacific is the largest ocean in the world, and the second largest is the",
+    "Plants take in carbon dioxide from the air and give off",
+)
 SERIES = (
-    "one two three four five six seven eight nine", "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday,",
-    "January, February, March, April, May, June, July,", "1, 2, 3, 4, 5, 6, 7, 8,", "10, 20, 30, 40, 50, 60,", "2, 4, 6, 8, 10, 12,",
-    "A B C D E F G H I J K L", "first, second, third, fourth, fifth, sixth, seventh,", "9, 8, 7, 6, 5, 4, 3,", "red blue red blue red blue red blue red blue red",
-)  # fmt: skip
+    "one two three four five six seven eight nine",
+    "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday,",
+    "January, February, March, April, May, June, July,",
+    "1, 2, 3, 4, 5, 6, 7, 8,",
+    "10, 20, 30, 40, 50, 60,",
+    "2, 4, 6, 8, 10, 12,",
+    "A B C D E F G H I J K L",
+    "first, second, third, fourth, fifth, sixth, seventh,",
+    "9, 8, 7, 6, 5, 4, 3,",
+    "red blue red blue red blue red blue red blue red",
+)
 WORDS = (
-    "lamp", "river", "stone", "cloud", "apple", "window", "horse", "paper", "green", "music", "table", "winter", "bread", "silver", "mountain", "flower",
-    "engine", "market", "dog", "king",
-)  # fmt: skip
+    "lamp",
+    "river",
+    "stone",
+    "cloud",
+    "apple",
+    "window",
+    "horse",
+    "paper",
+    "green",
+    "music",
+    "table",
+    "winter",
+    "bread",
+    "silver",
+    "mountain",
+    "flower",
+    "engine",
+    "market",
+    "dog",
+    "king",
+)
 
 
 def prompts(tokenizer, per_kind: int, fortunes: Path | None) -> list[tuple[str, str]]:
@@ -92,7 +146,8 @@ def prompts(tokenizer, per_kind: int, fortunes: Path | None) -> list[tuple[str, 
         )
     nouns = ("war", "siege", "dynasty", "expedition", "strike", "project", "voyage", "reign")
     kinds["years"] = [
-        f"The {draw.choice(nouns)} lasted from the year {(c := draw.choice((15, 16, 17, 18)))}{draw.randint(11, 88)} to the year {c}"
+        f"The {draw.choice(nouns)} lasted from the year {(c := draw.choice((15, 16, 17, 18)))}{draw.randint(11, 88)} "
+        f"to the year {c}"
         for _ in range(100)
     ]
     kinds["series"] = list(SERIES)
@@ -105,8 +160,16 @@ def prompts(tokenizer, per_kind: int, fortunes: Path | None) -> list[tuple[str, 
     licence = re.sub(r"\s+", " ", (ROOT / "LICENSE").read_text())
     kinds["licence"] = _sentences(licence)
     if fortunes is not None:
-        files = [f for f in sorted(fortunes.iterdir()) if f.name in ("wisdom", "science", "literature", "computers", "people")]
-        found = [one for f in files for one in _sentences(re.sub(r"\s+", " ", f.read_text(errors="replace").replace("\n%\n", "\n")))]
+        files = [
+            f
+            for f in sorted(fortunes.iterdir())
+            if f.name in ("wisdom", "science", "literature", "computers", "people")
+        ]
+        found = [
+            one
+            for f in files
+            for one in _sentences(re.sub(r"\s+", " ", f.read_text(errors="replace").replace("\n%\n", "\n")))
+        ]
         kinds["fortunes"] = draw.sample(found, min(len(found), 200))
     found = []
     for kind, texts in kinds.items():
@@ -123,7 +186,11 @@ def prompts(tokenizer, per_kind: int, fortunes: Path | None) -> list[tuple[str, 
 
 
 def _statements(source: str) -> list[str]:
-    return [line.strip() for line in source.splitlines() if 40 < len(line.strip()) < 110 and not line.strip().startswith(("#", '"'))]
+    return [
+        line.strip()
+        for line in source.splitlines()
+        if 40 < len(line.strip()) < 110 and not line.strip().startswith(("#", '"'))
+    ]
 
 
 def _sentences(text: str) -> list[str]:
@@ -144,7 +211,8 @@ def corpus() -> list[str]:
     found += [inspect.getsource(difflib)[start : start + 500] for start in range(0, 10000, 1000)]
     prose = [s for s in dict.fromkeys(found) if len(s) > 150]
     stories = [
-        f"{a} and {b} lived near the {p}. One morning {a} found a {t} there and showed it to {b}, who laughed and said that it was a good day."
+        f"{a} and {b} lived near the {p}. One morning {a} found a {t} there and showed it to {b}, who laughed and "
+        f"said that it was a good day."
         for a, b, p, t in zip(NAMES, NAMES[3:] + NAMES[:3], PLACES * 2, THINGS * 2, strict=True)
     ]
     return [s[:600] for s in prose[:24]] + stories
@@ -157,7 +225,9 @@ def picture(table: pd.DataFrame, path: Path) -> None:
     axes = drawn.subplots(2, table["ablation"].nunique(), sharex=True, squeeze=False)
     for column, (kind, part) in enumerate(table.groupby("ablation", sort=False)):
         order = {rule: n for n, rule in enumerate(table["rule"].unique())}
-        for row, (name, label) in enumerate((("kept", "answer's probability, kept ÷ full"), ("kl", "KL(full ‖ kept), nats"))):
+        for row, (name, label) in enumerate(
+            (("kept", "answer's probability, kept ÷ full"), ("kl", "KL(full ‖ kept), nats"))
+        ):
             ax = axes[row, column]
             for rule, points in part.groupby("rule", sort=False):
                 number = order[rule]
@@ -167,7 +237,14 @@ def picture(table: pd.DataFrame, path: Path) -> None:
                 }
                 points = points.sort_values("share")
                 ax.plot(points["share"], points[name], marker="o", ms=3, label=rule, **style)
-                ax.fill_between(points["share"], points[f"{name}_low"], points[f"{name}_high"], color=f"C{number % 10}", alpha=0.15, lw=0)
+                ax.fill_between(
+                    points["share"],
+                    points[f"{name}_low"],
+                    points[f"{name}_high"],
+                    color=f"C{number % 10}",
+                    alpha=0.15,
+                    lw=0,
+                )
             ax.set(xscale="log", ylabel=label, title=TITLES[kind] if row == 0 else "")
             ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)
@@ -175,7 +252,9 @@ def picture(table: pd.DataFrame, path: Path) -> None:
                 ax.set_xlabel("share of the prompt's sub-edges that is kept")
             for side in ("top", "right"):
                 ax.spines[side].set_visible(False)
-    axes[0, -1].legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0, -1].legend(
+        *axes[0, 0].get_legend_handles_labels(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     drawn.savefig(path, dpi=130)
 
 
@@ -187,7 +266,9 @@ def main() -> None:
     parser.add_argument("--shares", default=",".join(map(str, faithfulness.SHARES)))
     parser.add_argument("--zero-shares", default="0.05,0.2")
     parser.add_argument("--thresholds", default="0.01")
-    parser.add_argument("--ablations", default="mean,zero", help="of mean, zero, positions (mean values over positions)")
+    parser.add_argument(
+        "--ablations", default="mean,zero", help="of mean, zero, positions (mean values over positions)"
+    )
     parser.add_argument("--name", default="faithfulness")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
@@ -232,10 +313,13 @@ def main() -> None:
         write(pd.concat(tables, ignore_index=True), chosen, started, seconds, arguments.out, arguments.name)
 
 
-def write(table: pd.DataFrame, chosen: list[tuple[str, str]], started: dict, seconds: dict[str, float], out: Path, label: str) -> None:
+def write(
+    table: pd.DataFrame, chosen: list[tuple[str, str]], started: dict, seconds: dict[str, float], out: Path, label: str
+) -> None:
     def summed(columns: list[str]) -> pd.DataFrame:
         parts = [
-            faithfulness.summary(part).assign(**dict(zip(columns, key, strict=True))) for key, part in table.groupby(columns, sort=False)
+            faithfulness.summary(part).assign(**dict(zip(columns, key, strict=True)))
+            for key, part in table.groupby(columns, sort=False)
         ]
         return pd.concat(parts, ignore_index=True)
 
@@ -244,11 +328,16 @@ def write(table: pd.DataFrame, chosen: list[tuple[str, str]], started: dict, sec
     once = table.drop_duplicates(["prompt"])
     report = {
         "conditions": started | {"statistic": "mean over prompts, 95 % bootstrap interval"},
-        "prompts": {"count": len(chosen), "tokens": [int(once["tokens"].min()), float(once["tokens"].mean()), int(once["tokens"].max())],
-                    "full_probability": float(once["full"].mean()), "of_kind": pd.Series([k for k, _ in chosen]).value_counts().to_dict()},
-        "seconds": seconds, "curves": curves.to_dict("records"),
+        "prompts": {
+            "count": len(chosen),
+            "tokens": [int(once["tokens"].min()), float(once["tokens"].mean()), int(once["tokens"].max())],
+            "full_probability": float(once["full"].mean()),
+            "of_kind": pd.Series([k for k, _ in chosen]).value_counts().to_dict(),
+        },
+        "seconds": seconds,
+        "curves": curves.to_dict("records"),
         "by_kind": by_kind[by_kind["size"].isin([0.05, 0.2])].to_dict("records"),
-    }  # fmt: skip
+    }
     name = f"{label}-{started['device']}-{torch.get_num_threads()}-cores".replace(" ", "-").lower()
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

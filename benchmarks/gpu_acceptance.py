@@ -1,11 +1,14 @@
-"""Acceptance of the GPU engine on a machine that was just switched on: no network, nothing but torch, triton, transformers and pytest.
+"""Acceptance of the GPU engine on a machine that was just switched on: no network, nothing but torch, triton,
+transformers and pytest.
 
     python benchmarks/gpu_acceptance.py right --activations FILE --out out/gpu    # is it right? at most nine minutes
-    python benchmarks/gpu_acceptance.py fast --activations FILE --out out/gpu     # what does it cost? at most nine minutes
+    python benchmarks/gpu_acceptance.py fast --activations FILE --out out/gpu     # what does it cost? at most nine
+    minutes
 
-Every step runs in a process of its own with a limit, so that a crash or a hang costs that step alone, and writes OUT/STEP.json at its end.
-``--steps`` chooses some. FILE is written by benchmarks/capture_activations.py; without it the step on real layers is left out. ``--dry`` runs
-the steps ``layers``, ``traces``, ``timing`` and ``model`` on tiny random shapes in Triton's interpreter, to see that they run at all.
+Every step runs in a process of its own with a limit, so that a crash or a hang costs that step alone, and writes
+OUT/STEP.json at its end. ``--steps`` chooses some. FILE is written by benchmarks/capture_activations.py; without it the
+step on real layers is left out. ``--dry`` runs the steps ``layers``, ``traces``, ``timing`` and ``model`` on tiny
+random shapes in Triton's interpreter, to see that they run at all.
 """
 
 from __future__ import annotations
@@ -33,7 +36,16 @@ RIGHT = (
     ("sanitizer",),
 )  # side by side: correctness needs no quiet machine
 FAST = (("device",), ("build",), ("timing",), ("model",))
-LIMITS = {"build": 200, "kernels": 240, "native": 120, "layers": 200, "traces": 150, "sanitizer": 100, "timing": 200, "model": 250}
+LIMITS = {
+    "build": 200,
+    "kernels": 240,
+    "native": 120,
+    "layers": 200,
+    "traces": 150,
+    "sanitizer": 100,
+    "timing": 200,
+    "model": 250,
+}
 
 
 DEVICE = "cpu" if "--dry" in sys.argv else "cuda"
@@ -77,13 +89,22 @@ def device(_: argparse.Namespace) -> dict[str, Any]:
 
     properties = torch.cuda.get_device_properties(0)
     smi = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"], capture_output=True, text=True
+        ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
     )
     return {
-        "name": properties.name, "capability": list(torch.cuda.get_device_capability()), "processors": properties.multi_processor_count,
-        "memory": properties.total_memory, "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
-        "transformers": transformers.__version__, "smi": smi.stdout.strip(), **ceilings("cuda", torch.bfloat16),
-    }  # fmt: skip
+        "name": properties.name,
+        "capability": list(torch.cuda.get_device_capability()),
+        "processors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "transformers": transformers.__version__,
+        "smi": smi.stdout.strip(),
+        **ceilings("cuda", torch.bfloat16),
+    }
 
 
 def build(_: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +113,13 @@ def build(_: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     major, minor = torch.cuda.get_device_capability()
     environment = os.environ | {"FLOWROUTES_CUDA_ARCHS": f"{major}{minor}"}
-    made = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     from flowroutes_fast.ops import cuda
 
     reason = cuda.missing()
@@ -146,7 +173,9 @@ def tiny_shape() -> str:
 
 
 def layers(options: argparse.Namespace) -> dict[str, Any]:
-    """Intervals and lists of real layers against float64, in three types; twice; under other settings; on another stream."""
+    """Intervals and lists of real layers against float64, in three types; twice; under other settings; on another
+    stream.
+    """
     import torch
 
     from flowroutes_fast.ops.certified import certified
@@ -167,14 +196,20 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
                 try:
                     first = run()
                     row = {
-                        "interval": max(float(((first.low - total) / total).max()), float(((total - first.high) / total).max())),
+                        "interval": max(
+                            float(((first.low - total) / total).max()), float(((total - first.high) / total).max())
+                        ),
                         "width": float(((first.high - first.low) / total).mean()),
                     }
                     query, key, head = first.index.long()
                     listed = torch.zeros_like(exact, dtype=torch.bool)
                     some = head >= 0
                     listed[head[some], query[some], key[some]] = True
-                    row["value"] = float(((first.value[some] - exact[head[some], query[some], key[some]]).abs() / total[query[some]]).max())
+                    row["value"] = float(
+                        (
+                            (first.value[some] - exact[head[some], query[some], key[some]]).abs() / total[query[some]]
+                        ).max()
+                    )
                     row["missing"] = int(((exact > 1.001e-3 * total[:, None]) & ~listed).sum())
                     left = torch.zeros_like(exact[0])
                     left[query[~some], key[~some]] = first.value[~some].double()
@@ -223,7 +258,10 @@ def on_a_stream(run: Callable[[], Any]) -> Any:
 def same(one: Any, other: Any) -> bool:
     import torch
 
-    return all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("low", "high", "head_low", "head_high", "index", "value"))
+    return all(
+        torch.equal(getattr(one, n), getattr(other, n))
+        for n in ("low", "high", "head_low", "head_high", "index", "value")
+    )
 
 
 def attention64(a: Any) -> Any:
@@ -295,7 +333,11 @@ def sanitizer(_: argparse.Namespace) -> dict[str, Any]:
         "odd and bfloat16",
     ]
     ran = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     return {"failed": ran.returncode != 0, "log": ran.stdout[-3000:]}
 
@@ -324,7 +366,9 @@ def milliseconds(function: Callable[[], Any], budget: float = 1.0) -> float:
 
 
 def sharp_case(name: str, tokens: int, listed: float = 100.0) -> tuple[Any, float]:
-    """A random layer whose attention is sharp: about ``listed`` sub-edges of a row are above 1e-3 of what is known of its normaliser; how many."""
+    """A random layer whose attention is sharp: about ``listed`` sub-edges of a row are above 1e-3 of what is known
+    of its normaliser; how many.
+    """
     import torch
 
     from flowroutes_fast.bench.layers import random_case
@@ -352,7 +396,13 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
 
     attend = torch.nn.functional.scaled_dot_product_attention
     report: dict[str, Any] = {}
-    shapes = [("llama-2-7b", 2048), ("llama-3-8b", 2048), ("llama-70b", 2048), ("llama-2-7b", 8192), ("llama-3-8b", 8192)]
+    shapes = [
+        ("llama-2-7b", 2048),
+        ("llama-3-8b", 2048),
+        ("llama-70b", 2048),
+        ("llama-2-7b", 8192),
+        ("llama-3-8b", 8192),
+    ]
     if DEVICE == "cpu":
         shapes = [(tiny_shape(), 40)]
     for name, tokens in shapes:
@@ -374,14 +424,21 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
             "pair_rests": lambda p=passes, low=low, how=how: bound.pair_rests(*p.inputs, p.cut, 1e-3 * low, **how),
             "sdpa": lambda a=a: attend(a.query[None], a.key[None], a.value[None], is_causal=True, enable_gqa=True),
             "o_proj": lambda flat=flat, w=w: flat @ w.T,
-            "certified": lambda a=a, o=case.others: certified(a, o, floor=1e-3, thresholds=(0.01, 0.03, 0.04), backend="triton"),
+            "certified": lambda a=a, o=case.others: certified(
+                a, o, floor=1e-3, thresholds=(0.01, 0.03, 0.04), backend="triton"
+            ),
         }
-        row: dict[str, Any] = {"listed_above_floor": listed, "listed_per_row": sum(p.index.shape[1] for p in pieces) / tokens}
+        row: dict[str, Any] = {
+            "listed_above_floor": listed,
+            "listed_per_row": sum(p.index.shape[1] for p in pieces) / tokens,
+        }
         row |= {each: milliseconds(function) for each, function in work.items()}
         row["pairs_evaluated"] = piece.index.shape[1]
         for backend in BACKENDS:
             passes.backend = backend
-            row[f"pairs_{backend}"] = milliseconds(lambda p=passes, piece=piece, start=head_start: p.evaluate(piece.index, start))
+            row[f"pairs_{backend}"] = milliseconds(
+                lambda p=passes, piece=piece, start=head_start: p.evaluate(piece.index, start)
+            )
         row["counts"] = vars(work["certified"]().counts)
         before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
         row["peak_over_inputs"] = peak(work["certified"]) - before
@@ -390,7 +447,9 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def model(options: argparse.Namespace) -> dict[str, Any]:
-    """Four layers of Llama-2-7B's shape with random weights and sharp attention: forward pass against trace, interleaved."""
+    """Four layers of Llama-2-7B's shape with random weights and sharp attention: forward pass against trace,
+    interleaved.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -439,7 +498,13 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
             wait()
         averages = seen.key_averages()
         row["profile"] = averages.table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=60)[-9000:]
-        calls = ("cudaStreamSynchronize", "cudaMemcpyAsync", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaDeviceSynchronize")
+        calls = (
+            "cudaStreamSynchronize",
+            "cudaMemcpyAsync",
+            "cudaLaunchKernel",
+            "cuLaunchKernelEx",
+            "cudaDeviceSynchronize",
+        )
         row["waits"] = {e.key: e.count for e in averages if e.key in calls}
     return report
 
@@ -482,7 +547,10 @@ def finish(name: str, process: subprocess.Popen[str], options: argparse.Namespac
         place.write_text(json.dumps({"failed": True, "error": output[-4000:]}))
     found = json.loads(place.read_text())
     failed = found.get("failed")
-    print(f"{name}: {'FAILED ' + str(failed)[:300] if failed else 'ok'} ({found.get('step_seconds', 0):.0f} s)", flush=True)
+    print(
+        f"{name}: {'FAILED ' + str(failed)[:300] if failed else 'ok'} ({found.get('step_seconds', 0):.0f} s)",
+        flush=True,
+    )
 
 
 def main() -> int:

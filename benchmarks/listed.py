@@ -1,6 +1,8 @@
-"""How many sub-edges of real layers lie above a cut, how wide the normaliser stays, and how many pairs need all their heads; on the CPU.
+"""How many sub-edges of real layers lie above a cut, how wide the normaliser stays, and how many pairs need all their
+heads; on the CPU.
 
-python benchmarks/listed.py FILE [--out benchmarks/results/listed.json]      # FILE from benchmarks/capture_activations.py
+python benchmarks/listed.py FILE [--out benchmarks/results/listed.json]      # FILE from
+benchmarks/capture_activations.py
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ def counts(case: Case) -> dict[str, Any]:
         for t in THRESHOLDS:
             unclear |= (known <= t * (total + rest)[:, None]) & (known + left > t * total[:, None]) & (left > 0)
         found[f"{cut:g}"] = {
-            "listed": float(above.sum((0, 2)).float().mean()), "width": float((rest / middle).mean()),
+            "listed": float(above.sum((0, 2)).float().mean()),
+            "width": float((rest / middle).mean()),
             "rows_within_tolerance": float((rest <= 2 * TOLERANCE * middle).float().mean()),
             "pairs_above_floor": float((pair > FLOOR * total[:, None]).sum(1).float().mean()),
             "pairs_that_need_all_heads": float(unclear.sum(1).float().mean()),
-        }  # fmt: skip
+        }
     return found
 
 

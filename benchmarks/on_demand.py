@@ -1,7 +1,9 @@
-"""What a route on demand costs over the model's own forward pass (last logits only), beside a full trace and a decode step.
+"""What a route on demand costs over the model's own forward pass (last logits only), beside a full trace and a decode
+step.
 
-All of a length are run in turns: forward pass, ``fr.route`` at each threshold (its pass and its walk apart), one decode step, full trace.
-Memory: peak of a process that runs the pass, over one that runs the forward alone. Generation: ``fr.generate`` beside ``model.generate``.
+All of a length are run in turns: forward pass, ``fr.route`` at each threshold (its pass and its walk apart), one decode
+step, full trace. Memory: peak of a process that runs the pass, over one that runs the forward alone. Generation:
+``fr.generate`` beside ``model.generate``.
 
 python benchmarks/on_demand.py --tokens 256 1024 2048
 """
@@ -74,7 +76,10 @@ def walks(model: Any, ids: list[int], runs: int, full_up_to: int) -> dict[str, A
             note("pass", taken)
             taken, route = seconds(lambda trace=trace, threshold=threshold: trace.route(threshold=threshold))
             note(f"walk {threshold}", taken)
-            edges[str(threshold)], rows[str(threshold)] = len(route.edges), trace.certificate["rows"] / (trace.n_layers * len(ids))
+            edges[str(threshold)], rows[str(threshold)] = (
+                len(route.edges),
+                trace.certificate["rows"] / (trace.n_layers * len(ids)),
+            )
             states = str(trace.certificate["states"])
             trace.release()
         note("decode step", seconds(step)[0])
@@ -82,20 +87,32 @@ def walks(model: Any, ids: list[int], runs: int, full_up_to: int) -> dict[str, A
             taken, trace = seconds(lambda: fr.trace(model, None, ids))
             note("full trace", taken)
             for threshold in THRESHOLDS:
-                assert len(trace.route(threshold=threshold).edges) == edges[str(threshold)], "a route differs from the full trace's"
+                assert len(trace.route(threshold=threshold).edges) == edges[str(threshold)], (
+                    "a route differs from the full trace's"
+                )
     middle = {name: statistics.median(values) for name, values in times.items()}
     ratios = {str(t): (middle["pass"] + middle[f"walk {t}"]) / middle["forward"] for t in THRESHOLDS}
     steps = {str(t): middle[f"walk {t}"] / middle["decode step"] for t in THRESHOLDS}
     return {
-        "tokens": len(ids), "states": states, "seconds": middle, "over_forward": ratios, "pass_over_forward": middle["pass"] / middle["forward"],
-        "decode_steps": steps, "full_over_forward": middle["full trace"] / middle["forward"] if "full trace" in middle else None,
-        "sub_edges": edges, "share_of_rows": rows, "times": times,
-    }  # fmt: skip
+        "tokens": len(ids),
+        "states": states,
+        "seconds": middle,
+        "over_forward": ratios,
+        "pass_over_forward": middle["pass"] / middle["forward"],
+        "decode_steps": steps,
+        "full_over_forward": middle["full trace"] / middle["forward"] if "full trace" in middle else None,
+        "sub_edges": edges,
+        "share_of_rows": rows,
+        "times": times,
+    }
 
 
 def peak(tokens: int, lazy: bool) -> float:
     """MB of the resident peak of a process of its own."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import on_demand; on_demand.child({tokens}, {lazy})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import on_demand; "
+        f"on_demand.child({tokens}, {lazy})"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     return float(out.stdout.split()[-1])
 
@@ -123,19 +140,23 @@ def generation(model: Any, ids: list[int], count: int, runs: int) -> dict[str, A
         ours.append(seconds(lambda running=running: list(running))[0])
         assert running.token_ids == wanted[0, len(ids) :].tolist(), "the text differs from the model's"
     return {
-        "prompt": len(ids), "tokens": count, "seconds": statistics.median(ours), "model_seconds": statistics.median(plain),
+        "prompt": len(ids),
+        "tokens": count,
+        "seconds": statistics.median(ours),
+        "model_seconds": statistics.median(plain),
         "over_generate": statistics.median(ours) / statistics.median(plain),
-    }  # fmt: skip
+    }
 
 
 def growth(found: dict[str, Any]) -> dict[str, float]:
     """Exponents: slopes of log seconds and log bytes over log tokens, from 1,024 tokens on."""
     rows = [row for row in found["rows"] if row["tokens"] >= 1024]
     series = {
-        name: [(row["tokens"], row["seconds"][name]) for row in rows] for name in ("forward", *(f"walk {t}" for t in THRESHOLDS), "decode step")
+        name: [(row["tokens"], row["seconds"][name]) for row in rows]
+        for name in ("forward", *(f"walk {t}" for t in THRESHOLDS), "decode step")
     } | {
         "memory over the forward": [(row["tokens"], row["over_mb"]) for row in found["memory"]],
-    }  # fmt: skip
+    }
     fitted = {}
     for name, points in series.items():
         positive = np.array([(n, y) for n, y in points if y > 0 and n >= 1024])
@@ -149,13 +170,24 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     tokens = [row["tokens"] for row in found["rows"]]
-    for name, style in (("forward", "k-"), ("walk 0.04", "C0-"), ("walk 0.02", "C1-"), ("walk 0.01", "C2-"), ("decode step", "k:")):
+    for name, style in (
+        ("forward", "k-"),
+        ("walk 0.04", "C0-"),
+        ("walk 0.02", "C1-"),
+        ("walk 0.01", "C2-"),
+        ("decode step", "k:"),
+    ):
         label = name.replace("walk", "walk at τ").replace("forward", "forward pass")
         left.plot(tokens, [row["seconds"][name] for row in found["rows"]], style, marker="o", markersize=3, label=label)
     left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="time")
     sizes = [row["tokens"] for row in found["memory"]]
     right.plot(
-        sizes, [row["over_mb"] for row in found["memory"]], "C0-", marker="o", markersize=3, label="lazy trace and route, over the forward"
+        sizes,
+        [row["over_mb"] for row in found["memory"]],
+        "C0-",
+        marker="o",
+        markersize=3,
+        label="lazy trace and route, over the forward",
     )
     right.plot(sizes, [row["inputs_and_kv_mb"] for row in found["memory"]], "k:", label="layer inputs, keys and values")
     right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MB", title="memory")
@@ -177,20 +209,30 @@ def main() -> None:
     parser.add_argument("--full-up-to", type=int, default=2048, help="longest prompt that is traced whole beside it")
     parser.add_argument("--generate", type=int, default=64, help="tokens generated after a prompt of 1,024; 0 for none")
     parser.add_argument("--memory", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/on-demand-MACHINE-N-cores.json, and a .png beside it")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/on-demand-MACHINE-N-cores.json, and a .png beside it"
+    )
     arguments = parser.parse_args()
     model, tokenizer = fr.load("demo")
-    found: dict[str, Any] = {"conditions": conditions("cpu", "cpu") | {"model": DEMO_NAME, "load_before": os.getloadavg()}, "rows": []}
+    found: dict[str, Any] = {
+        "conditions": conditions("cpu", "cpu") | {"model": DEMO_NAME, "load_before": os.getloadavg()},
+        "rows": [],
+    }
     for tokens in arguments.tokens:
         row = walks(
-            model, prompt(tokenizer, tokens), max(2, arguments.runs * (3 if tokens <= 512 else 1) - tokens // 2048), arguments.full_up_to
+            model,
+            prompt(tokenizer, tokens),
+            max(2, arguments.runs * (3 if tokens <= 512 else 1) - tokens // 2048),
+            arguments.full_up_to,
         )
         found["rows"].append(row)
         over = "  ".join(f"τ {t}: {r:.2f} ({row['decode_steps'][t]:.1f} steps)" for t, r in row["over_forward"].items())
         full = "" if row["full_over_forward"] is None else f"  full trace {row['full_over_forward']:.2f}"
         print(f"{tokens:5} tokens ({row['states']}): pass {row['pass_over_forward']:.2f}  {over}{full}", flush=True)
     if arguments.generate:
-        found["generation"] = generation(model, prompt(tokenizer, 1024), arguments.generate, max(2, arguments.runs // 2))
+        found["generation"] = generation(
+            model, prompt(tokenizer, 1024), arguments.generate, max(2, arguments.runs // 2)
+        )
         print(f"generation: {found['generation']['over_generate']:.2f} of model.generate", flush=True)
     found["memory"] = []
     for tokens in arguments.memory:
@@ -198,8 +240,14 @@ def main() -> None:
         config = model.config
         kv = 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
         floor = config.num_hidden_layers * tokens * (config.hidden_size + kv) * 4 / 1e6
-        found["memory"].append({"tokens": tokens, "forward_mb": plain, "lazy_mb": ours, "inputs_and_kv_mb": floor, "over_mb": ours - plain})
-        print(f"{tokens:5} tokens: {ours - plain:.0f} MB over the forward; layer inputs, keys and values are {floor:.0f} MB", flush=True)
+        found["memory"].append(
+            {"tokens": tokens, "forward_mb": plain, "lazy_mb": ours, "inputs_and_kv_mb": floor, "over_mb": ours - plain}
+        )
+        print(
+            f"{tokens:5} tokens: {ours - plain:.0f} MB over the forward; layer inputs, keys and values are "
+            f"{floor:.0f} MB",
+            flush=True,
+        )
     found["conditions"]["load_after"] = os.getloadavg()
     found["growth"] = growth(found)
     print({name: round(value, 2) for name, value in found["growth"].items()})

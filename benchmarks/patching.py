@@ -2,11 +2,12 @@
 
     python benchmarks/patching.py --examples 8
 
-For IOI and greater-than examples that the model gets right: routes of all examples; patching of every head (all positions) against every
-contrastive template; rank correlations and overlaps of the heads they find; and how far two templates agree with one another. Heads are ranked by
-their frequency in routes at τ = 0.04 (and other scores of routes), and by |effect| in patching, where effect is the change of the metric
-summed over examples over the summed difference of the prompts. Times are medians over examples, in one process, after a warm-up, taken in turns.
-Patching runs the whole model for every patched copy, batched; a version that starts at the patched layer would save about half.
+For IOI and greater-than examples that the model gets right: routes of all examples; patching of every head (all
+positions) against every contrastive template; rank correlations and overlaps of the heads they find; and how far two
+templates agree with one another. Heads are ranked by their frequency in routes at τ = 0.04 (and other scores of
+routes), and by |effect| in patching, where effect is the change of the metric summed over examples over the summed
+difference of the prompts. Times are medians over examples, in one process, after a warm-up, taken in turns. Patching
+runs the whole model for every patched copy, batched; a version that starts at the patched layer would save about half.
 """
 
 from __future__ import annotations
@@ -41,11 +42,16 @@ TASKS: dict[str, tuple[Callable[..., list[Example]], str]] = {
 
 @torch.no_grad()
 def solved(model: Any, tokenizer: Any, examples: list[Example], task: str) -> list[bool]:
-    """IOI: the answer is the most probable token. Greater-than: right answers together are more probable than wrong ones."""
+    """IOI: the answer is the most probable token. Greater-than: right answers together are more probable than wrong
+    ones.
+    """
     found = []
     for example in examples:
         p = model(**tokenizer(example.prompt, return_tensors="pt")).logits[0, -1].softmax(-1)
-        right, wrong = ([tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in ts] for ts in (example.answers, example.wrong))
+        right, wrong = (
+            [tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in ts]
+            for ts in (example.answers, example.wrong)
+        )
         found.append(int(p.argmax()) == right[0] if task == "ioi" else bool(p[right].sum() > p[wrong].sum()))
     return found
 
@@ -53,7 +59,9 @@ def solved(model: Any, tokenizer: Any, examples: list[Example], task: str) -> li
 def gate(model: Any, tokenizer: Any, example: Example, corrupted: str, table: pd.DataFrame, metric: str) -> float:
     """Largest error of three heads' patches against adding (z' − z) W_O to what W_O gives, over the metric's range."""
     ids, other = (tokenizer(text)["input_ids"] for text in (example.prompt, corrupted))
-    right, wrong = ([tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in ts] for ts in (example.answers, example.wrong))
+    right, wrong = (
+        [tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in ts] for ts in (example.answers, example.wrong)
+    )
     worst = 0.0
     for row in table.iloc[[0, len(table) // 2, len(table) - 1]].itertuples():
         a, b = (record(model, x, [row.layer], torch.tensor([len(ids) - 1])) for x in (ids, other))
@@ -64,8 +72,14 @@ def gate(model: Any, tokenizer: Any, example: Example, corrupted: str, table: pd
             logits = model(torch.tensor([ids])).logits[0, -1]
         handle.remove()
         p = logits.softmax(-1)
-        wanted = logits[right].mean() - logits[wrong].mean() if metric == "logit_difference" else p[right].sum() - p[wrong].sum()
-        worst = max(worst, abs(float(wanted) - row.metric) / max(abs(table.attrs["clean"] - table.attrs["corrupted"]), 0.1))
+        wanted = (
+            logits[right].mean() - logits[wrong].mean()
+            if metric == "logit_difference"
+            else p[right].sum() - p[wrong].sum()
+        )
+        worst = max(
+            worst, abs(float(wanted) - row.metric) / max(abs(table.attrs["clean"] - table.attrs["corrupted"]), 0.1)
+        )
     return worst
 
 
@@ -99,7 +113,9 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> dict[str, int]:
     """How many heads are among the k largest of both."""
-    return {f"top_{k}": len(set(np.argsort(-a, kind="stable")[:k]) & set(np.argsort(-b, kind="stable")[:k])) for k in TOPS}
+    return {
+        f"top_{k}": len(set(np.argsort(-a, kind="stable")[:k]) & set(np.argsort(-b, kind="stable")[:k])) for k in TOPS
+    }
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -115,7 +131,9 @@ def effect(tables: list[pd.DataFrame]) -> np.ndarray:
 def in_turns(
     model: Any, tokenizer: Any, examples: list[Example], patch: Callable[..., pd.DataFrame], task: str
 ) -> tuple[list[Any], dict[str, list[pd.DataFrame]], dict[str, Any]]:
-    """Traces, patching tables by contrast, and seconds; what is compared takes turns, so that it meets the same machine."""
+    """Traces, patching tables by contrast, and seconds; what is compared takes turns, so that it meets the same
+    machine.
+    """
     prompts, names = [e.prompt for e in examples], list(examples[0].contrasts)
     traces: list[Any] = []
 
@@ -142,10 +160,16 @@ def in_turns(
             tables[name].append(patch(example, name))
         times["batch"].append(seconds_of(together))
         print(task, n + 1, "of", len(examples), flush=True)
-    return traces, tables, {
-        "seconds_per_example": float(np.median(times["route"])), "seconds_per_example_in_one_batch": float(np.median(times["batch"])) / len(examples),
-        "seconds_per_plain_forward": float(np.median(times["forward"])), "forward_passes_per_example": 1,
-    }  # fmt: skip
+    return (
+        traces,
+        tables,
+        {
+            "seconds_per_example": float(np.median(times["route"])),
+            "seconds_per_example_in_one_batch": float(np.median(times["batch"])) / len(examples),
+            "seconds_per_plain_forward": float(np.median(times["forward"])),
+            "forward_passes_per_example": 1,
+        },
+    )
 
 
 def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edges: bool) -> dict[str, Any]:
@@ -158,7 +182,9 @@ def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edge
         return report | {"refused": "the model gets too few examples right"}
 
     def patch(e: Example, name: str, **more: Any) -> pd.DataFrame:
-        return fr.patching(model, tokenizer, e.prompt, e.contrasts[name], e.answers, e.wrong, metric=metric, batch=batch, **more)
+        return fr.patching(
+            model, tokenizer, e.prompt, e.contrasts[name], e.answers, e.wrong, metric=metric, batch=batch, **more
+        )
 
     first, names = examples[0], list(examples[0].contrasts)
     worst = gate(model, tokenizer, first, first.contrasts[names[0]], patch(first, names[0]), metric)
@@ -193,7 +219,11 @@ def run_task(model: Any, tokenizer: Any, task: str, count: int, batch: int, edge
 
 
 def compared(
-    tables: list[pd.DataFrame], traces: list[Any], others: list[Any], mine: dict[str, np.ndarray], routes: dict[str, Any]
+    tables: list[pd.DataFrame],
+    traces: list[Any],
+    others: list[Any],
+    mine: dict[str, np.ndarray],
+    routes: dict[str, Any],
 ) -> dict[str, Any]:
     """Patching with one template against routes: cost, and agreement."""
     size, halves = np.abs(effect(tables)), [np.abs(effect(half)) for half in (tables[::2], tables[1::2])]
@@ -201,13 +231,21 @@ def compared(
     contrasted = fr.contrast(traces, others, threshold=THRESHOLD, paired=True)
     by_head = contrasted.sort_values(["layer", "head"])["difference"].abs().to_numpy()
     return {
-        "seconds_per_example": seconds, "forward_passes_per_example": tables[0].attrs["forward_passes"], "runs_per_example": tables[0].attrs["runs"],
-        "times_routes": seconds / routes["seconds_per_example"], "times_routes_in_one_batch": seconds / routes["seconds_per_example_in_one_batch"],
-        "clean": float(np.mean([t.attrs["clean"] for t in tables])), "corrupted": float(np.mean([t.attrs["corrupted"] for t in tables])),
-        "halves_agree": agreement(*halves), "with_routes": {score: agreement(value, size) for score, value in mine.items()},
-        "with_contrastive_routes": agreement(by_head, size), "top_effects": top(effect(tables)),
-        "top_differences": [[f"L{r.layer}H{r.head}", r.frequency_a, r.frequency_b] for r in contrasted.head(10).itertuples()],
-    }  # fmt: skip
+        "seconds_per_example": seconds,
+        "forward_passes_per_example": tables[0].attrs["forward_passes"],
+        "runs_per_example": tables[0].attrs["runs"],
+        "times_routes": seconds / routes["seconds_per_example"],
+        "times_routes_in_one_batch": seconds / routes["seconds_per_example_in_one_batch"],
+        "clean": float(np.mean([t.attrs["clean"] for t in tables])),
+        "corrupted": float(np.mean([t.attrs["corrupted"] for t in tables])),
+        "halves_agree": agreement(*halves),
+        "with_routes": {score: agreement(value, size) for score, value in mine.items()},
+        "with_contrastive_routes": agreement(by_head, size),
+        "top_effects": top(effect(tables)),
+        "top_differences": [
+            [f"L{r.layer}H{r.head}", r.frequency_a, r.frequency_b] for r in contrasted.head(10).itertuples()
+        ],
+    }
 
 
 def top(values: np.ndarray, heads: int = 9) -> list[list[Any]]:
@@ -239,7 +277,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     model, tokenizer = fr.load("demo")
-    about = conditions("cpu", "cpu") | {"model": DEMO_NAME, "statistic": "median over examples, warm, in turns", "threshold": THRESHOLD}
+    about = conditions("cpu", "cpu") | {
+        "model": DEMO_NAME,
+        "statistic": "median over examples, warm, in turns",
+        "threshold": THRESHOLD,
+    }
     report: dict[str, Any] = {"conditions": about, "batch": arguments.batch}
     name = f"patching-{about['device']}-{torch.get_num_threads()}-cores".replace(" ", "-").lower()
     for task in arguments.tasks.split(","):

@@ -1,11 +1,14 @@
-"""Random routes of lazy traces beside those of full traces, over every family of ``tests/families.py``: do the same sub-edges come out?
+"""Random routes of lazy traces beside those of full traces, over every family of ``tests/families.py``: do the same
+sub-edges come out?
 
-A case is a model, a prompt (or a batch of them), options and a way of keeping states; of each pair of traces many routes are walked, in any
-order, with rows evaluated before. Both kinds of trace compare float32 figures with the threshold, strictly, and neither reports what rounding
-may turn: a route that differs only at figures within rounding of its threshold (``NEAR``) is counted apart, any other difference is a fault.
+A case is a model, a prompt (or a batch of them), options and a way of keeping states; of each pair of traces many
+routes are walked, in any order, with rows evaluated before. Both kinds of trace compare float32 figures with the
+threshold, strictly, and neither reports what rounding may turn: a route that differs only at figures within rounding of
+its threshold (``NEAR``) is counted apart, any other difference is a fault.
 
-What certified traces know as intervals is compared as such: which of a pair's heads are told apart (``renormalize=False``) and estimates depend
-on which rows were settled before, in both kinds of trace. Flows multiply estimates, so that they are compared where all rows are exact.
+What certified traces know as intervals is compared as such: which of a pair's heads are told apart
+(``renormalize=False``) and estimates depend on which rows were settled before, in both kinds of trace. Flows multiply
+estimates, so that they are compared where all rows are exact.
 
 OMP_NUM_THREADS=1 python benchmarks/random_routes.py --routes 20000
 OMP_NUM_THREADS=1 python benchmarks/random_routes.py --only llama --case 17      # one case again
@@ -40,7 +43,8 @@ from families import OPTIONS, VARIANTS, make  # noqa: E402
 
 NAMES = sorted(FAMILIES) + sorted(VARIANTS)
 TIERS = ("whole", "inputs", "disk", "cache", "generated")
-NEAR = {"whole": 2e-6, "inputs": 2e-5, "disk": 2e-5, "cache": 1e-4, "generated": 2e-5}  # what rounding may do to an importance
+# what rounding may do to an importance
+NEAR = {"whole": 2e-6, "inputs": 2e-5, "disk": 2e-5, "cache": 1e-4, "generated": 2e-5}
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest prompt in configs
 LITTLE = 1000  # bytes: nothing is kept in memory
 
@@ -60,7 +64,9 @@ class Counts:
 
 
 class Models:
-    """The tiny models, made once; ``long``: for prompts of more than 256 tokens, whose rows are bounded rather than evaluated whole."""
+    """The tiny models, made once; ``long``: for prompts of more than 256 tokens, whose rows are bounded rather than
+    evaluated whole.
+    """
 
     def __init__(self) -> None:
         self.made: dict[tuple[str, bool], Any] = {}
@@ -92,7 +98,9 @@ class Case:
         rng = random.Random(f"{seed}/{name}/{number}")
         long = rng.random() < 0.06
         batch = 1 if long or rng.random() < 0.75 else rng.randint(2, 4)
-        lengths = [rng.randint(257, 330) if long else rng.choice((rng.randint(1, 8), rng.randint(1, 60))) for _ in range(batch)]
+        lengths = [
+            rng.randint(257, 330) if long else rng.choice((rng.randint(1, 8), rng.randint(1, 60))) for _ in range(batch)
+        ]
         prompts = [[rng.randrange(3, 101) for _ in range(n)] for n in lengths]
         tier = rng.choice(TIERS[:3] if batch > 1 else TIERS[:4] if long else TIERS)
         return cls(name, number, rng, long, prompts, tier, _options(rng))
@@ -105,10 +113,15 @@ def _options(rng: random.Random) -> dict[str, Any]:
     measure = "signed" if rng.random() < 0.25 else "proximity"
     precision = "exact" if measure == "proximity" and rng.random() < 0.2 else "certified"
     return {
-        "measure": measure, "precision": precision, "bias": rng.choice(["part", "part", "value", "exclude"]),
-        "neurons": rng.random() < 0.12, "floor": rng.choice([1e-3, 1e-3, 3e-4, 1e-2]), "tolerance": rng.choice([1e-2, 1e-2, 1e-3, 0.1]),
-        "thresholds": rng.choice([(0.01, 0.03, 0.04), (), (0.02,)]), "backend": "reference" if rng.random() < 0.08 else "auto",
-    }  # fmt: skip
+        "measure": measure,
+        "precision": precision,
+        "bias": rng.choice(["part", "part", "value", "exclude"]),
+        "neurons": rng.random() < 0.12,
+        "floor": rng.choice([1e-3, 1e-3, 3e-4, 1e-2]),
+        "tolerance": rng.choice([1e-2, 1e-2, 1e-3, 0.1]),
+        "thresholds": rng.choice([(0.01, 0.03, 0.04), (), (0.02,)]),
+        "backend": "reference" if rng.random() < 0.08 else "auto",
+    }
 
 
 # --- the two traces of a case
@@ -210,7 +223,9 @@ def figure(trace: Any, edge: Edge, renormalize: bool) -> tuple[float, float]:
 
 
 def pairs_of(edges: dict[Edge, float]) -> tuple[dict[Edge, float], dict[Edge, float]]:
-    """Edges with heads summed; and for each pair how far off its sum may be, because heads of it are known together only."""
+    """Edges with heads summed; and for each pair how far off its sum may be, because heads of it are known together
+    only.
+    """
     sums, loose = dict[Edge, float](), dict[Edge, float]()
     for (layer, kind, source, target, head), value in edges.items():
         pair = (layer, kind, source, target, -1)
@@ -242,7 +257,9 @@ def compare(counts: Counts, what: str, lazy: Any, full: Any, mine: Any, theirs: 
                 intervals = [figure(t, edge, theirs.renormalize) for t in (lazy, full)]
                 off = min(max(low - theirs.threshold, theirs.threshold - high, 0.0) for low, high in intervals)
             if not off <= near:
-                counts.differ.append(f"{what}: {edge} is {'not ' * (edge not in found)}in the lazy route, {off:.1e} from the threshold")
+                counts.differ.append(
+                    f"{what}: {edge} is {'not ' * (edge not in found)}in the lazy route, {off:.1e} from the threshold"
+                )
                 return
         counts.at_threshold += 1
     for edge in found.keys() & wanted.keys():
@@ -257,7 +274,8 @@ def compare(counts: Counts, what: str, lazy: Any, full: Any, mine: Any, theirs: 
 
 def draw_walk(rng: random.Random, lazy: Any, full: Any) -> tuple[Any, dict[str, Any]]:
     """Root and options of a route."""
-    exact = full.certificate["worst_error"] == 0 and (lazy.tolerance <= 1e-2 or lazy.precision == "exact")  # few keys: evaluated whole
+    # few keys: evaluated whole
+    exact = full.certificate["worst_error"] == 0 and (lazy.tolerance <= 1e-2 or lazy.precision == "exact")
     tokens = len(full.tokens)
     several = rng.random() < 0.15
     root = [rng.randrange(-tokens, tokens) for _ in range(rng.randint(1, 4))] if several else rng.randrange(tokens)
@@ -319,7 +337,9 @@ def arrays(counts: Counts, case: Case, tier: str, lazy: Any, full: Any) -> None:
         known = torch.stack([torch.from_numpy(rows.place >= 0) for rows in lazy.layers])
         off = ((mine - theirs).abs() - 2 * error * theirs.abs())[known].nan_to_num(0)
         if name == "heads" and error:  # sums of what was evaluated and what was not
-            off = (torch.maximum(lazy._array("heads_low") - full.heads_high, full.heads_low - lazy._array("heads_high")))[known]
+            off = (
+                torch.maximum(lazy._array("heads_low") - full.heads_high, full.heads_low - lazy._array("heads_high"))
+            )[known]
         counts.worst = max(counts.worst, float(off.max()) if off.numel() else 0.0)
         if off.numel() and not float(off.max()) <= near:
             counts.differ.append(f"{case}: {name} differs by {float(off.max()):.1e}")
@@ -329,10 +349,19 @@ def arrays(counts: Counts, case: Case, tier: str, lazy: Any, full: Any) -> None:
             mine, theirs = lazy._neuron_parts()[layer], full.neurons(layer)
             theirs = theirs[theirs["position"].isin(known)]
             found = {(p, n): v for p, n, v in zip(*mine.index.tolist(), mine.importance.tolist(), strict=True)}
-            wanted = {(p, n): v for p, n, v in zip(*(theirs[c].tolist() for c in ("position", "neuron", "importance")), strict=True)}
-            edge = {key: abs(abs(found.get(key, wanted.get(key, 0))) - full.floor) for key in found.keys() ^ wanted.keys()}
+            wanted = {
+                (p, n): v
+                for p, n, v in zip(*(theirs[c].tolist() for c in ("position", "neuron", "importance")), strict=True)
+            }
+            edge = {
+                key: abs(abs(found.get(key, wanted.get(key, 0))) - full.floor) for key in found.keys() ^ wanted.keys()
+            }
             off = max(
-                (abs(found[key] - wanted[key]) - 2 * full.tolerance * abs(wanted[key]) for key in found.keys() & wanted.keys()), default=0.0
+                (
+                    abs(found[key] - wanted[key]) - 2 * full.tolerance * abs(wanted[key])
+                    for key in found.keys() & wanted.keys()
+                ),
+                default=0.0,
             )
             if off > near or any(v > near + 2 * full.tolerance * full.floor for v in edge.values()):
                 counts.differ.append(f"{case}: neurons of layer {layer} differ by {off:.1e}, {len(edge)} at the floor")
@@ -372,7 +401,11 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="this case of each alone; writes nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "random_routes.json")
     arguments = parser.parse_args()
-    about = conditions("cpu", "cpu") | {"seed": arguments.seed, "walks_per_trace": arguments.walks, "statistic": "counts"}
+    about = conditions("cpu", "cpu") | {
+        "seed": arguments.seed,
+        "walks_per_trace": arguments.walks,
+        "statistic": "counts",
+    }
     rows, start = {}, time.perf_counter()
     for name in arguments.only:
         models = Models()
@@ -380,13 +413,20 @@ def main() -> None:
             counts = Counts()
             run_case(models, counts, Case.draw(arguments.seed, name, arguments.case), arguments.walks)
         else:
-            counts = family(models, name, arguments.seed, math.ceil(arguments.routes / len(arguments.only)), arguments.walks)
+            counts = family(
+                models, name, arguments.seed, math.ceil(arguments.routes / len(arguments.only)), arguments.walks
+            )
         rows[name] = {
-            "routes": counts.routes, "sub_edges": counts.edges, "differ": len(counts.differ), "differ_at_rounding_of_the_threshold": counts.at_threshold,
-            "worst_importance_difference": counts.worst, "kept": dict(sorted(counts.tiers.items())),
-        }  # fmt: skip
+            "routes": counts.routes,
+            "sub_edges": counts.edges,
+            "differ": len(counts.differ),
+            "differ_at_rounding_of_the_threshold": counts.at_threshold,
+            "worst_importance_difference": counts.worst,
+            "kept": dict(sorted(counts.tiers.items())),
+        }
         print(
-            f"{name:32} {counts.routes:5} routes, {len(counts.differ)} differ, {counts.at_threshold} at rounding of the threshold, "
+            f"{name:32} {counts.routes:5} routes, {len(counts.differ)} differ, {counts.at_threshold} at rounding of "
+            f"the threshold, "
             f"importances within {counts.worst:.1e}",
             flush=True,
         )
@@ -395,7 +435,8 @@ def main() -> None:
     if arguments.case is not None:
         return
     together = {
-        name: sum(row[name] for row in rows.values()) for name in ("routes", "sub_edges", "differ", "differ_at_rounding_of_the_threshold")
+        name: sum(row[name] for row in rows.values())
+        for name in ("routes", "sub_edges", "differ", "differ_at_rounding_of_the_threshold")
     }
     together["worst_importance_difference"] = max(row["worst_importance_difference"] for row in rows.values())
     kept: Counter[str] = sum((Counter(row["kept"]) for row in rows.values()), Counter())

@@ -1,9 +1,10 @@
-"""A long output attributed to its prompt: ours beside FlashTrace (Pan et al. 2026), the published method for spans, by its own package.
+"""A long output attributed to its prompt: ours beside FlashTrace (Pan et al. 2026), the published method for spans, by
+its own package.
 
-The same job for each, in a process of its own, in turns: the model is loaded and warm; from prompt and output as text to one number per prompt
-token. Ours is one forward pass and `token_attribution` of all positions that predict the output: every row at most once, within certified
-bounds; how far it is from the exact figures (every sub-edge evaluated) is measured once. FlashTrace: one proximity pass of the whole span
-(`ifr-span`), and its recursive hops (`flashtrace`).
+The same job for each, in a process of its own, in turns: the model is loaded and warm; from prompt and output as text
+to one number per prompt token. Ours is one forward pass and `token_attribution` of all positions that predict the
+output: every row at most once, within certified bounds; how far it is from the exact figures (every sub-edge evaluated)
+is measured once. FlashTrace: one proximity pass of the whole span (`ifr-span`), and its recursive hops (`flashtrace`).
 
 pip install flashtrace
 python benchmarks/span.py --prompt 512 --output 256
@@ -77,8 +78,13 @@ def child(way: str, saved: str, runs: int) -> None:
 
 
 def measure(way: str, saved: Path) -> dict[str, Any]:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import span; span.child({way!r}, {str(saved)!r}, 1)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ))
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import span; span.child({way!r}, "
+        f"{str(saved)!r}, 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
     if done.returncode:
         raise SystemExit(f"{way}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(next(line[1:] for line in done.stdout.splitlines() if line.startswith("@")))  # type: ignore[no-any-return]
@@ -99,7 +105,9 @@ def main() -> None:
     saved = ROOT / "out" / "span-job.json"
     saved.parent.mkdir(exist_ok=True)
     saved.write_text(json.dumps({"prompt": ids, "output": out}))
-    found: dict[str, Any] = {"conditions": conditions("cpu", "cpu") | {"model": DEMO_NAME, "load_before": os.getloadavg()}}
+    found: dict[str, Any] = {
+        "conditions": conditions("cpu", "cpu") | {"model": DEMO_NAME, "load_before": os.getloadavg()}
+    }
     made: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for run in range(arguments.runs):
         for way in WAYS:

@@ -1,10 +1,11 @@
-"""A Llama-3-70B-shaped model from disk under a hard limit of 8 GiB: peak, time, and time against reading and against accelerate's offload.
+"""A Llama-3-70B-shaped model from disk under a hard limit of 8 GiB: peak, time, and time against reading and against
+accelerate's offload.
 
     python benchmarks/streaming.py --layers 8,40,80 --folder /a/disk/with/room
 
-Eight layers are written, 1.71 GB each; further ones are hard links to them, read under other names. Every figure comes from a fresh process,
-in a memory cgroup of 8 GiB where one can be made (root), which holds the page cache too: with 8 files of 13.7 GB every read is a disk's.
-Elsewhere RLIMIT_DATA limits what the process allocates.
+Eight layers are written, 1.71 GB each; further ones are hard links to them, read under other names. Every figure comes
+from a fresh process, in a memory cgroup of 8 GiB where one can be made (root), which holds the page cache too: with 8
+files of 13.7 GB every read is a disk's. Elsewhere RLIMIT_DATA limits what the process allocates.
 """
 
 from __future__ import annotations
@@ -27,9 +28,16 @@ LIMIT = 8 * 2**30
 DISTINCT = 8
 GROUP = Path("/sys/fs/cgroup/memory/flowroutes-benchmark")
 SHAPE = {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 49152,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "dtype": "bfloat16",
-}  # fmt: skip
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "dtype": "bfloat16",
+}
 TEXT = " ".join(["In the depths of winter I finally learned that within me there lay an invincible summer ."] * 4)
 CHILD = """
 import contextlib, io, json, re, resource, sys, threading, time
@@ -63,7 +71,8 @@ if {what!r} == "command":
 elif {what!r} == "forward":
     from transformers import AutoModelForCausalLM
     import tempfile
-    model = AutoModelForCausalLM.from_pretrained({folder!r}, device_map={{"": "disk"}}, offload_folder=tempfile.mkdtemp(), dtype="auto")
+    options = dict(device_map={{"": "disk"}}, offload_folder=tempfile.mkdtemp(), dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained({folder!r}, **options)
     start = time.perf_counter()
     with torch.no_grad():
         model(torch.tensor(ids), use_cache=False, logits_to_keep=1)
@@ -99,11 +108,19 @@ def build(folder: Path, layers: int) -> None:
     (folder / "ends.safetensors").write_bytes(save(ends))
     index = dict.fromkeys(ends, "ends.safetensors")
     layer = {
-        "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, d),
-        "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
-    }  # fmt: skip
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, d),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
     tensors = {f"{name}.weight": normal(*shape) for name, shape in layer.items()}
-    tensors |= {f"{name}.weight": torch.ones(d, dtype=torch.bfloat16) for name in ("input_layernorm", "post_attention_layernorm")}
+    tensors |= {
+        f"{name}.weight": torch.ones(d, dtype=torch.bfloat16)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
     whole = save(tensors)
     (length,) = struct.unpack("<Q", whole[:8])
     header, data = json.loads(whole[8 : 8 + length]), memoryview(whole)[8 + length :]
@@ -116,7 +133,9 @@ def build(folder: Path, layers: int) -> None:
             file.hardlink_to(folder / f"layer-{n % DISTINCT:02d}.safetensors")
         if file.is_file() and file.stat().st_size > len(data):
             continue
-        own = json.dumps({f"model.layers.{n}.{key}": entry for key, entry in header.items() if key != "__metadata__"}).encode()
+        own = json.dumps(
+            {f"model.layers.{n}.{key}": entry for key, entry in header.items() if key != "__metadata__"}
+        ).encode()
         own += b" " * (-len(own) % 8)
         with file.open("wb") as stream:
             stream.write(struct.pack("<Q", len(own)) + own)
@@ -187,7 +206,13 @@ def main() -> None:
 
     out = ROOT / "benchmarks" / "results"
     rows: list[dict] = []
-    report = {"conditions": conditions("cpu", "cpu"), "shape": SHAPE, "tokens": arguments.tokens, "limit": LIMIT, "rows": rows}
+    report = {
+        "conditions": conditions("cpu", "cpu"),
+        "shape": SHAPE,
+        "tokens": arguments.tokens,
+        "limit": LIMIT,
+        "rows": rows,
+    }
     folder = arguments.folder / "llama-70b"
     for layers in (int(n) for n in arguments.layers.split(",")):
         build(folder, layers)
@@ -199,7 +224,9 @@ def main() -> None:
             row["forward"] = child(folder, "forward", layers, arguments.tokens, 1)
             row["trace_over_floor"] = row["trace"]["seconds"] / max(size / row["bandwidth"], row["forward"]["seconds"])
             if arguments.prompts > 1:
-                row["batch"] = {"prompts": arguments.prompts} | child(folder, "trace", layers, arguments.tokens, arguments.prompts)
+                row["batch"] = {"prompts": arguments.prompts} | child(
+                    folder, "trace", layers, arguments.tokens, arguments.prompts
+                )
         row["seconds_over_reading"] = row["command"]["seconds"] / (size / row["bandwidth"])
         rows.append(row)
         print(json.dumps(row), flush=True)

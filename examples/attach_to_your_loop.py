@@ -1,4 +1,6 @@
-"""Leave it on: generate as usual, then one more forward pass explains every generated token, and a line per token is logged."""
+"""Leave it on: generate as usual, then one more forward pass explains every generated token, and a line per token
+is logged.
+"""
 
 import json
 from pathlib import Path
@@ -19,7 +21,9 @@ def generate(prompt: str) -> str:
     with log.open("a") as lines:
         for position in range(start - 1, len(trace.tokens)):
             edges = trace.route(position, 0.04).edges
-            heads = edges[(edges["kind"] == "attention") & (edges["source"] != edges["target"])].nlargest(3, "importance")
+            heads = edges[(edges["kind"] == "attention") & (edges["source"] != edges["target"])].nlargest(
+                3, "importance"
+            )
             token = tokenizer.decode(ids[position + 1])
             strongest = [f"L{e.layer}H{e.head} from {trace.tokens[e.source]}" for e in heads.itertuples()]
             lines.write(json.dumps({"token": token, "sub-edges": len(edges), "strongest": strongest}) + "\n")

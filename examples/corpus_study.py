@@ -11,7 +11,10 @@ from flowroutes_fast.analysis import domain_means
 
 rng = random.Random(0)
 code = [inspect.getsource(f) for _, f in inspect.getmembers(textwrap, inspect.isfunction)]
-sums = [f"{a} + {b} = {a + b}\n{b} + {a} = {a + b}" for a, b in ((rng.randrange(10, 99), rng.randrange(10, 99)) for _ in range(8))]
+sums = [
+    f"{a} + {b} = {a + b}\n{b} + {a} = {a + b}"
+    for a, b in ((rng.randrange(10, 99), rng.randrange(10, 99)) for _ in range(8))
+]
 
 model, tokenizer = fr.load("demo")
 run = fr.corpus(model, tokenizer, {"code": code, "sums": sums}, Path(tempfile.mkdtemp()) / "run", max_tokens=64)

@@ -11,5 +11,8 @@ print(route.to_text())
 
 moved = route.edges[(route.edges["kind"] == "attention") & (route.edges["source"] != route.edges["target"])]
 for edge in moved.nlargest(5, "importance").itertuples():
-    print(f"L{edge.layer}H{edge.head}: {trace.tokens[edge.source]!r} -> {trace.tokens[edge.target]!r}  {edge.importance:.3f}")
+    print(
+        f"L{edge.layer}H{edge.head}: {trace.tokens[edge.source]!r} -> {trace.tokens[edge.target]!r}  "
+        f"{edge.importance:.3f}"
+    )
 print("wrote", route.to_html("out/first_route.html"))

@@ -1,4 +1,6 @@
-"""Which heads are active for indirect objects, and which of them only there (against prompts in which nobody can be meant)?"""
+"""Which heads are active for indirect objects, and which of them only there (against prompts in which nobody can be
+meant)?
+"""
 
 import flowroutes_fast as fr
 

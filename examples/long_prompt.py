@@ -1,10 +1,19 @@
-"""A prompt of several hundred tokens: what will it take, how is it known, and which sentence does the answer come from?"""
+"""A prompt of several hundred tokens: what will it take, how is it known, and which sentence does the answer come
+from?
+"""
 
 import flowroutes_fast as fr
 
-NOTES = [f"Note {n}: the {thing} is kept in the {place}." for n, (thing, place) in enumerate(
-    zip(("ladder", "piano", "lamp", "kettle", "letter", "ticket", "violin", "map"), ("barn", "hall", "attic", "kitchen", "drawer", "coat", "cellar", "car"), strict=True)
-)]  # fmt: skip
+NOTES = [
+    f"Note {n}: the {thing} is kept in the {place}."
+    for n, (thing, place) in enumerate(
+        zip(
+            ("ladder", "piano", "lamp", "kettle", "letter", "ticket", "violin", "map"),
+            ("barn", "hall", "attic", "kitchen", "drawer", "coat", "cellar", "car"),
+            strict=True,
+        )
+    )
+]
 text = "\n".join(NOTES * 3) + "\nQuestion: where is the violin kept? Answer: the violin is kept in the"
 
 model, tokenizer = fr.load("demo")

@@ -11,12 +11,19 @@ import flowroutes_fast as fr
 _, tokenizer = fr.load("demo")
 folder = Path(tempfile.mkdtemp()) / "checkpoint"
 config = LlamaConfig(
-    vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2
+    vocab_size=len(tokenizer),
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    num_key_value_heads=2,
 )
 torch.manual_seed(0)
 LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20MB")
 tokenizer.save_pretrained(folder)
-print(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.0f} MB in {len(list(folder.glob('*.safetensors')))} files")
+print(
+    f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.0f} MB in {len(list(folder.glob('*.safetensors')))} files"
+)
 
 model, tokenizer = fr.open_streaming(folder, memory="90MB")  # the embedding alone is 50 MB
 prompts = ["every layer is read once", "for all prompts of one call"]

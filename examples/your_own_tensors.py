@@ -14,7 +14,8 @@ pattern = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
 value = np.einsum("bkm,hmd->bkhd", x, w_v)
 after = x + np.einsum("bhqk,bkhd,hdm->bqm", pattern, value, w_o)
 
-importances, residual = ops.attention_importances(pattern, value, w_o, x, after)  # [batch, query, key, head], [batch, query]
+# [batch, query, key, head], [batch, query]
+importances, residual = ops.attention_importances(pattern, value, w_o, x, after)
 print(importances.shape, "each row sums to one with the residual:", float((importances.sum((2, 3)) + residual)[0, -1]))
 query, key, head = np.unravel_index(int(importances[0].argmax()), importances[0].shape)
 print(f"strongest sub-edge: head {head}, token {key} -> {query}, {float(importances[0, query, key, head]):.3f}")

@@ -1,19 +1,23 @@
 """Sign bounds of all sub-edges, and the list of those above a cut, without storing any [head, query, key] tensor.
 
-With w = sign(y) z, proximity(z, y) = max(sum_d min(w_d, 2|y_d| - w_d), 0) <= max(sum_d w_d, 0) (Ferrando & Voita 2403.00824,
-equation 4). For a sub-edge z = r_i alpha[h,i,j] v[h,j] W_O[h] the last sum is a dot product over the head's width:
+With w = sign(y) z, proximity(z, y) = max(sum_d min(w_d, 2|y_d| - w_d), 0) <= max(sum_d w_d, 0) (Ferrando & Voita
+2403.00824, equation 4). For a sub-edge z = r_i alpha[h,i,j] v[h,j] W_O[h] the last sum is a dot product over the head's
+width:
 
     b[h,i,j] = r_i alpha[h,i,j] max(<v[h,j], g[i,h]> + e[h,i,j], 0),    g[i,h] = W_O[h] sign(y_i) * gate[i,h],
 
-where e is what rounding v and g to 16 bits lost (``gradient``). query [H, Tq, d_qk], key [Hkv, Tk, d_qk], r [Tq] >= 0; query i stands at
-key i + Tk - Tq; b has the unit of |y|_1. alpha is exp(score - lse); ``attention_rows`` makes lse, and the signed flow where it is asked for.
+where e is what rounding v and g to 16 bits lost (``gradient``). query [H, Tq, d_qk], key [Hkv, Tk, d_qk], r [Tq] >= 0;
+query i stands at key i + Tk - Tq; b has the unit of |y|_1. alpha is exp(score - lse); ``attention_rows`` makes lse, and
+the signed flow where it is asked for.
 
-``bounds``: one pass over the rows asked for. Heads that share keys and values are packed into a tile's rows. What is at or below its row's cut is
-summed, what is above leaves one bit; the bits become a list, in (head, query, key) order, whatever the schedule was.
-``pair_rests``: sums over heads; pairs above a cut of their own, with the sum of their heads at or below the row's cut.
+``bounds``: one pass over the rows asked for. Heads that share keys and values are packed into a tile's rows. What is at
+or below its row's cut is summed, what is above leaves one bit; the bits become a list, in (head, query, key) order,
+whatever the schedule was. ``pair_rests``: sums over heads; pairs above a cut of their own, with the sum of their heads
+at or below the row's cut.
 
-R rows, Tk keys: 2 H R Tk (d_qk + d_v) FLOPs per pass, causal and window tiles skipped; k and v are read once per tile of rows,
-Hkv Tk (d_qk + d_v) elements from memory and the rest from cache; H R Tk / 8 bytes of bits are written and read once.
+R rows, Tk keys: 2 H R Tk (d_qk + d_v) FLOPs per pass, causal and window tiles skipped; k and v are read once per tile
+of rows, Hkv Tk (d_qk + d_v) elements from memory and the rest from cache; H R Tk / 8 bytes of bits are written and read
+once.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ from .common import (
 from .gradient import Halves
 
 LOG2E = tl.constexpr(math.log2(math.e))
-MARGIN = 2.0**-12  # of a sum of bounds: weights are computed once more where sub-edges are evaluated, |score| 2^-20 apart
+# of a sum of bounds: weights are computed once more where sub-edges are evaluated, |score| 2^-20 apart
+MARGIN = 2.0**-12
 BITS = 256 * 2**20  # bytes of bits at a time
 WORDS = 32  # of one row, looked at together
 LEVELS = 5  # cuts whose sums ``sums_below`` makes, each RATIO times the one before
@@ -55,14 +60,48 @@ RATIO = 0.4
 
 @triton.jit
 def rows_kernel(
-    p_query, p_key, p_value, p_g_high, p_g_low, p_top, p_mask, p_sinks, p_row_scale, p_lse, p_signed,
-    n_query, n_key, n_head, group, query_head, key_head, value_head, g_head, mask_head, mask_row,
-    scaling, softcap, window,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, G_ROW: tl.constexpr,
-    D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, FLOW: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    p_query,
+    p_key,
+    p_value,
+    p_g_high,
+    p_g_low,
+    p_top,
+    p_mask,
+    p_sinks,
+    p_row_scale,
+    p_lse,
+    p_signed,
+    n_query,
+    n_key,
+    n_head,
+    group,
+    query_head,
+    key_head,
+    value_head,
+    g_head,
+    mask_head,
+    mask_row,
+    scaling,
+    softcap,
+    window,
+    QUERY_ROW: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    G_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FLOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
     UPCAST_V: tl.constexpr,
-):  # fmt: skip
+):
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: the longest rows first
     i_head = tl.program_id(1)
     i_kv = (i_head // group).to(tl.int64)
@@ -91,21 +130,60 @@ def rows_kernel(
         if CHUNK == 0:
             scores = product(q, tl.trans(load_tile(p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, B_QK)), UPCAST)
         else:
-            scores = row_products(p_query, first, QUERY_ROW, n_query, BLOCK_Q, p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, CHUNK, UPCAST)
+            scores = row_products(
+                p_query,
+                first,
+                QUERY_ROW,
+                n_query,
+                BLOCK_Q,
+                p_key,
+                first_k,
+                KEY_ROW,
+                n_key,
+                BLOCK_K,
+                D_QK,
+                CHUNK,
+                UPCAST,
+            )
         scores = visible_scores(
-            scores * scaling, o_query[:, None], o_key[None, :], m_query[:, None] & m_key[None, :],
-            i_head, p_mask, mask_head, mask_row, offset, window, softcap, WINDOW, SOFTCAP,
-        )  # fmt: skip
+            scores * scaling,
+            o_query[:, None],
+            o_key[None, :],
+            m_query[:, None] & m_key[None, :],
+            i_head,
+            p_mask,
+            mask_head,
+            mask_row,
+            offset,
+            window,
+            softcap,
+            WINDOW,
+            SOFTCAP,
+        )
         new_high = tl.maximum(high, tl.max(scores, 1))
         from_high = tl.where(new_high == float("-inf"), 0.0, new_high)
         e = tl.exp(scores - from_high[:, None])
         decay = tl.exp(high - from_high)
         total = total * decay + tl.sum(e, 1)
         if FLOW:
-            flow = row_products(p_g_high, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V)
+            flow = row_products(
+                p_g_high, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V
+            )
             if SPLIT:
                 flow += row_products(
-                    p_g_low, first, G_ROW, n_query, BLOCK_Q, p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, 32, UPCAST_V
+                    p_g_low,
+                    first,
+                    G_ROW,
+                    n_query,
+                    BLOCK_Q,
+                    p_value,
+                    first_k,
+                    VALUE_ROW,
+                    n_key,
+                    BLOCK_K,
+                    D_V,
+                    32,
+                    UPCAST_V,
                 )
             signed = signed * decay + tl.sum(e * flow, 1)
         high = new_high
@@ -117,9 +195,15 @@ def rows_kernel(
         signed *= decay
         high = new_high
     seen = total > 0
-    tl.store(p_lse + i_head.to(tl.int64) * n_query + o_query, tl.where(seen, high + tl.log(total), float("-inf")), mask=m_query)
+    tl.store(
+        p_lse + i_head.to(tl.int64) * n_query + o_query,
+        tl.where(seen, high + tl.log(total), float("-inf")),
+        mask=m_query,
+    )
     if FLOW:
-        factor = tl.where(seen, tl.load(p_top + o_query * n_head + i_head, mask=m_query, other=0.0) / tl.where(seen, total, 1.0), 0.0)
+        factor = tl.where(
+            seen, tl.load(p_top + o_query * n_head + i_head, mask=m_query, other=0.0) / tl.where(seen, total, 1.0), 0.0
+        )
         if p_row_scale is not None:
             factor *= tl.load(p_row_scale + o_query, mask=m_query, other=0.0)
         tl.store(p_signed + o_query.to(tl.int64) * n_head + i_head, signed * factor, mask=m_query)
@@ -127,14 +211,47 @@ def rows_kernel(
 
 @triton.jit
 def tile_bounds(
-    q, g, p_q, p_k, p_v, first_k, i_query, o_key, m_row, i_head, unit, error, length, p_scale, p_error, p_length, p_mask,
-    n_key, mask_head, mask_row, offset, scaling, softcap, window, WHOLE: tl.constexpr,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
-    BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    q,
+    g,
+    p_q,
+    p_k,
+    p_v,
+    first_k,
+    i_query,
+    o_key,
+    m_row,
+    i_head,
+    unit,
+    error,
+    length,
+    p_scale,
+    p_error,
+    p_length,
+    p_mask,
+    n_key,
+    mask_head,
+    mask_row,
+    offset,
+    scaling,
+    softcap,
+    window,
+    WHOLE: tl.constexpr,
+    QUERY_ROW: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Bounds of rows (``i_query``, ``i_head``) by one block of keys. WHOLE: all of them are visible, and inside.
 
-    unit: log2 of what the exponential is divided by, lse and 1 / (r 2^e) of the row; p_scale and so on: of this block of values.
+    unit: log2 of what the exponential is divided by, lse and 1 / (r 2^e) of the row; p_scale and so on: of this block
+    of values.
     """
     if CHUNK == 0:
         scores = product(q, tl.trans(load_tile(p_k, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, B_QK)), UPCAST)
@@ -153,9 +270,20 @@ def tile_bounds(
     else:
         m_inside = m_row[:, None] & (o_key < n_key)[None, :]
         power = LOG2E * visible_scores(
-            scores * scaling, i_query[:, None], o_key[None, :], m_inside, i_head[:, None], p_mask, mask_head, mask_row, offset, window,
-            softcap, WINDOW, SOFTCAP,
-        )  # fmt: skip
+            scores * scaling,
+            i_query[:, None],
+            o_key[None, :],
+            m_inside,
+            i_head[:, None],
+            p_mask,
+            mask_head,
+            mask_row,
+            offset,
+            window,
+            softcap,
+            WINDOW,
+            SOFTCAP,
+        )
     return tl.exp2(power - unit[:, None]) * tl.maximum(flow, 0.0)
 
 
@@ -171,11 +299,32 @@ def row_unit(p_lse, p_scale, p_row_scale, i_query, i_head, m_row, n_query, n_hea
 
 @triton.jit
 def packed_rows(
-    p_query, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_lse, p_row_scale, i_tile, i_kv, n_row, n_query, n_head, group, query_head,
-    QUERY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_query,
+    p_row,
+    p_g,
+    p_g_scale,
+    p_g_error,
+    p_g_length,
+    p_lse,
+    p_row_scale,
+    i_tile,
+    i_kv,
+    n_row,
+    n_query,
+    n_head,
+    group,
+    query_head,
+    QUERY_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One tile of the rows of a key-value head, (row, head of the group) flattened: where they are, and what a pass needs of each."""
+):
+    """One tile of the rows of a key-value head, (row, head of the group) flattened: where they are, and what a pass
+    needs of each.
+    """
     flat = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     place = flat // group
     m_row = place < n_row
@@ -186,7 +335,9 @@ def packed_rows(
     at = wide * n_head + i_head
     p_q = p_query + i_head.to(tl.int64)[:, None] * query_head
     if CHUNK == 0:
-        q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
+        q = tl.load(
+            p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0
+        )
     else:  # read piece by piece
         q = tl.zeros([BLOCK_M, 1], tl.float32)
     g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
@@ -198,18 +349,77 @@ def packed_rows(
 
 @triton.jit
 def bounds_kernel(
-    p_query, p_key, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut,
-    p_mask, p_rest, p_count, p_bits,
-    n_row, n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, grown,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    p_query,
+    p_key,
+    p_row,
+    p_g,
+    p_g_scale,
+    p_g_error,
+    p_g_length,
+    p_value,
+    p_v_scale,
+    p_v_error,
+    p_v_length,
+    p_lse,
+    p_row_scale,
+    p_cut,
+    p_mask,
+    p_rest,
+    p_count,
+    p_bits,
+    n_row,
+    n_query,
+    n_key,
+    n_head,
+    n_block,
+    group,
+    query_head,
+    key_head,
+    mask_head,
+    mask_row,
+    scaling,
+    softcap,
+    window,
+    grown,
+    QUERY_ROW: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_kv = tl.program_id(1)
     flat, place, m_row, i_head, i_query, at, p_q, q, g, error, length, unit = packed_rows(
-        p_query, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_lse, p_row_scale, i_tile, i_kv, n_row, n_query, n_head, group, query_head,
-        QUERY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_M, CHUNK,
-    )  # fmt: skip
+        p_query,
+        p_row,
+        p_g,
+        p_g_scale,
+        p_g_error,
+        p_g_length,
+        p_lse,
+        p_row_scale,
+        i_tile,
+        i_kv,
+        n_row,
+        n_query,
+        n_head,
+        group,
+        query_head,
+        QUERY_ROW,
+        D_QK,
+        B_QK,
+        D_V,
+        B_V,
+        BLOCK_M,
+        CHUNK,
+    )
     cut = tl.load(p_cut + i_query, mask=m_row, other=float("inf"))
     rest = tl.zeros([BLOCK_M], tl.float32)
     count = tl.zeros([BLOCK_M], tl.int32)
@@ -223,44 +433,142 @@ def bounds_kernel(
     p_k = p_key + i_kv.to(tl.int64) * key_head
     p_v = p_value + i_kv.to(tl.int64) * n_key * D_V
     WORD: tl.constexpr = BLOCK_K // 32
-    p_word = p_bits + (i_kv.to(tl.int64) * n_row * group + flat)[:, None] * (n_block * WORD) + tl.arange(0, WORD)[None, :]
+    p_word = (
+        p_bits + (i_kv.to(tl.int64) * n_row * group + flat)[:, None] * (n_block * WORD) + tl.arange(0, WORD)[None, :]
+    )
     shift = tl.arange(0, 32)[None, None, :]
     i_block = i_kv * n_block
     for edge in tl.static_range(0, 2):  # blocks that every row sees whole, then the others
         for b_key in range(start if edge == 0 else whole, whole if edge == 0 else end):
             o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
             b = tile_bounds(
-                q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
-                p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
-                edge == 0, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
-            )  # fmt: skip
+                q,
+                g,
+                p_q,
+                p_k,
+                p_v,
+                b_key * BLOCK_K,
+                i_query,
+                o_key,
+                m_row,
+                i_head,
+                unit,
+                error,
+                length,
+                p_v_scale + i_block + b_key,
+                p_v_error + i_block + b_key,
+                p_v_length + i_block + b_key,
+                p_mask,
+                n_key,
+                mask_head,
+                mask_row,
+                offset,
+                scaling,
+                softcap,
+                window,
+                edge == 0,
+                QUERY_ROW,
+                KEY_ROW,
+                D_QK,
+                B_QK,
+                D_V,
+                B_V,
+                BLOCK_K,
+                WINDOW,
+                SOFTCAP,
+                CHUNK,
+                UPCAST,
+            )
             above = b > cut[:, None]
             rest += tl.sum(tl.where(above, 0.0, b), 1)
             listed = above.to(tl.int32)
             count += tl.sum(listed, 1)
-            tl.store(p_word + b_key * WORD, tl.sum(tl.reshape(listed, [BLOCK_M, WORD, 32]) << shift, 2), mask=m_row[:, None])
+            tl.store(
+                p_word + b_key * WORD, tl.sum(tl.reshape(listed, [BLOCK_M, WORD, 32]) << shift, 2), mask=m_row[:, None]
+            )
     tl.store(p_rest + at, rest * grown, mask=m_row)
     tl.store(p_count + i_head.to(tl.int64) * n_row + place, count, mask=m_row)
 
 
 @triton.jit
 def levels_kernel(
-    p_query, p_key, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut, p_mask, p_out,
-    n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, grown, ratio,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    p_query,
+    p_key,
+    p_g,
+    p_g_scale,
+    p_g_error,
+    p_g_length,
+    p_value,
+    p_v_scale,
+    p_v_error,
+    p_v_length,
+    p_lse,
+    p_row_scale,
+    p_cut,
+    p_mask,
+    p_out,
+    n_query,
+    n_key,
+    n_head,
+    n_block,
+    group,
+    query_head,
+    key_head,
+    mask_head,
+    mask_row,
+    scaling,
+    softcap,
+    window,
+    grown,
+    ratio,
+    QUERY_ROW: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_kv = tl.program_id(1)
     _, _, m_row, i_head, i_query, at, p_q, q, g, error, length, unit = packed_rows(
-        p_query, None, p_g, p_g_scale, p_g_error, p_g_length, p_lse, p_row_scale, i_tile, i_kv, n_query, n_query, n_head, group, query_head,
-        QUERY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_M, CHUNK,
-    )  # fmt: skip
+        p_query,
+        None,
+        p_g,
+        p_g_scale,
+        p_g_error,
+        p_g_length,
+        p_lse,
+        p_row_scale,
+        i_tile,
+        i_kv,
+        n_query,
+        n_query,
+        n_head,
+        group,
+        query_head,
+        QUERY_ROW,
+        D_QK,
+        B_QK,
+        D_V,
+        B_V,
+        BLOCK_M,
+        CHUNK,
+    )
     cut = tl.load(p_cut + i_query, mask=m_row, other=0.0)
     sum_0, sum_1, sum_2, sum_3, sum_4, total = (
-        tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32),
-        tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32),
-    )  # fmt: skip
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+    )
     cut_1 = cut * ratio
     cut_2 = cut_1 * ratio
     cut_3 = cut_2 * ratio
@@ -279,10 +587,43 @@ def levels_kernel(
         for b_key in range(start if edge == 0 else whole, whole if edge == 0 else end):
             o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
             b = tile_bounds(
-                q, g, p_q, p_k, p_v, b_key * BLOCK_K, i_query, o_key, m_row, i_head, unit, error, length, p_v_scale + i_block + b_key,
-                p_v_error + i_block + b_key, p_v_length + i_block + b_key, p_mask, n_key, mask_head, mask_row, offset, scaling, softcap, window,
-                edge == 0, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP, CHUNK, UPCAST,
-            )  # fmt: skip
+                q,
+                g,
+                p_q,
+                p_k,
+                p_v,
+                b_key * BLOCK_K,
+                i_query,
+                o_key,
+                m_row,
+                i_head,
+                unit,
+                error,
+                length,
+                p_v_scale + i_block + b_key,
+                p_v_error + i_block + b_key,
+                p_v_length + i_block + b_key,
+                p_mask,
+                n_key,
+                mask_head,
+                mask_row,
+                offset,
+                scaling,
+                softcap,
+                window,
+                edge == 0,
+                QUERY_ROW,
+                KEY_ROW,
+                D_QK,
+                B_QK,
+                D_V,
+                B_V,
+                BLOCK_K,
+                WINDOW,
+                SOFTCAP,
+                CHUNK,
+                UPCAST,
+            )
             total += tl.sum(b, 1)
             b = tl.where(b > cut[:, None], 0.0, b)  # each cut is below the one before
             sum_0 += tl.sum(b, 1)
@@ -304,9 +645,22 @@ def levels_kernel(
 
 @triton.jit
 def list_kernel(
-    p_bits, p_row, p_start, p_out, n, n_row, n_query, n_key, n_word, group, window,
-    BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    p_bits,
+    p_row,
+    p_start,
+    p_out,
+    n,
+    n_row,
+    n_query,
+    n_key,
+    n_word,
+    group,
+    window,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """One program per (row, head): its bits as triples (query, key, head), from ``p_start`` on, keys ascending."""
     place, i_head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(p_start + i_head.to(tl.int64) * n_row + place)
@@ -337,12 +691,53 @@ def list_kernel(
 
 @triton.jit
 def pair_rests_kernel(
-    p_query, p_key, p_row, p_g, p_g_scale, p_g_error, p_g_length, p_value, p_v_scale, p_v_error, p_v_length, p_lse, p_row_scale, p_cut, p_pair_cut,
-    p_mask, p_out_pair, p_out_rest, p_used,
-    n_row, n_query, n_key, n_head, n_block, group, query_head, key_head, mask_head, mask_row, scaling, softcap, window, capacity, grown,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    p_query,
+    p_key,
+    p_row,
+    p_g,
+    p_g_scale,
+    p_g_error,
+    p_g_length,
+    p_value,
+    p_v_scale,
+    p_v_error,
+    p_v_length,
+    p_lse,
+    p_row_scale,
+    p_cut,
+    p_pair_cut,
+    p_mask,
+    p_out_pair,
+    p_out_rest,
+    p_used,
+    n_row,
+    n_query,
+    n_key,
+    n_head,
+    n_block,
+    group,
+    query_head,
+    key_head,
+    mask_head,
+    mask_row,
+    scaling,
+    softcap,
+    window,
+    capacity,
+    grown,
+    QUERY_ROW: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     first = tl.program_id(0) * BLOCK_M
     b_key = tl.program_id(1)
     offset = n_key - n_query
@@ -356,7 +751,8 @@ def pair_rests_kernel(
     wide = i_query.to(tl.int64)
     o_d, o_v = tl.arange(0, B_QK), tl.arange(0, B_V)
     o_key = b_key * BLOCK_K + tl.arange(0, BLOCK_K)
-    cut = tl.load(p_cut + i_query, mask=m_row, other=0.0) * grown  # what the list may have missed by rounding counts as well
+    # what the list may have missed by rounding counts as well
+    cut = tl.load(p_cut + i_query, mask=m_row, other=0.0) * grown
     pair = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     left = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for i_head in range(0, tl.where((b_key >= start) & (b_key < end), n_head, 0)):
@@ -365,7 +761,9 @@ def pair_rests_kernel(
         at = wide * n_head + i_head
         p_q = p_query + tl.cast(i_head, tl.int64) * query_head
         if CHUNK == 0:
-            q = tl.load(p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0)
+            q = tl.load(
+                p_q + wide[:, None] * QUERY_ROW + o_d[None, :], mask=m_row[:, None] & (o_d < D_QK)[None, :], other=0.0
+            )
         else:
             q = tl.zeros([BLOCK_M, 1], tl.float32)
         g = tl.load(p_g + at[:, None] * D_V + o_v[None, :], mask=m_row[:, None] & (o_v < D_V)[None, :], other=0.0)
@@ -374,11 +772,43 @@ def pair_rests_kernel(
         unit = row_unit(p_lse, p_g_scale, p_row_scale, i_query, head, m_row, n_query, n_head)
         i_block = i_kv * n_block + b_key
         b = tile_bounds(
-            q, g, p_q, p_key + tl.cast(i_kv, tl.int64) * key_head, p_value + tl.cast(i_kv, tl.int64) * n_key * D_V, b_key * BLOCK_K,
-            i_query, o_key, m_row, head, unit, error, length, p_v_scale + i_block, p_v_error + i_block, p_v_length + i_block, p_mask, n_key,
-            mask_head, mask_row, offset, scaling, softcap, window, False, QUERY_ROW, KEY_ROW, D_QK, B_QK, D_V, B_V, BLOCK_K, WINDOW, SOFTCAP,
-            CHUNK, UPCAST,
-        )  # fmt: skip
+            q,
+            g,
+            p_q,
+            p_key + tl.cast(i_kv, tl.int64) * key_head,
+            p_value + tl.cast(i_kv, tl.int64) * n_key * D_V,
+            b_key * BLOCK_K,
+            i_query,
+            o_key,
+            m_row,
+            head,
+            unit,
+            error,
+            length,
+            p_v_scale + i_block,
+            p_v_error + i_block,
+            p_v_length + i_block,
+            p_mask,
+            n_key,
+            mask_head,
+            mask_row,
+            offset,
+            scaling,
+            softcap,
+            window,
+            False,
+            QUERY_ROW,
+            KEY_ROW,
+            D_QK,
+            B_QK,
+            D_V,
+            B_V,
+            BLOCK_K,
+            WINDOW,
+            SOFTCAP,
+            CHUNK,
+            UPCAST,
+        )
         pair += b
         left += tl.where(b > cut[:, None], 0.0, b)
     pair_cut = tl.load(p_pair_cut + i_query, mask=m_row, other=float("inf"))
@@ -425,20 +855,36 @@ def split_g(g: Tensor, dtype: torch.dtype) -> dict:
     g = g / top[..., None]
     high = g.to(dtype).contiguous()
     return {
-        "p_g_high": high, "p_g_low": None if dtype == torch.float32 else (g - high.float()).to(dtype).contiguous(),
-        "p_top": top.contiguous(), "G_ROW": high.stride(0), "g_head": high.stride(1),
-    }  # fmt: skip
+        "p_g_high": high,
+        "p_g_low": None if dtype == torch.float32 else (g - high.float()).to(dtype).contiguous(),
+        "p_top": top.contiguous(),
+        "G_ROW": high.stride(0),
+        "g_head": high.stride(1),
+    }
 
 
 def attention_rows(
-    query: Tensor, key: Tensor, value: Tensor | None = None, g: Tensor | None = None, *, scaling: float, mask: Tensor | None = None,
-    window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, row_scale: Tensor | None = None, tile: Tile | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Log-sum-exp of the scores and the sink ``[H, Tq]`` (-inf in rows that see nothing), and r sum_j alpha <v, g> ``[Tq, H]``. All fp32.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-sum-exp of the scores and the sink ``[H, Tq]`` (-inf in rows that see nothing), and r sum_j alpha <v, g>
+    ``[Tq, H]``. All fp32.
 
     Args:
-        query: ``[H, Tq, d_qk]``; key: ``[Hkv, Tk, d_qk]``; for the second result value ``[Hkv, Tk, d_v]`` and g ``[Tq, H, d_v]`` in fp32.
-        mask: additive ``[Tq, Tk]`` or ``[H, Tq, Tk]``, hidden at or below -1e30; None for causal, limited to ``window`` keys if positive.
+        query: ``[H, Tq, d_qk]``; key: ``[Hkv, Tk, d_qk]``; for the second result value ``[Hkv, Tk, d_v]`` and g ``[Tq,
+            H, d_v]`` in fp32.
+        mask: additive ``[Tq, Tk]`` or ``[H, Tq, Tk]``, hidden at or below -1e30; None for causal, limited to ``window``
+            keys if positive.
         sinks: one more logit ``[H]``; row_scale: ``[Tq]``, not negative.
     """
     query, key = (rows(t) for t in same_dtype(query, key))
@@ -449,20 +895,41 @@ def attention_rows(
     lse = torch.empty(n_head, n_query, dtype=torch.float32, device=query.device)
     signed = torch.empty(n_query, n_head, dtype=torch.float32, device=query.device) if flow else None
     arguments = attention_arguments(query, key, scaling, mask, window, softcap, row_scale) | {
-        "p_value": None, "value_head": 0, "VALUE_ROW": 0, "p_g_high": None, "p_g_low": None, "p_top": None, "G_ROW": 0, "g_head": 0,
-        "SPLIT": False, "UPCAST_V": False,
-    }  # fmt: skip
+        "p_value": None,
+        "value_head": 0,
+        "VALUE_ROW": 0,
+        "p_g_high": None,
+        "p_g_low": None,
+        "p_top": None,
+        "G_ROW": 0,
+        "g_head": 0,
+        "SPLIT": False,
+        "UPCAST_V": False,
+    }
     if flow:
         value = rows(value) if value.dtype in (torch.float32, torch.bfloat16, torch.float16) else rows(value.float())  # type: ignore[union-attr,arg-type]
-        arguments |= {"p_value": value, "value_head": value.stride(0), "VALUE_ROW": value.stride(1)} | split_g(g, value.dtype)  # type: ignore[arg-type]
+        arguments |= {"p_value": value, "value_head": value.stride(0), "VALUE_ROW": value.stride(1)} | split_g(
+            g, value.dtype
+        )  # type: ignore[arg-type]
         arguments |= {"SPLIT": value.dtype != torch.float32, "UPCAST_V": upcast(value.dtype)}
     if n_query:
         with on_device(query):
             rows_kernel[(triton.cdiv(n_query, tile.rows), n_head)](
-                **arguments, p_sinks=None if sinks is None else sinks.float().contiguous(), p_lse=lse, p_signed=signed, n_head=n_head,
-                D_V=d_v, B_V=padded(d_v), BLOCK_Q=tile.rows, BLOCK_K=tile.columns, CHUNK=tile.chunk, FLOW=flow,
-                UPCAST=upcast(query.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+                **arguments,
+                p_sinks=None if sinks is None else sinks.float().contiguous(),
+                p_lse=lse,
+                p_signed=signed,
+                n_head=n_head,
+                D_V=d_v,
+                B_V=padded(d_v),
+                BLOCK_Q=tile.rows,
+                BLOCK_K=tile.columns,
+                CHUNK=tile.chunk,
+                FLOW=flow,
+                UPCAST=upcast(query.dtype),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
     return lse, signed
 
 
@@ -470,12 +937,28 @@ def _pass_arguments(query, key, value, g, lse, cut, scaling, mask, window, softc
     query, key = (rows(t) for t in same_dtype(query, key))
     d_v = value.half.shape[2]
     arguments = attention_arguments(query, key, scaling, mask, window, softcap, row_scale) | {
-        "p_g": g.half, "p_g_scale": g.scale, "p_g_error": g.error, "p_g_length": g.length, "p_value": value.half,
-        "p_v_scale": value.scale, "p_v_error": value.error, "p_v_length": value.length, "p_lse": lse, "p_cut": cut.float().contiguous(),
-        "n_head": query.shape[0], "n_block": value.scale.shape[1], "D_V": d_v, "B_V": padded(d_v), "BLOCK_M": tile.rows,
-        "BLOCK_K": tile.columns, "CHUNK": tile.chunk, "UPCAST": upcast(query.dtype), "grown": 1 + MARGIN,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
+        "p_g": g.half,
+        "p_g_scale": g.scale,
+        "p_g_error": g.error,
+        "p_g_length": g.length,
+        "p_value": value.half,
+        "p_v_scale": value.scale,
+        "p_v_error": value.error,
+        "p_v_length": value.length,
+        "p_lse": lse,
+        "p_cut": cut.float().contiguous(),
+        "n_head": query.shape[0],
+        "n_block": value.scale.shape[1],
+        "D_V": d_v,
+        "B_V": padded(d_v),
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.columns,
+        "CHUNK": tile.chunk,
+        "UPCAST": upcast(query.dtype),
+        "grown": 1 + MARGIN,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
     return arguments
 
 
@@ -485,23 +968,38 @@ def tile_of(query: Tensor, d_v: int) -> Tile:
 
 
 def sums_below(
-    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, *, scaling: float, mask: Tensor | None = None,
-    window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """Sums ``[LEVELS + 1, Tq, H]`` of the bounds at or below ``cut [Tq]`` times RATIO^k, k < LEVELS, and of all; with a margin for rounding."""
+    query: Tensor,
+    key: Tensor,
+    value: Halves,
+    g: Halves,
+    lse: Tensor,
+    cut: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_scale: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Sums ``[LEVELS + 1, Tq, H]`` of the bounds at or below ``cut [Tq]`` times RATIO^k, k < LEVELS, and of all;
+    with a margin for rounding.
+    """
     tile = tile or tile_of(query, value.half.shape[2])
     n_head, n_query = query.shape[:2]
     out = torch.empty(LEVELS + 1, n_query, n_head, dtype=torch.float32, device=query.device)
     arguments = _pass_arguments(query, key, value, g, lse, cut, scaling, mask, window, softcap, row_scale, tile)
     if n_query:
         with on_device(query):
-            levels_kernel[(triton.cdiv(n_query * arguments["group"], tile.rows), key.shape[0])](**arguments, p_out=out, ratio=RATIO)
+            levels_kernel[(triton.cdiv(n_query * arguments["group"], tile.rows), key.shape[0])](
+                **arguments, p_out=out, ratio=RATIO
+            )
     return out
 
 
 class Piece(NamedTuple):
-    """Listed sub-edges of some rows: ``row`` (None: all), index ``[3, n]`` (query, key, head; int32) in (head, row, key) order, and where
-    each (head, row) begins ``[H R + 1]``."""
+    """Listed sub-edges of some rows: ``row`` (None: all), index ``[3, n]`` (query, key, head; int32) in (head, row,
+    key) order, and where each (head, row) begins ``[H R + 1]``."""
 
     row: Tensor | None
     index: Tensor
@@ -509,14 +1007,30 @@ class Piece(NamedTuple):
 
 
 def bounds(
-    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, rest: Tensor, row: Tensor | None = None, *, scaling: float,
-    mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, tile: Tile | None = None,
-) -> Iterator[Piece]:  # fmt: skip
-    """Sub-edges with b > ``cut [Tq]``, as many rows at a time as ``BITS`` bytes of bits allow; waits once for each, for the list's length.
+    query: Tensor,
+    key: Tensor,
+    value: Halves,
+    g: Halves,
+    lse: Tensor,
+    cut: Tensor,
+    rest: Tensor,
+    row: Tensor | None = None,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_scale: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Iterator[Piece]:
+    """Sub-edges with b > ``cut [Tq]``, as many rows at a time as ``BITS`` bytes of bits allow; waits once for each, for
+    the list's length.
 
     Args:
-        rest: ``[Tq, H]`` fp32, is set to the sum of the other bounds, with a margin for rounding, in the rows asked for.
-        row: ascending rows to look at (int32), None for all; the others are left as they are. The other arguments as in ``attention_rows``.
+        rest: ``[Tq, H]`` fp32, is set to the sum of the other bounds, with a margin for rounding, in the rows asked
+            for.
+        row: ascending rows to look at (int32), None for all; the others are left as they are. The other arguments as in
+            ``attention_rows``.
     """
     tile = tile or tile_of(query, value.half.shape[2])
     n_head, n_query, n_key, device = query.shape[0], query.shape[1], key.shape[1], query.device
@@ -541,31 +1055,63 @@ def bounds(
             index = torch.empty(3, n, dtype=torch.int32, device=device)
             if n:
                 list_kernel[(n_row, n_head)](
-                    p_bits=bits, p_row=some, p_start=start, p_out=index, n=n, n_row=n_row, n_query=n_query, n_key=n_key, n_word=n_word,
-                    group=arguments["group"], window=window, BLOCK_K=tile.columns, WINDOW=arguments["WINDOW"], CAUSAL=mask is None,
-                    LANES=min(WORDS, triton.next_power_of_2(n_word)), num_warps=1,
-                )  # fmt: skip
+                    p_bits=bits,
+                    p_row=some,
+                    p_start=start,
+                    p_out=index,
+                    n=n,
+                    n_row=n_row,
+                    n_query=n_query,
+                    n_key=n_key,
+                    n_word=n_word,
+                    group=arguments["group"],
+                    window=window,
+                    BLOCK_K=tile.columns,
+                    WINDOW=arguments["WINDOW"],
+                    CAUSAL=mask is None,
+                    LANES=min(WORDS, triton.next_power_of_2(n_word)),
+                    num_warps=1,
+                )
         yield Piece(some, index, start)
 
 
 def segment_sums(value: Tensor, start: Tensor) -> Tensor:
-    """Sums of ``value [n]`` (fp32) between neighbours of ``start [m + 1]``, in an order that does not depend on scheduling ``[m]``."""
+    """Sums of ``value [n]`` (fp32) between neighbours of ``start [m + 1]``, in an order that does not depend on
+    scheduling ``[m]``.
+    """
     n = len(start) - 1
     out = torch.empty(n, dtype=torch.float32, device=value.device)
     if n:
         with on_device(value):
-            sums_kernel[(triton.cdiv(n, 64),)](p_value=value, p_start=start, p_out=out, n=n, BLOCK=64, LANES=16, num_warps=4)
+            sums_kernel[(triton.cdiv(n, 64),)](
+                p_value=value, p_start=start, p_out=out, n=n, BLOCK=64, LANES=16, num_warps=4
+            )
     return out
 
 
 def pair_rests(
-    query: Tensor, key: Tensor, value: Halves, g: Halves, lse: Tensor, cut: Tensor, pair_cut: Tensor, row: Tensor | None = None, *,
-    scaling: float, mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None,
-    tile: Tile | None = None, capacity: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pairs whose bounds summed over heads are above ``pair_cut [Tq]``: query · Tk + key (int64), and the sum of those at or below ``cut``.
+    query: Tensor,
+    key: Tensor,
+    value: Halves,
+    g: Halves,
+    lse: Tensor,
+    cut: Tensor,
+    pair_cut: Tensor,
+    row: Tensor | None = None,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_scale: Tensor | None = None,
+    tile: Tile | None = None,
+    capacity: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Pairs whose bounds summed over heads are above ``pair_cut [Tq]``: query · Tk + key (int64), and the sum of those
+    at or below ``cut``.
 
-    In no order; pairs without any of these are left out. ``row``: ascending rows to look at (int32), None for all. Waits once, for the number of pairs.
+    In no order; pairs without any of these are left out. ``row``: ascending rows to look at (int32), None for all.
+    Waits once, for the number of pairs.
     """
     tile = tile or tile_of(query, value.half.shape[2])
     n_query, n_key, device = query.shape[1], key.shape[1], query.device
@@ -579,9 +1125,15 @@ def pair_rests(
         if n_row and n_key:
             with on_device(query):
                 pair_rests_kernel[(triton.cdiv(n_row, tile.rows), triton.cdiv(n_key, tile.columns))](
-                    **arguments | {"num_warps": 8 if tile.chunk == 0 else tile.num_warps}, p_row=row, n_row=n_row,
-                    p_pair_cut=pair_cut.float().contiguous(), p_out_pair=pair, p_out_rest=rest, p_used=used, capacity=capacity,
-                )  # fmt: skip
+                    **arguments | {"num_warps": 8 if tile.chunk == 0 else tile.num_warps},
+                    p_row=row,
+                    n_row=n_row,
+                    p_pair_cut=pair_cut.float().contiguous(),
+                    p_out_pair=pair,
+                    p_out_rest=rest,
+                    p_used=used,
+                    capacity=capacity,
+                )
         n = int(used)
         if n <= capacity:
             return pair[:n], rest[:n]

@@ -1,4 +1,6 @@
-"""What the kernels share: tile shapes, masked scores, row loads, matrix products, and the launch wrappers' handling of tensors."""
+"""What the kernels share: tile shapes, masked scores, row loads, matrix products, and the launch wrappers' handling
+of tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ASYNCHRONOUS = (9, 10)  # compute capability: these read operands of matrix products from shared memory, of which they have 227 KiB
+# compute capability: these read operands of matrix products from shared memory, of which they have 227 KiB
+ASYNCHRONOUS = (9, 10)
 
 
 class Tile(NamedTuple):
     """Extents of one program: rows (queries, or listed sub-edges) by columns (keys, or channels of the model).
 
-    ``chunk``: how much of a head's width is multiplied at a time, where the whole (0) does not fit registers or shared memory.
+    ``chunk``: how much of a head's width is multiplied at a time, where the whole (0) does not fit registers or shared
+    memory.
     """
 
     rows: int
@@ -31,9 +35,11 @@ INTERPRETER_TILE = Tile(32, 32, 1, 1)
 
 @triton.jit
 def load_tile(p_base, first, STRIDE: tl.constexpr, n, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows ``first`` and after of a matrix of n rows with inner stride 1 ``[BLOCK, PADDED]``, zero past its end and past WIDTH.
+    """Rows ``first`` and after of a matrix of n rows with inner stride 1 ``[BLOCK, PADDED]``, zero past its end and
+    past WIDTH.
 
-    The stride is a constant and only the first row's offset is 64 bits wide: otherwise the offsets of all elements occupy registers.
+    The stride is a constant and only the first row's offset is 64 bits wide: otherwise the offsets of all elements
+    occupy registers.
     """
     o_row = tl.arange(0, BLOCK)
     o_d = tl.arange(0, PADDED)
@@ -46,7 +52,9 @@ def load_tile(p_base, first, STRIDE: tl.constexpr, n, BLOCK: tl.constexpr, WIDTH
 
 @triton.jit
 def product(left, right, UPCAST: tl.constexpr):
-    """left @ right in fp32. UPCAST: the interpreter's product of bfloat16 operands is wrong, so it multiplies them as fp32."""
+    """left @ right in fp32. UPCAST: the interpreter's product of bfloat16 operands is wrong, so it multiplies them
+    as fp32.
+    """
     if UPCAST:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     return tl.dot(left, right, input_precision="ieee")
@@ -54,9 +62,20 @@ def product(left, right, UPCAST: tl.constexpr):
 
 @triton.jit
 def row_products(
-    p_left, left_first, LEFT_ROW: tl.constexpr, n_left, BLOCK_L: tl.constexpr, p_right, right_first, RIGHT_ROW: tl.constexpr, n_right,
-    BLOCK_R: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    p_left,
+    left_first,
+    LEFT_ROW: tl.constexpr,
+    n_left,
+    BLOCK_L: tl.constexpr,
+    p_right,
+    right_first,
+    RIGHT_ROW: tl.constexpr,
+    n_right,
+    BLOCK_R: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """<left row, right row> ``[BLOCK_L, BLOCK_R]``, CHUNK columns at a time."""
     total = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
     p_left += tl.cast(left_first, tl.int64) * LEFT_ROW
@@ -66,9 +85,15 @@ def row_products(
     for first in range(0, WIDTH, CHUNK):
         o_d = first + tl.arange(0, CHUNK)
         m_d = (o_d < WIDTH)[None, :]
-        left = tl.load(p_left + (o_left[:, None] * LEFT_ROW + o_d[None, :]), mask=(o_left < n_left - left_first)[:, None] & m_d, other=0.0)
+        left = tl.load(
+            p_left + (o_left[:, None] * LEFT_ROW + o_d[None, :]),
+            mask=(o_left < n_left - left_first)[:, None] & m_d,
+            other=0.0,
+        )
         right = tl.load(
-            p_right + (o_right[:, None] * RIGHT_ROW + o_d[None, :]), mask=(o_right < n_right - right_first)[:, None] & m_d, other=0.0
+            p_right + (o_right[:, None] * RIGHT_ROW + o_d[None, :]),
+            mask=(o_right < n_right - right_first)[:, None] & m_d,
+            other=0.0,
         )
         total += product(left, tl.trans(right), UPCAST)
     return total
@@ -76,14 +101,18 @@ def row_products(
 
 @triton.jit
 def gather_rows(p_base, o_row, STRIDE: tl.constexpr, m_row, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns, from ``first``, of rows ``o_row`` of a matrix with inner stride 1; zero where masked and past WIDTH."""
+    """BLOCK columns, from ``first``, of rows ``o_row`` of a matrix with inner stride 1; zero where masked and past
+    WIDTH.
+    """
     o_d = first + tl.arange(0, BLOCK)
     p_row = p_base + o_row.to(tl.int64)[:, None] * STRIDE + o_d[None, :]
     return tl.load(p_row, mask=m_row[:, None] & (o_d < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def load_projection(p_head, row, column, first_v, D_V: tl.constexpr, BLOCK_V: tl.constexpr, first_d, n_channel, BLOCK_D: tl.constexpr):
+def load_projection(
+    p_head, row, column, first_v, D_V: tl.constexpr, BLOCK_V: tl.constexpr, first_d, n_channel, BLOCK_D: tl.constexpr
+):
     """A tile of W_O[h] ``[head dimensions, channels]``; either may be the inner one."""
     o_v = first_v + tl.arange(0, BLOCK_V)
     o_d = first_d + tl.arange(0, BLOCK_D)
@@ -103,9 +132,23 @@ def tanh(x):
 
 @triton.jit
 def visible_scores(
-    scores, i_query, i_key, m_inside, i_head, p_mask, mask_head, mask_row, offset, window, softcap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr
-):  # fmt: skip
-    """Scores with soft cap and mask, -inf where hidden. ``i_query`` and ``i_key`` are already broadcastable to the scores."""
+    scores,
+    i_query,
+    i_key,
+    m_inside,
+    i_head,
+    p_mask,
+    mask_head,
+    mask_row,
+    offset,
+    window,
+    softcap,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Scores with soft cap and mask, -inf where hidden. ``i_query`` and ``i_key`` are already broadcastable to the
+    scores.
+    """
     if SOFTCAP:
         scores = softcap * tanh(scores / softcap)
     if p_mask is not None:
@@ -155,7 +198,9 @@ def padded(width: int) -> int:
 
 
 def suited(configurations: list[Tile], major: int) -> Tile:
-    """The first configuration on GPUs whose matrix units leave registers free, otherwise the last one, which fits 99 KiB."""
+    """The first configuration on GPUs whose matrix units leave registers free, otherwise the last one, which fits
+    99 KiB.
+    """
     return configurations[0 if major in ASYNCHRONOUS else -1]
 
 
@@ -194,15 +239,35 @@ def upcast(dtype: torch.dtype) -> bool:
 
 
 def attention_arguments(
-    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, window: int, softcap: float, row_scale: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    window: int,
+    softcap: float,
+    row_scale: Tensor | None,
 ) -> dict:
     """Launch arguments that every kernel recomputing attention weights takes."""
     mask = None if mask is None else rows(mask)
     return {
-        "p_query": query, "p_key": key, "p_mask": mask, "p_row_scale": None if row_scale is None else row_scale.float().contiguous(),
-        "n_query": query.shape[1], "n_key": key.shape[1], "group": query.shape[0] // key.shape[0],
-        "query_head": query.stride(0), "QUERY_ROW": query.stride(1), "key_head": key.stride(0), "KEY_ROW": key.stride(1),
-        "mask_head": mask.stride(0) if mask is not None and mask.dim() == 3 else 0, "mask_row": 0 if mask is None else mask.stride(-2),
-        "scaling": scaling, "softcap": softcap, "window": window, "WINDOW": window > 0 and mask is None, "SOFTCAP": softcap > 0,
-        "D_QK": query.shape[2], "B_QK": padded(query.shape[2]),
-    }  # fmt: skip
+        "p_query": query,
+        "p_key": key,
+        "p_mask": mask,
+        "p_row_scale": None if row_scale is None else row_scale.float().contiguous(),
+        "n_query": query.shape[1],
+        "n_key": key.shape[1],
+        "group": query.shape[0] // key.shape[0],
+        "query_head": query.stride(0),
+        "QUERY_ROW": query.stride(1),
+        "key_head": key.stride(0),
+        "KEY_ROW": key.stride(1),
+        "mask_head": mask.stride(0) if mask is not None and mask.dim() == 3 else 0,
+        "mask_row": 0 if mask is None else mask.stride(-2),
+        "scaling": scaling,
+        "softcap": softcap,
+        "window": window,
+        "WINDOW": window > 0 and mask is None,
+        "SOFTCAP": softcap > 0,
+        "D_QK": query.shape[2],
+        "B_QK": padded(query.shape[2]),
+    }

@@ -1,7 +1,7 @@
 """Decisions about listed sub-edges on the device: what is open in a row, and what becomes of a (query, key) pair.
 
-A part is open at a threshold t if it lies above t low and not above t high, the ends of its row's normaliser: it may be in a route or not.
-4 n bytes of values and 12 n of indices are read once; nothing waits.
+A part is open at a threshold t if it lies above t low and not above t high, the ends of its row's normaliser: it may be
+in a route or not. 4 n bytes of values and 12 n of indices are read once; nothing waits.
 """
 
 from __future__ import annotations
@@ -33,9 +33,24 @@ def open_kernel(p_index, p_value, p_low, p_high, p_threshold, p_open, n, n_thres
 
 @triton.jit
 def states_kernel(
-    p_name, p_value, p_low, p_high, p_tolerance, p_threshold, p_state, p_open, p_unclear,
-    n, n_threshold, size, n_key, floor, well, tolerance, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_name,
+    p_value,
+    p_low,
+    p_high,
+    p_tolerance,
+    p_threshold,
+    p_state,
+    p_open,
+    p_unclear,
+    n,
+    n_threshold,
+    size,
+    n_key,
+    floor,
+    well,
+    tolerance,
+    BLOCK: tl.constexpr,
+):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     pair = tl.load(p_name + o, mask=m, other=-1) // size
@@ -76,28 +91,51 @@ def states_kernel(
 
 
 def mark_open(index: Tensor, value: Tensor, low: Tensor, high: Tensor, thresholds: Tensor, open_: Tensor) -> None:
-    """Set ``open_ [query]`` (int32) to 1 where a sub-edge of ``index [3, n]``, ``value [n]`` is open at one of ``thresholds``."""
+    """Set ``open_ [query]`` (int32) to 1 where a sub-edge of ``index [3, n]``, ``value [n]`` is open at one of
+    ``thresholds``.
+    """
     n = len(value)
     if n and len(thresholds):
         with on_device(value):
             open_kernel[(triton.cdiv(n, 1024),)](
-                p_index=index, p_value=value, p_low=low, p_high=high, p_threshold=thresholds, p_open=open_, n=n,
-                n_threshold=len(thresholds), BLOCK=1024, num_warps=4,
-            )  # fmt: skip
+                p_index=index,
+                p_value=value,
+                p_low=low,
+                p_high=high,
+                p_threshold=thresholds,
+                p_open=open_,
+                n=n,
+                n_threshold=len(thresholds),
+                BLOCK=1024,
+                num_warps=4,
+            )
 
 
 def pair_states(
-    name: Tensor, value: Tensor, low: Tensor, high: Tensor, tolerance: float | Tensor, thresholds: Tensor, *, size: int, n_key: int,
-    floor: float, well: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What becomes of the sub-edges of each pair: ``DROPPED`` (below the floor), ``KEPT``, or ``UNCLEAR``: its other heads must be evaluated.
+    name: Tensor,
+    value: Tensor,
+    low: Tensor,
+    high: Tensor,
+    tolerance: float | Tensor,
+    thresholds: Tensor,
+    *,
+    size: int,
+    n_key: int,
+    floor: float,
+    well: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What becomes of the sub-edges of each pair: ``DROPPED`` (below the floor), ``KEPT``, or ``UNCLEAR``: its other
+    heads must be evaluated.
 
     Args:
-        name: ``[n]`` int64, ascending: (query · n_key + key) · size + head + 1; head -1: what the other heads add at most.
-        value: ``[n]`` proximities; low, high ``[query]``: of the normalisers; tolerance: of sums above ``well`` floors, a number or ``[query]``.
+        name: ``[n]`` int64, ascending: (query · n_key + key) · size + head + 1; head -1: what the other heads add at
+            most.
+        value: ``[n]`` proximities; low, high ``[query]``: of the normalisers; tolerance: of sums above ``well`` floors,
+            a number or ``[query]``.
 
     Returns:
-        state of every entry ``[n]`` (int8); 1 for rows in which a known sum is open ``[query]`` (int32); how many pairs are unclear ``[1]``.
+        state of every entry ``[n]`` (int8); 1 for rows in which a known sum is open ``[query]`` (int32); how many pairs
+        are unclear ``[1]``.
     """
     n = len(name)
     state = torch.empty(n, dtype=torch.int8, device=name.device)
@@ -106,8 +144,23 @@ def pair_states(
     if n:
         with on_device(name):
             states_kernel[(triton.cdiv(n, 256),)](
-                p_name=name, p_value=value, p_low=low, p_high=high, p_tolerance=tolerance if isinstance(tolerance, Tensor) else None,
-                p_threshold=thresholds, p_state=state, p_open=open_, p_unclear=unclear, n=n, n_threshold=len(thresholds), size=size,
-                n_key=n_key, floor=floor, well=well, tolerance=0.0 if isinstance(tolerance, Tensor) else tolerance, BLOCK=256, num_warps=4,
-            )  # fmt: skip
+                p_name=name,
+                p_value=value,
+                p_low=low,
+                p_high=high,
+                p_tolerance=tolerance if isinstance(tolerance, Tensor) else None,
+                p_threshold=thresholds,
+                p_state=state,
+                p_open=open_,
+                p_unclear=unclear,
+                n=n,
+                n_threshold=len(thresholds),
+                size=size,
+                n_key=n_key,
+                floor=floor,
+                well=well,
+                tolerance=0.0 if isinstance(tolerance, Tensor) else tolerance,
+                BLOCK=256,
+                num_warps=4,
+            )
     return state, open_, unclear

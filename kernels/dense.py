@@ -1,13 +1,15 @@
 """Proximity of all sub-edges, as a tensor or summed over keys.
 
-    out[h,i,j] = max(sum_d min(w_d, 2|y_d| - w_d), 0),  w = sign(y_i) z,  z = r_i alpha[h,i,j] u[h,j],  u[h,j] = v[h,j] W_O[h]
+    out[h,i,j] = max(sum_d min(w_d, 2|y_d| - w_d), 0),  w = sign(y_i) z,  z = r_i alpha[h,i,j] u[h,j],  u[h,j] = v[h,j]
+    W_O[h]
 
-(Ferrando & Voita 2403.00824, equation 4, summed termwise in fp32). query [H, Tq, d_qk], key [Hkv, Tk, d_qk], value [Hkv, Tk, d_v],
-w_o [H, d_v, D], whole [Tq, D], lse [H, Tq] -> [H, Tq, Tk] or [Tq, H], in the unit of |y|_1.
+(Ferrando & Voita 2403.00824, equation 4, summed termwise in fp32). query [H, Tq, d_qk], key [Hkv, Tk, d_qk], value
+[Hkv, Tk, d_v], w_o [H, d_v, D], whole [Tq, D], lse [H, Tq] -> [H, Tq, Tk] or [Tq, H], in the unit of |y|_1.
 
-About 6 H Tq Tk D FLOPs on visible tiles outside the matrix units, which bound the time: use the lists of ``bound`` and ``pairs`` instead
-where only large importances matter. u is recomputed for every block of queries, 2 ceil(Tq / rows) H Tk d_v D FLOPs in matrix products,
-and is never stored; a block of queries reads W_O[h] and its rows of y once per block of keys, from cache. 4 H Tq Tk bytes are written.
+About 6 H Tq Tk D FLOPs on visible tiles outside the matrix units, which bound the time: use the lists of ``bound`` and
+``pairs`` instead where only large importances matter. u is recomputed for every block of queries, 2 ceil(Tq / rows) H
+Tk d_v D FLOPs in matrix products, and is never stored; a block of queries reads W_O[h] and its rows of y once per block
+of keys, from cache. 4 H Tq Tk bytes are written.
 """
 
 from __future__ import annotations
@@ -46,14 +48,50 @@ PAIRS_AT_ONCE = 2**22
 
 @triton.jit
 def dense_kernel(
-    p_query, p_key, p_value, p_w_o, p_whole, p_lse, p_mask, p_row_scale, p_out, p_part,
-    n_query, n_key, n_head, n_channel, group, query_head, key_head, value_head, w_head, w_row, w_column,
-    whole_row, mask_head, mask_row, scaling, softcap, window,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
-    D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_QK: tl.constexpr, UPCAST_QK: tl.constexpr, UPCAST_V: tl.constexpr,
-):  # fmt: skip
+    p_query,
+    p_key,
+    p_value,
+    p_w_o,
+    p_whole,
+    p_lse,
+    p_mask,
+    p_row_scale,
+    p_out,
+    p_part,
+    n_query,
+    n_key,
+    n_head,
+    n_channel,
+    group,
+    query_head,
+    key_head,
+    value_head,
+    w_head,
+    w_row,
+    w_column,
+    whole_row,
+    mask_head,
+    mask_row,
+    scaling,
+    softcap,
+    window,
+    QUERY_ROW: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_QK: tl.constexpr,
+    UPCAST_QK: tl.constexpr,
+    UPCAST_V: tl.constexpr,
+):
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1).to(tl.int64)
     i_kv = i_head // group
@@ -79,7 +117,19 @@ def dense_kernel(
         first_k = b_key * BLOCK_K
         if CHUNK_QK > 0:
             scores = row_products(
-                p_query, first_q, QUERY_ROW, n_query, BLOCK_Q, p_key, first_k, KEY_ROW, n_key, BLOCK_K, D_QK, CHUNK_QK, UPCAST_QK
+                p_query,
+                first_q,
+                QUERY_ROW,
+                n_query,
+                BLOCK_Q,
+                p_key,
+                first_k,
+                KEY_ROW,
+                n_key,
+                BLOCK_K,
+                D_QK,
+                CHUNK_QK,
+                UPCAST_QK,
             )
         else:
             q = load_tile(p_query, first_q, QUERY_ROW, n_query, BLOCK_Q, D_QK, B_QK)
@@ -87,9 +137,20 @@ def dense_kernel(
         if CHUNK == 0:
             v = load_tile(p_value, first_k, VALUE_ROW, n_key, BLOCK_K, D_V, B_V)
         scores = visible_scores(
-            scores * scaling, o_query[:, None], o_key[None, :], m_tile, i_head, p_mask, mask_head, mask_row,
-            offset, window, softcap, WINDOW, SOFTCAP,
-        )  # fmt: skip
+            scores * scaling,
+            o_query[:, None],
+            o_key[None, :],
+            m_tile,
+            i_head,
+            p_mask,
+            mask_head,
+            mask_row,
+            offset,
+            window,
+            softcap,
+            WINDOW,
+            SOFTCAP,
+        )
         alpha = weights(scores, lse[:, None]) * row_scale[:, None]
         # Terms are added channel by channel of a block; the sum over the block comes last, once.
         terms = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], tl.float32)
@@ -103,9 +164,15 @@ def dense_kernel(
                 u = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
                 for first_v in range(0, D_V, CHUNK):
                     v_chunk = gather_rows(p_value, o_key, VALUE_ROW, m_key, first_v, D_V, CHUNK)
-                    u += product(v_chunk, load_projection(p_w_o, w_row, w_column, first_v, D_V, CHUNK, first, n_channel, BLOCK_D), UPCAST_V)
+                    u += product(
+                        v_chunk,
+                        load_projection(p_w_o, w_row, w_column, first_v, D_V, CHUNK, first, n_channel, BLOCK_D),
+                        UPCAST_V,
+                    )
             else:
-                u = product(v, load_projection(p_w_o, w_row, w_column, 0, D_V, B_V, first, n_channel, BLOCK_D), UPCAST_V)
+                u = product(
+                    v, load_projection(p_w_o, w_row, w_column, 0, D_V, B_V, first, n_channel, BLOCK_D), UPCAST_V
+                )
             terms += closeness(alpha[:, :, None] * u[None, :, :], y[:, None, :])
         out = tl.maximum(tl.sum(terms, 2), 0.0)
         head_sum += tl.sum(out, 1)
@@ -132,28 +199,70 @@ def _launch(query, key, value, w_o, whole, lse, scaling, mask, window, softcap, 
     n_part = triton.cdiv(n_key, tile.columns)
     if not dense and not INTERPRETED:  # enough programs for a large GPU, few partial sums
         n_part = min(n_part, triton.cdiv(4096, max(n_block * n_head, 1)))
-    out = torch.empty((n_head, n_query, n_key) if dense else (n_part, n_query, n_head), dtype=torch.float32, device=device)
+    out = torch.empty(
+        (n_head, n_query, n_key) if dense else (n_part, n_query, n_head), dtype=torch.float32, device=device
+    )
     if not n_query:
         return out if dense else out.sum(0)
     with on_device(query):
         dense_kernel[(n_block, n_head, n_part)](
             **attention_arguments(query, key, scaling, mask, window, softcap, row_scale),
-            p_value=value, p_w_o=w_o, p_whole=whole, p_lse=lse.float().contiguous(), p_out=out if dense else None,
-            p_part=None if dense else out, n_head=n_head, n_channel=whole.shape[1], value_head=value.stride(0), VALUE_ROW=value.stride(1),
-            w_head=w_o.stride(0), w_row=w_o.stride(1), w_column=w_o.stride(2), whole_row=whole.stride(0),
-            D_V=value.shape[2], B_V=padded(value.shape[2]), BLOCK_Q=tile.rows, BLOCK_K=tile.columns, BLOCK_D=BLOCK_D,
-            CHUNK=tile.chunk, CHUNK_QK=32 if query.dtype == torch.float32 else 0,
-            UPCAST_QK=upcast(query.dtype), UPCAST_V=upcast(value.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+            p_value=value,
+            p_w_o=w_o,
+            p_whole=whole,
+            p_lse=lse.float().contiguous(),
+            p_out=out if dense else None,
+            p_part=None if dense else out,
+            n_head=n_head,
+            n_channel=whole.shape[1],
+            value_head=value.stride(0),
+            VALUE_ROW=value.stride(1),
+            w_head=w_o.stride(0),
+            w_row=w_o.stride(1),
+            w_column=w_o.stride(2),
+            whole_row=whole.stride(0),
+            D_V=value.shape[2],
+            B_V=padded(value.shape[2]),
+            BLOCK_Q=tile.rows,
+            BLOCK_K=tile.columns,
+            BLOCK_D=BLOCK_D,
+            CHUNK=tile.chunk,
+            CHUNK_QK=32 if query.dtype == torch.float32 else 0,
+            UPCAST_QK=upcast(query.dtype),
+            UPCAST_V=upcast(value.dtype),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     return out if dense else out.sum(0)
 
 
 def dense_proximity(
-    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, lse: Tensor, *, scaling: float, mask: Tensor | None = None,
-    window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, gate: Tensor | None = None, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """Proximity of every sub-edge ``[H, Tq, Tk]`` (fp32); arguments as in ``pairs.pair_proximity``, which does the work with a gate."""
-    common = {"scaling": scaling, "mask": mask, "window": window, "softcap": softcap, "row_scale": row_scale, "tile": tile}
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    lse: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Proximity of every sub-edge ``[H, Tq, Tk]`` (fp32); arguments as in ``pairs.pair_proximity``, which does the
+    work with a gate.
+    """
+    common = {
+        "scaling": scaling,
+        "mask": mask,
+        "window": window,
+        "softcap": softcap,
+        "row_scale": row_scale,
+        "tile": tile,
+    }
     if gate is None:
         return _launch(query, key, value, w_o, whole, lse, **common, dense=True)
     n_head, n_query, n_key = query.shape[0], query.shape[1], key.shape[1]
@@ -161,7 +270,10 @@ def dense_proximity(
     step = max(1, PAIRS_AT_ONCE // (n_head * n_key))
     for first in range(0, n_query, step):
         last = min(first + step, n_query)
-        i, j, h = (torch.arange(a, b, dtype=torch.int32, device=query.device) for a, b in ((first, last), (0, n_key), (0, n_head)))
+        i, j, h = (
+            torch.arange(a, b, dtype=torch.int32, device=query.device)
+            for a, b in ((first, last), (0, n_key), (0, n_head))
+        )
         index = torch.stack([t.flatten() for t in torch.meshgrid(i, j, h, indexing="ij")])
         listed = pair_proximity(query, key, value, w_o, whole, lse, index, gate=gate, **common)
         out[:, first:last] = listed.view(last - first, n_key, n_head).permute(2, 0, 1)
@@ -169,8 +281,19 @@ def dense_proximity(
 
 
 def dense_heads(
-    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, lse: Tensor, *, scaling: float, mask: Tensor | None = None,
-    window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    lse: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_scale: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
     """Sums over keys of all proximities ``[Tq, H]`` (fp32), without the dense tensor."""
     return _launch(query, key, value, w_o, whole, lse, scaling, mask, window, softcap, row_scale, tile, dense=False)

@@ -2,16 +2,17 @@
 
     g[i,h] = W_O[h] sign(y_i) * gate[i,h]    (the sign bit is the sign of zero),
 
-so that <sign(y_i), u[h,j]> = <v[h,j], g[i,h]> (Ferrando & Voita 2403.00824, equation 4, see ``bound``). Both operands are divided by a power
-of two and rounded to float16; with l = |g16|_2, e >= |g - g16|_2 and the same of v,
+so that <sign(y_i), u[h,j]> = <v[h,j], g[i,h]> (Ferrando & Voita 2403.00824, equation 4, see ``bound``). Both operands
+are divided by a power of two and rounded to float16; with l = |g16|_2, e >= |g - g16|_2 and the same of v,
 
     <v, g>  <=  <v16, g16> + e_g l_v + l_g e_v + e_g e_v,
 
-which the bound adds: what rounding really lost, not the worst case. ``e`` holds the rounding to 16 bits, that of g's own summation over D
-channels (a block at a time, so that the error grows little with D) and that of the product over the head's width.
+which the bound adds: what rounding really lost, not the worst case. ``e`` holds the rounding to 16 bits, that of g's
+own summation over D channels (a block at a time, so that the error grows little with D) and that of the product over
+the head's width.
 
-``gradient``: 2 T H d_v D FLOPs; y and W_O are read once per block, 2 T H d_v bytes written. ``values``: v is read once, 2 Hkv T d_v bytes
-written.
+``gradient``: 2 T H d_v D FLOPs; y and W_O are read once per block, 2 T H d_v bytes written. ``values``: v is read once,
+2 Hkv T d_v bytes written.
 """
 
 from __future__ import annotations
@@ -37,10 +38,30 @@ def power_of_two(x):
 
 @triton.jit
 def gradient_kernel(
-    p_whole, p_w_o, p_gate, p_lost, p_half, p_scale, p_error, p_length,
-    n_query, n_channel, n_head, whole_row, w_head, w_row, w_column, gate_row, gate_head, product_error,
-    D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    p_whole,
+    p_w_o,
+    p_gate,
+    p_lost,
+    p_half,
+    p_scale,
+    p_error,
+    p_length,
+    n_query,
+    n_channel,
+    n_head,
+    whole_row,
+    w_head,
+    w_row,
+    w_column,
+    gate_row,
+    gate_head,
+    product_error,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     i_head = tl.program_id(0)
     o_query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_v = tl.arange(0, B_V)
@@ -80,14 +101,26 @@ def gradient_kernel(
 
 @triton.jit
 def values_kernel(
-    p_value, p_half, p_scale, p_error, p_length, n_key, n_block, value_head, value_row,
-    D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    p_value,
+    p_half,
+    p_scale,
+    p_error,
+    p_length,
+    n_key,
+    n_block,
+    value_head,
+    value_row,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     block, i_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_key = block * BLOCK_K + tl.arange(0, BLOCK_K)
     o_v = tl.arange(0, B_V)
     m = (o_key < n_key)[:, None] & (o_v < D_V)[None, :]
-    v = tl.load(p_value + i_kv * value_head + o_key.to(tl.int64)[:, None] * value_row + o_v[None, :], mask=m, other=0.0).to(tl.float32)
+    v = tl.load(
+        p_value + i_kv * value_head + o_key.to(tl.int64)[:, None] * value_row + o_v[None, :], mask=m, other=0.0
+    ).to(tl.float32)
     scale = power_of_two(tl.max(tl.max(tl.abs(v), 1), 0))
     v = v / scale
     half = v.to(tl.float16)
@@ -102,10 +135,11 @@ def values_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Halves:
-    """A tensor in float16 ``half`` times powers of two ``scale``; ``error`` and ``length``: of the difference and of ``half``, in its unit.
+    """A tensor in float16 ``half`` times powers of two ``scale``; ``error`` and ``length``: of the difference and of
+    ``half``, in its unit.
 
-    Of g: half ``[query, head, d_v]``, the others ``[query, head]``. Of v: half ``[kv_head, key, d_v]``, the others ``[kv_head, block]``, the
-    largest of each block of keys.
+    Of g: half ``[query, head, d_v]``, the others ``[query, head]``. Of v: half ``[kv_head, key, d_v]``, the others
+    ``[kv_head, block]``, the largest of each block of keys.
     """
 
     half: Tensor
@@ -125,7 +159,9 @@ def configurations(dtype: torch.dtype, d_v: int) -> list[Tile]:
 
 
 def gradient(whole: Tensor, w_o: Tensor, gate: Tensor | None = None, *, tile: Tile | None = None) -> Halves:
-    """g of every query and head; whole ``[Tq, D]``, w_o ``[H, d_v, D]`` (multiplied as it is stored), gate ``[Tq, H, d_v]``."""
+    """g of every query and head; whole ``[Tq, D]``, w_o ``[H, d_v, D]`` (multiplied as it is stored), gate ``[Tq,
+    H, d_v]``.
+    """
     whole, w_o = rows(whole), columns(w_o)
     gate = None if gate is None else rows(gate)
     n_head, d_v, n_channel = w_o.shape
@@ -135,16 +171,38 @@ def gradient(whole: Tensor, w_o: Tensor, gate: Tensor | None = None, *, tile: Ti
     scale, error, length = (torch.empty(n_query, n_head, dtype=torch.float32, device=device) for _ in range(3))
     # of the summation: each block's products, then the blocks, each relative to the sum of |W_O| over the channels
     summed = (min(tile.columns, n_channel) + triton.cdiv(n_channel, tile.columns)) * UNIT
-    lost = torch.linalg.vector_norm(torch.linalg.vector_norm(w_o, 1, dim=-1, dtype=torch.float32), dim=-1) * (summed * 1.001)
+    lost = torch.linalg.vector_norm(torch.linalg.vector_norm(w_o, 1, dim=-1, dtype=torch.float32), dim=-1) * (
+        summed * 1.001
+    )
     if n_query:
         with on_device(whole):
             gradient_kernel[(n_head, triton.cdiv(n_query, tile.rows))](
-                p_whole=whole, p_w_o=w_o, p_gate=gate, p_lost=lost, p_half=half, p_scale=scale, p_error=error, p_length=length,
-                n_query=n_query, n_channel=n_channel, n_head=n_head, whole_row=whole.stride(0), w_head=w_o.stride(0), w_row=w_o.stride(1),
-                w_column=w_o.stride(2), gate_row=0 if gate is None else gate.stride(0), gate_head=0 if gate is None else gate.stride(1),
-                product_error=d_v * UNIT, D_V=d_v, B_V=padded(d_v), BLOCK_Q=tile.rows, BLOCK_D=tile.columns,
-                UPCAST=upcast(w_o.dtype) or INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+                p_whole=whole,
+                p_w_o=w_o,
+                p_gate=gate,
+                p_lost=lost,
+                p_half=half,
+                p_scale=scale,
+                p_error=error,
+                p_length=length,
+                n_query=n_query,
+                n_channel=n_channel,
+                n_head=n_head,
+                whole_row=whole.stride(0),
+                w_head=w_o.stride(0),
+                w_row=w_o.stride(1),
+                w_column=w_o.stride(2),
+                gate_row=0 if gate is None else gate.stride(0),
+                gate_head=0 if gate is None else gate.stride(1),
+                product_error=d_v * UNIT,
+                D_V=d_v,
+                B_V=padded(d_v),
+                BLOCK_Q=tile.rows,
+                BLOCK_D=tile.columns,
+                UPCAST=upcast(w_o.dtype) or INTERPRETED,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
     return Halves(half, scale, error, length)
 
 
@@ -158,7 +216,18 @@ def values(value: Tensor, block: int) -> Halves:
     if n_key:
         with on_device(value):
             values_kernel[(n_block, n_kv)](
-                p_value=value, p_half=half, p_scale=scale, p_error=error, p_length=length, n_key=n_key, n_block=n_block,
-                value_head=value.stride(0), value_row=value.stride(1), D_V=d_v, B_V=padded(d_v), BLOCK_K=block, num_warps=4,
-            )  # fmt: skip
+                p_value=value,
+                p_half=half,
+                p_scale=scale,
+                p_error=error,
+                p_length=length,
+                n_key=n_key,
+                n_block=n_block,
+                value_head=value.stride(0),
+                value_row=value.stride(1),
+                D_V=d_v,
+                B_V=padded(d_v),
+                BLOCK_K=block,
+                num_warps=4,
+            )
     return Halves(half, scale, error, length)

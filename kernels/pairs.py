@@ -1,14 +1,17 @@
 """Proximity of listed sub-edges, without storing their n vectors.
 
-    proximity = max(sum_d min(w_d, 2|y_d| - w_d), 0),  w = sign(y_i) z,  z = r_i alpha[h,i,j] (v[h,j] * gate[i,h]) W_O[h]
+    proximity = max(sum_d min(w_d, 2|y_d| - w_d), 0),  w = sign(y_i) z,  z = r_i alpha[h,i,j] (v[h,j] * gate[i,h])
+    W_O[h]
 
 (Ferrando & Voita 2403.00824, equation 4, summed termwise in fp32), for n triples (query i, key j, head h).
 
-query [H, Tq, d_qk], key [Hkv, Tk, d_qk], value [Hkv, Tk, d_v], w_o [H, d_v, D], whole [Tq, D], lse [H, Tq], index [3, n] -> [n], in the
-unit of |y|_1. The list is grouped by head, so that a tile of candidates shares W_O[h]; alpha is exp(score - lse), recomputed.
+query [H, Tq, d_qk], key [Hkv, Tk, d_qk], value [Hkv, Tk, d_v], w_o [H, d_v, D], whole [Tq, D], lse [H, Tq], index [3,
+n] -> [n], in the unit of |y|_1. The list is grouped by head, so that a tile of candidates shares W_O[h]; alpha is
+exp(score - lse), recomputed.
 
-2 n d_v D FLOPs in matrix products (twice that with a gate on 16-bit operands) and about 6 n D elsewhere; per candidate 2 d_qk + d_v
-elements of q, k, v and D of y are read, and per tile of candidates d_v D of W_O, mostly from cache; 4 n bytes are written.
+2 n d_v D FLOPs in matrix products (twice that with a gate on 16-bit operands) and about 6 n D elsewhere; per candidate
+2 d_qk + d_v elements of q, k, v and D of y are read, and per tile of candidates d_v D of W_O, mostly from cache; 4 n
+bytes are written.
 """
 
 from __future__ import annotations
@@ -41,9 +44,19 @@ CHUNK_QK = 32
 
 @triton.jit
 def load_values(
-    p_value, i_key, VALUE_ROW: tl.constexpr, p_gate, i_query, GATE_ROW: tl.constexpr, m_n, first, D_V: tl.constexpr, BLOCK: tl.constexpr,
-    p_w_o, SPLIT: tl.constexpr,
-):  # fmt: skip
+    p_value,
+    i_key,
+    VALUE_ROW: tl.constexpr,
+    p_gate,
+    i_query,
+    GATE_ROW: tl.constexpr,
+    m_n,
+    first,
+    D_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    p_w_o,
+    SPLIT: tl.constexpr,
+):
     """Values times gates in W_O's dtype and, SPLIT, what rounding to it leaves."""
     v = gather_rows(p_value, i_key, VALUE_ROW, m_n, first, D_V, BLOCK)
     if p_gate is not None:
@@ -57,15 +70,58 @@ def load_values(
 
 @triton.jit
 def pairs_kernel(
-    p_query, p_key, p_value, p_w_o, p_whole, p_lse, p_mask, p_row_scale, p_gate, p_index, p_order, p_head_start,
+    p_query,
+    p_key,
+    p_value,
+    p_w_o,
+    p_whole,
+    p_lse,
+    p_mask,
+    p_row_scale,
+    p_gate,
+    p_index,
+    p_order,
+    p_head_start,
     p_out,
-    n, n_query, n_key, n_head, n_channel, group, query_head, key_head, value_head, w_head, w_row, w_column,
-    whole_row, gate_head, mask_head, mask_row, scaling, softcap, window,
-    QUERY_ROW: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GATE_ROW: tl.constexpr,
-    D_QK: tl.constexpr, B_QK: tl.constexpr, D_V: tl.constexpr, B_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_QK: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    # which head's tile this is: each has as many as its sub-edges fill; the grid is as large as any grouping of n could need
+    n,
+    n_query,
+    n_key,
+    n_head,
+    n_channel,
+    group,
+    query_head,
+    key_head,
+    value_head,
+    w_head,
+    w_row,
+    w_column,
+    whole_row,
+    gate_head,
+    mask_head,
+    mask_row,
+    scaling,
+    softcap,
+    window,
+    QUERY_ROW: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    GATE_ROW: tl.constexpr,
+    D_QK: tl.constexpr,
+    B_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    B_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_QK: tl.constexpr,
+    HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # which head's tile this is: each has as many as its sub-edges fill; the grid is as large as any grouping of n could
+    # need
     o_head = tl.arange(0, HEADS)
     starts = tl.load(p_head_start + o_head, mask=o_head <= n_head, other=0)
     ends = tl.load(p_head_start + o_head + 1, mask=o_head < n_head, other=0)
@@ -92,7 +148,19 @@ def pairs_kernel(
         q = gather_rows(p_query, i_query, QUERY_ROW, m_n, first, D_QK, CHUNK_QK).to(tl.float32)
         scores += tl.sum(q * gather_rows(p_key, i_key, KEY_ROW, m_n, first, D_QK, CHUNK_QK).to(tl.float32), 1)
     scores = visible_scores(
-        scores * scaling, i_query, i_key, m_n, i_head, p_mask, mask_head, mask_row, n_key - n_query, window, softcap, WINDOW, SOFTCAP
+        scores * scaling,
+        i_query,
+        i_key,
+        m_n,
+        i_head,
+        p_mask,
+        mask_head,
+        mask_row,
+        n_key - n_query,
+        window,
+        softcap,
+        WINDOW,
+        SOFTCAP,
     )
     alpha = weights(scores, tl.load(p_lse + i_head * n_query + i_query, mask=m_n, other=0.0))
     if p_row_scale is not None:
@@ -116,7 +184,9 @@ def pairs_kernel(
         else:
             u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for first_v in range(0, D_V, CHUNK):
-                v, v_low = load_values(p_value, i_key, VALUE_ROW, p_gate, i_query, GATE_ROW, m_n, first_v, D_V, CHUNK, p_w_o, SPLIT)
+                v, v_low = load_values(
+                    p_value, i_key, VALUE_ROW, p_gate, i_query, GATE_ROW, m_n, first_v, D_V, CHUNK, p_w_o, SPLIT
+                )
                 w_o = load_projection(p_w_o, w_row, w_column, first_v, D_V, CHUNK, first, n_channel, BLOCK_D)
                 u += product(v, w_o, UPCAST)
                 if SPLIT:
@@ -135,14 +205,30 @@ def configurations(d_v: int, dtype: torch.dtype) -> list[Tile]:
 
 
 def pair_proximity(
-    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, lse: Tensor, index: Tensor, *, scaling: float,
-    mask: Tensor | None = None, window: int = 0, softcap: float = 0.0, row_scale: Tensor | None = None, gate: Tensor | None = None,
-    ordered: bool = False, head_start: Tensor | None = None, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """Proximity ``[n]`` (fp32) of the sub-edges ``index [3, n]`` (query, key, head; int32). Fastest when sorted by query.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    ordered: bool = False,
+    head_start: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Proximity ``[n]`` (fp32) of the sub-edges ``index [3, n]`` (query, key, head; int32). Fastest when sorted by
+    query.
 
     Args:
-        query: ``[H, Tq, d_qk]``; key: ``[Hkv, Tk, d_qk]``; value: ``[Hkv, Tk, d_v]``; w_o: ``[H, d_v, D]``; whole: ``[Tq, D]``.
+        query: ``[H, Tq, d_qk]``; key: ``[Hkv, Tk, d_qk]``; value: ``[Hkv, Tk, d_v]``; w_o: ``[H, d_v, D]``; whole:
+            ``[Tq, D]``.
         lse: ``[H, Tq]`` from ``attention_rows`` (it holds the sinks); mask, window, softcap: as there.
         ordered: heads ascend in the list; head_start ``[H + 1]`` (int64): where each begins, if that is known.
         row_scale: ``[Tq]``; gate: ``[Tq, H, d_v]``.
@@ -167,12 +253,36 @@ def pair_proximity(
     with on_device(query):
         pairs_kernel[(triton.cdiv(n, tile.rows) + min(n_head, n),)](
             **attention_arguments(query, key, scaling, mask, window, softcap, row_scale),
-            p_value=value, p_w_o=w_o, p_whole=whole, p_lse=lse.float().contiguous(), p_gate=gate, p_index=index,
-            p_order=order, p_head_start=head_start, p_out=out,
-            n=n, n_head=n_head, n_channel=whole.shape[1], value_head=value.stride(0), VALUE_ROW=value.stride(1),
-            w_head=w_o.stride(0), w_row=w_o.stride(1), w_column=w_o.stride(2), whole_row=whole.stride(0),
-            GATE_ROW=0 if gate is None else gate.stride(0), gate_head=0 if gate is None else gate.stride(1),
-            D_V=value.shape[2], B_V=padded(value.shape[2]), BLOCK_N=tile.rows, BLOCK_D=tile.columns,
-            CHUNK=tile.chunk, CHUNK_QK=CHUNK_QK, HEADS=triton.next_power_of_2(n_head + 1), SPLIT=split, UPCAST=upcast(w_o.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+            p_value=value,
+            p_w_o=w_o,
+            p_whole=whole,
+            p_lse=lse.float().contiguous(),
+            p_gate=gate,
+            p_index=index,
+            p_order=order,
+            p_head_start=head_start,
+            p_out=out,
+            n=n,
+            n_head=n_head,
+            n_channel=whole.shape[1],
+            value_head=value.stride(0),
+            VALUE_ROW=value.stride(1),
+            w_head=w_o.stride(0),
+            w_row=w_o.stride(1),
+            w_column=w_o.stride(2),
+            whole_row=whole.stride(0),
+            GATE_ROW=0 if gate is None else gate.stride(0),
+            gate_head=0 if gate is None else gate.stride(1),
+            D_V=value.shape[2],
+            B_V=padded(value.shape[2]),
+            BLOCK_N=tile.rows,
+            BLOCK_D=tile.columns,
+            CHUNK=tile.chunk,
+            CHUNK_QK=CHUNK_QK,
+            HEADS=triton.next_power_of_2(n_head + 1),
+            SPLIT=split,
+            UPCAST=upcast(w_o.dtype),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     return out

@@ -1,6 +1,8 @@
-"""Skips that are expected, each with the condition under which it is: on CI every other one fails the run (see conftest.py).
+"""Skips that are expected, each with the condition under which it is: on CI every other one fails the run (see
+conftest.py).
 
-A test that is skipped where it should run says nothing, so a list that is too short is better than one that is too long.
+A test that is skipped where it should run says nothing, so a list that is too short is better than one that is too
+long.
 """
 
 import importlib.util
@@ -32,7 +34,8 @@ ALLOWED = {  # what the reason of the skip matches in full: whether it is expect
     r"there is a GPU": torch.cuda.is_available(),
     r"this processor has no (avx2|avx512)": _lacks_instruction_set,
     # only Linux has /proc, limits of the address space and the rest
-    r"reads /proc|VmHWM is Linux's|RLIMIT_AS is Linux's|limits the address space|fault injection is Linux's|wheels of Linux are audited": not LINUX,
+    r"reads /proc|VmHWM is Linux's|RLIMIT_AS is Linux's|limits the address space|fault injection is Linux's|wheels of "
+    r"Linux are audited": not LINUX,
     r"no fork here|this system has no fork": not hasattr(os, "fork"),
     r"triton is not installed": not LINUX,
     r"not a git checkout": not (Path(__file__).parent.parent / ".git").exists(),

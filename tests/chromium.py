@@ -10,7 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-BINARY = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+BINARY = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))),
+    None,
+)
 
 
 class Chromium:
@@ -20,12 +23,23 @@ class Chromium:
         self.folder = tempfile.mkdtemp(prefix="chromium-")
         self.process = subprocess.Popen(
             [
-                BINARY, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run", "--disable-extensions",
-                f"--user-data-dir={self.folder}", "--remote-allow-origins=*", "--disable-background-networking", "--window-size=1400,900",
-                *options, "about:blank",
+                BINARY,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--remote-debugging-port=0",
+                "--no-first-run",
+                "--disable-extensions",
+                f"--user-data-dir={self.folder}",
+                "--remote-allow-origins=*",
+                "--disable-background-networking",
+                "--window-size=1400,900",
+                *options,
+                "about:blank",
             ],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             self._connect()
         except BaseException:
@@ -70,9 +84,13 @@ class Chromium:
         if name == "Page.javascriptDialogOpening":
             self.events.append(("dialog", about["message"]))
             self.count += 1
-            self.socket.send(json.dumps({"id": self.count, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}))
+            self.socket.send(
+                json.dumps({"id": self.count, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}})
+            )
         elif name == "Runtime.exceptionThrown":
-            self.events.append(("exception", str(about["exceptionDetails"].get("exception", {}).get("description", about))))
+            self.events.append(
+                ("exception", str(about["exceptionDetails"].get("exception", {}).get("description", about)))
+            )
         elif name == "Network.requestWillBeSent":
             self.events.append(("request", about["request"]["url"]))
         elif name == "Log.entryAdded" and about["entry"]["level"] == "error":
@@ -86,7 +104,10 @@ class Chromium:
     def open(self, page, ready: str = "Boolean(window.flowroutes && flowroutes.scene)") -> None:
         """Go to a file or an address and wait until ``ready`` (JavaScript) holds."""
         self.events.clear()
-        self.call("Page.navigate", url=str(page) if "://" in str(page) or str(page).startswith("data:") else Path(page).resolve().as_uri())
+        self.call(
+            "Page.navigate",
+            url=str(page) if "://" in str(page) or str(page).startswith("data:") else Path(page).resolve().as_uri(),
+        )
         end = time.monotonic() + 20
         while not self.of("load"):
             self.call("Runtime.evaluate", expression="0")
@@ -120,7 +141,10 @@ class Chromium:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def dark(self, on: bool) -> None:
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if on else "light"}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if on else "light"}],
+        )
 
     def size(self, width: int, height: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)

@@ -1,21 +1,24 @@
-"""Fault injection: the k-th file operation of a run fails or kills the process, for k = 1, 2, 3 … until a run is not hit any more.
+"""Fault injection: the k-th file operation of a run fails or kills the process, for k = 1, 2, 3 … until a run is not
+hit any more.
 
-A library preloaded before libc (``faults.c``) counts the operations below one folder, whoever calls them: Python, Rust (safetensors), C++ (Arrow).
-A test names a :class:`Scenario` in an importable module and calls :func:`every_fault`::
+A library preloaded before libc (``faults.c``) counts the operations below one folder, whoever calls them: Python, Rust
+(safetensors), C++ (Arrow). A test names a :class:`Scenario` in an importable module and calls :func:`every_fault`::
 
     class Writing(Scenario):
         def prepare(self):                     # once: imports, models, what is expected
             ...
         def run(self, folder):                 # in a process of its own, hit by the fault
             ...
-        def check(self, folder, outcome):      # undisturbed, in the same process or, if that was killed, in another: is nothing lost?
+        def check(self, folder, outcome):      # undisturbed, in the same process or, if that was killed, in another: is
+        nothing lost?
             ...
 
     def test_writing(tmp_path):
         every_fault("test_writing:Writing", tmp_path)   # in memory where the system has a folder there
 
-All processes of one call are forked from one that has prepared the scenario, so that each costs milliseconds: keep it free of threads
-(torch runs with one). Only operations on absolute paths below ``folder`` count; what the scenario must not lose goes there too.
+All processes of one call are forked from one that has prepared the scenario, so that each costs milliseconds: keep it
+free of threads (torch runs with one). Only operations on absolute paths below ``folder`` count; what the scenario must
+not lose goes there too.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ LIMIT = 2000  # operations of one run
 
 @dataclass
 class Outcome:
-    """What a hit run came to. ``operation``: what was hit, ``"rename /…/run.json"``; ``error``: its exception's type, None if it returned or was killed."""
+    """What a hit run came to. ``operation``: what was hit, ``"rename /…/run.json"``; ``error``: its exception's
+    type, None if it returned or was killed.
+    """
 
     fault: str
     number: int
@@ -80,7 +85,9 @@ class Scenario:
 
 
 def one_sentence(outcome: Outcome, *types: str) -> None:
-    """A fault is reported by one of these exceptions with one sentence that names a file of the folder, not by its bare words."""
+    """A fault is reported by one of these exceptions with one sentence that names a file of the folder, not by its
+    bare words.
+    """
     if outcome.error is not None:
         assert outcome.error in types, f"{outcome.error}: {outcome.message}\n{outcome.trace}"
         assert outcome.message.strip(), f"an empty {outcome.error}\n{outcome.trace}"
@@ -98,14 +105,21 @@ def library() -> Path:
     source = Path(__file__).with_name("faults.c")
     target = Path(tempfile.mkdtemp(prefix="faults-")) / "faults.so"
     done = subprocess.run(
-        [COMPILER, "-O1", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"], capture_output=True, text=True, check=False
+        [COMPILER, "-O1", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return target
 
 
-def every_fault(scenario: str, folder: Path, faults: Any = tuple(FAULTS), argument: str = "", timeout: float = 240) -> list[Outcome]:
-    """Run ``"module:Class"`` once per fault and file operation below ``folder``; fails with what :meth:`Scenario.check` said. Returns all outcomes."""
+def every_fault(
+    scenario: str, folder: Path, faults: Any = tuple(FAULTS), argument: str = "", timeout: float = 240
+) -> list[Outcome]:
+    """Run ``"module:Class"`` once per fault and file operation below ``folder``; fails with what
+    :meth:`Scenario.check` said. Returns all outcomes.
+    """
     if os.access("/dev/shm", os.W_OK):  # fsync costs nothing there
         folder = Path(tempfile.mkdtemp(prefix="faults-", dir="/dev/shm"))
     environment = os.environ | {
@@ -116,7 +130,9 @@ def every_fault(scenario: str, folder: Path, faults: Any = tuple(FAULTS), argume
     }
     command = [sys.executable, __file__, scenario, str(folder), ",".join(faults), str(library()), argument]
     try:
-        done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        done = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
         try:
             stdout, stderr = done.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -129,7 +145,9 @@ def every_fault(scenario: str, folder: Path, faults: Any = tuple(FAULTS), argume
     shown = "\n\n".join(f"{o.fault} at operation {o.number}, {o.operation}:\n{o.problem}" for o in problems[:5])
     assert not problems, f"{len(problems)} of {len(outcomes)} faults\n{shown}"
     assert done.returncode == 0, stdout[-3000:] + stderr[-5000:]
-    assert {o.fault for o in outcomes} == {*faults}, "no operation was hit: does the run work below the folder, by absolute paths?"
+    assert {o.fault for o in outcomes} == {*faults}, (
+        "no operation was hit: does the run work below the folder, by absolute paths?"
+    )
     return outcomes
 
 
@@ -210,14 +228,21 @@ def _hit(scenario: Scenario, folder: Path, outcome: Outcome, shim: ctypes.CDLL) 
 
     def work() -> dict[str, Any]:
         scenario.start(folder)
-        shim.faults_arm(os.fsencode(os.path.realpath(folder)), outcome.number, what, kinds, int(lasts), os.fsencode(note))
+        shim.faults_arm(
+            os.fsencode(os.path.realpath(folder)), outcome.number, what, kinds, int(lasts), os.fsencode(note)
+        )
         error, message, trace = None, "", ""
         try:
             scenario.run(folder)
         except BaseException as raised:
             error, message, trace = type(raised).__name__, str(raised), traceback.format_exc()
         shim.faults_disarm()
-        outcome.error, outcome.message, outcome.trace, outcome.operation = error, message, trace, shim.faults_hit().decode()
+        outcome.error, outcome.message, outcome.trace, outcome.operation = (
+            error,
+            message,
+            trace,
+            shim.faults_hit().decode(),
+        )
         if outcome.operation:
             outcome.problem = _checked(scenario, folder, outcome)
         return asdict(outcome)
@@ -240,7 +265,9 @@ def _checked(scenario: Scenario, folder: Path, outcome: Outcome) -> str:
     try:
         scenario.check(folder, outcome)
     except BaseException:
-        return traceback.format_exc() + (f"\nafter {outcome.error}: {outcome.message}\n{outcome.trace}" if outcome.error else "")
+        return traceback.format_exc() + (
+            f"\nafter {outcome.error}: {outcome.message}\n{outcome.trace}" if outcome.error else ""
+        )
     return ""
 
 

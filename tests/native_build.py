@@ -10,7 +10,9 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 
 
 def build(csrc: Path, target: Path, objects: Path, *options: str) -> None:
-    """Build ``target`` from a folder of sources, kernels with these options; ``CalledProcessError`` where that fails."""
+    """Build ``target`` from a folder of sources, kernels with these options; ``CalledProcessError`` where that
+    fails.
+    """
     import pybind11
 
     includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])]

@@ -1,4 +1,6 @@
-"""The state of the user's process (autocast, default device and dtype, matmul precision) does not reach our computations."""
+"""The state of the user's process (autocast, default device and dtype, matmul precision) does not reach our
+computations.
+"""
 
 import contextlib
 import threading
@@ -38,7 +40,14 @@ def test_inside_all_is_as_in_a_fresh_process_and_outside_as_before():
     with torch.autocast("cpu", torch.bfloat16):
         before = state()
         with contextlib.suppress(KeyError), neutral():
-            for made in (torch.empty(2), torch.zeros(2), torch.full((2,), 0.5), torch.arange(0.0, 2), torch.tensor([0.5, 1]), torch.eye(2)):
+            for made in (
+                torch.empty(2),
+                torch.zeros(2),
+                torch.full((2,), 0.5),
+                torch.arange(0.0, 2),
+                torch.tensor([0.5, 1]),
+                torch.eye(2),
+            ):
                 assert (made.dtype, made.device.type) == (torch.float32, "cpu")
             assert torch.arange(3).dtype == torch.tensor([1]).dtype == torch.int64
             assert torch.zeros(2, dtype=torch.bfloat16).dtype == torch.bfloat16

@@ -45,8 +45,13 @@ def test_positional_heads_are_found():
     statistics.patterns[place["first token"], 1, 2] = 100
     table = analysis.positional_heads(statistics).set_index(["layer", "head"])
     assert table["role"].to_dict() == {
-        (0, 0): "", (0, 1): "previous token", (0, 2): "", (1, 0): "subword merging", (1, 1): "", (1, 2): "first token",
-    }  # fmt: skip
+        (0, 0): "",
+        (0, 1): "previous token",
+        (0, 2): "",
+        (1, 0): "subword merging",
+        (1, 1): "",
+        (1, 2): "first token",
+    }
     assert table["largest"].to_dict()[0, 2]
     assert table["largest"].sum() == 2
     with pytest.raises(ValueError, match="share must lie"):
@@ -76,7 +81,11 @@ def planted(monkeypatch):
 def test_domain_heads_are_found(planted):
     table = analysis.domain_heads(Fake(), general="general", permutations=500)
     found = table[table["specific"] & (table["q"] < 0.05)]
-    assert sorted(zip(found["domain"], found["layer"], found["head"], strict=True)) == [("code", 0, 1), ("de", 1, 2), ("es", 1, 2)]
+    assert sorted(zip(found["domain"], found["layer"], found["head"], strict=True)) == [
+        ("code", 0, 1),
+        ("de", 1, 2),
+        ("es", 1, 2),
+    ]
     assert table["p"].min() == pytest.approx(1 / 501)
     rest = table[~table["specific"]]["p"]
     assert 0.3 < rest.mean() < 0.7  # no head of its own: uniform
@@ -142,7 +151,9 @@ def test_attention_that_lands(run):
     keys = found.positions[["number", "piece"]].drop_duplicates()
     chosen = keys.iloc[[0, (len(keys) - 1) // 2, len(keys) - 1]]
     positions, weights = run.positions(), {True: [], False: []}
-    special, periods = ({(r.number, r.piece, r.position) for r in t.itertuples()} for t in (found.positions, found.first_periods))
+    special, periods = (
+        {(r.number, r.piece, r.position) for r in t.itertuples()} for t in (found.positions, found.first_periods)
+    )
     model.set_attn_implementation("eager")
     for key in chosen.itertuples(index=False):
         ids = positions[(positions["number"] == key.number) & (positions["piece"] == key.piece)]["token_id"].tolist()
@@ -179,7 +190,9 @@ def test_clusters_that_are_there(run, monkeypatch):
         def texts(self):
             return pd.DataFrame({"number": [0], "piece": [0], "text": ["a" * 300]})
 
-    found = analysis.clusters(Texts(), lambda text: [(n, n + 1, tag) for n, tag in enumerate(tags)], method="pca", shuffles=5)
+    found = analysis.clusters(
+        Texts(), lambda text: [(n, n + 1, tag) for n, tag in enumerate(tags)], method="pca", shuffles=5
+    )
     score = found.scores.set_index("labels").loc["part of speech"]
     assert score["silhouette"] > 0.2 > 0.02 > score["shuffled largest"]
 
@@ -202,8 +215,13 @@ def test_the_tagger_without_downloads():
     pytest.importorskip("textblob")
     text = "The dog sees 3 cats."
     assert [(text[a:b], tag) for a, b, tag in clusters_module.textblob_tagger(text)] == [
-        ("The", "DET"), ("dog", "NOUN"), ("sees", "VERB"), ("3", "NUM"), ("cats", "NOUN"), (".", "."),
-    ]  # fmt: skip
+        ("The", "DET"),
+        ("dog", "NOUN"),
+        ("sees", "VERB"),
+        ("3", "NUM"),
+        ("cats", "NOUN"),
+        (".", "."),
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "qwen2", "falcon, new", "nemotron"])
@@ -229,7 +247,9 @@ def test_concepts_are_those_of_the_whole_matrix(name):
         assert {tuple(t) for t in mine[mine["rank"] == 0]["tokens"]} == best
 
 
-@pytest.mark.parametrize(("name", "centred"), [("llama", False), ("gpt2", True), ("gemma2", False), ("cohere", True), ("nemotron", True)])
+@pytest.mark.parametrize(
+    ("name", "centred"), [("llama", False), ("gpt2", True), ("gemma2", False), ("cohere", True), ("nemotron", True)]
+)
 def test_gains_of_norms(name, centred):
     model = make(name)
     norm = _final_norm(model)
@@ -263,7 +283,9 @@ def test_a_report(run, tmp_path):
     def tagger(text):
         return [(0, len(text), "NOUN" if len(text) % 2 else "DET")]
 
-    page = analysis.analyze(run, tmp_path, model=make("llama"), general="plain", tagger=tagger, sample=200, permutations=20)
+    page = analysis.analyze(
+        run, tmp_path, model=make("llama"), general="plain", tagger=tagger, sample=200, permutations=20
+    )
     text = page.read_text()
     for title in (
         "Components by layer",
@@ -284,7 +306,9 @@ def test_a_report(run, tmp_path):
     assert len(pd.read_csv(tmp_path / "clusters.csv")) > 50
     heads = pd.read_csv(tmp_path / "heads.csv")
     np.testing.assert_allclose(heads["importance"], run.all_domains().heads()["importance"], rtol=1e-4)
-    assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
 
 
 def test_a_report_on_another_model(run, tmp_path):
@@ -315,7 +339,10 @@ def test_a_report_of_what_was_kept(tmp_path):
 def test_a_report_of_little(tmp_path):
     """Too few positions for clusters, too few texts for a test: said, and the rest is there."""
     few = fr.corpus(
-        make("llama"), Tokenizer(), {"a": [t[:30] for t in sentences(1)], "b": [t[:30] for t in sentences(2, seed=1)]}, tmp_path / "run"
+        make("llama"),
+        Tokenizer(),
+        {"a": [t[:30] for t in sentences(1)], "b": [t[:30] for t in sentences(2, seed=1)]},
+        tmp_path / "run",
     )
     text = analysis.analyze(few, tmp_path / "out", permutations=10).read_text()
     assert "Clusters need 50 positions, there are" in text
@@ -351,10 +378,21 @@ def test_searching_the_page(run, tmp_path):
     browser = chromium.Chromium()
     try:
         browser.open(page, "Boolean(document.querySelector('input'))")
-        for text, wanted in (("", [0, 1, 3]), ("L1H2", [1]), ("TOKEN3", [3]), ("other", [1]), ("41", []), ("<b>", [0, 1, 3])):
-            browser.run(f"(box => {{ box.value = {text!r}; box.dispatchEvent(new Event('input')); }})(document.querySelector('input'))")
+        for text, wanted in (
+            ("", [0, 1, 3]),
+            ("L1H2", [1]),
+            ("TOKEN3", [3]),
+            ("other", [1]),
+            ("41", []),
+            ("<b>", [0, 1, 3]),
+        ):
+            browser.run(
+                f"(box => {{ box.value = {text!r}; box.dispatchEvent(new Event('input')); "
+                f"}})(document.querySelector('input'))"
+            )
             shown = browser.run(
-                "[...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => Number(r.cells[0].textContent))"
+                "[...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => "
+                "Number(r.cells[0].textContent))"
             )
             assert shown == wanted, text
         assert not browser.of("exception")
@@ -364,9 +402,21 @@ def test_searching_the_page(run, tmp_path):
 
 def test_tokens_are_escaped(run, tmp_path, monkeypatch):
     report = sys.modules["flowroutes_fast.analysis.report"]
-    rows = [{"layer": 0, "head": 0, "rank": 0, "sign": 1, "sigma": 1.0, "share": 1.0, "tokens": ["<img src=x onerror=alert(1)>"]}]
+    rows = [
+        {
+            "layer": 0,
+            "head": 0,
+            "rank": 0,
+            "sign": 1,
+            "sigma": 1.0,
+            "share": 1.0,
+            "tokens": ["<img src=x onerror=alert(1)>"],
+        }
+    ]
     monkeypatch.setattr(report, "concepts", lambda *_, **__: analysis.Concepts(pd.DataFrame(rows)))
     monkeypatch.setattr(report.Corpus, "check_model", lambda *_: True)
-    text = analysis.analyze(run, tmp_path, model=object(), tagger=lambda text: [(0, 1, "X")], sample=100, permutations=5).read_text()
+    text = analysis.analyze(
+        run, tmp_path, model=object(), tagger=lambda text: [(0, 1, "X")], sample=100, permutations=5
+    ).read_text()
     assert "<img" not in text
     assert "&lt;img" in text

@@ -47,7 +47,18 @@ def test_gate_passes_and_refuses(small, monkeypatch):
 
 
 def test_command(small, tmp_path):
-    arguments = ["bench", "--tokens", "16,32", "--shapes", "small", "--what", "kernels", "--quick", "--out", str(tmp_path)]
+    arguments = [
+        "bench",
+        "--tokens",
+        "16,32",
+        "--shapes",
+        "small",
+        "--what",
+        "kernels",
+        "--quick",
+        "--out",
+        str(tmp_path),
+    ]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     report = json.loads(next(tmp_path.glob("*.json")).read_text())
@@ -70,7 +81,16 @@ def test_unknown_names(option, value, message, tmp_path):
 def test_the_gpu_acceptance_script_runs(tmp_path):
     """Every step that needs no GPU's own tools, on tiny shapes: a lent GPU must not be spent on a misspelt name."""
     for what, steps in (("right", "layers,traces"), ("fast", "timing,model")):
-        command = [sys.executable, str(ROOT / "benchmarks/gpu_acceptance.py"), what, "--dry", "--steps", steps, "--out", str(tmp_path)]
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks/gpu_acceptance.py"),
+            what,
+            "--dry",
+            "--steps",
+            steps,
+            "--out",
+            str(tmp_path),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}

@@ -1,4 +1,6 @@
-"""Bounds and intervals: they hold the fp64 truth, on every backend that runs here, and what forces refinement is forced."""
+"""Bounds and intervals: they hold the fp64 truth, on every backend that runs here, and what forces refinement is
+forced.
+"""
 
 import gc
 import subprocess
@@ -29,9 +31,22 @@ def bounded(monkeypatch):
 
 
 def layer(
-    seed, n_query=19, n_key=None, heads=6, kv=2, d_qk=16, d_v=12, d_model=48, outliers=False, wide=False, dtype=torch.float32, **options
+    seed,
+    n_query=19,
+    n_key=None,
+    heads=6,
+    kv=2,
+    d_qk=16,
+    d_v=12,
+    d_model=48,
+    outliers=False,
+    wide=False,
+    dtype=torch.float32,
+    **options,
 ):
-    """A random layer whose parts add up to its state; options are those of Attention, or True for a random mask, sinks, row_scale or gate."""
+    """A random layer whose parts add up to its state; options are those of Attention, or True for a random mask,
+    sinks, row_scale or gate.
+    """
     g = torch.Generator().manual_seed(seed)
     n_key = n_key or n_query
 
@@ -39,7 +54,9 @@ def layer(
         return torch.randn(*shape, generator=g)
 
     random = {
-        "mask": lambda: torch.zeros(n_query, n_key).masked_fill(torch.rand(n_query, n_key, generator=g) < 0.3, -torch.inf),
+        "mask": lambda: torch.zeros(n_query, n_key).masked_fill(
+            torch.rand(n_query, n_key, generator=g) < 0.3, -torch.inf
+        ),
         "sinks": lambda: normal(heads),
         "row_scale": lambda: normal(n_query).abs() + 0.1,
         "gate": lambda: normal(n_query, heads, d_v).sigmoid(),
@@ -61,7 +78,9 @@ def layer(
     if a.row_scale is not None:
         z = z * a.row_scale[:, None]
     whole = (z.sum(0) + rest).to(dtype)
-    return Attention(query, key, value, w_o, whole, d_qk**-0.5, **options), reference.proximity(rest.float(), whole.float())[None]
+    return Attention(query, key, value, w_o, whole, d_qk**-0.5, **options), reference.proximity(
+        rest.float(), whole.float()
+    )[None]
 
 
 def doubled(a):
@@ -82,11 +101,15 @@ def run(a, others, way, **options):
 
 
 def check(found, a, others, floor):
-    """Intervals hold the truth; every pair above the floor is there, its values are exact and its missing heads fit what is left open."""
+    """Intervals hold the truth; every pair above the floor is there, its values are exact and its missing heads fit
+    what is left open.
+    """
     near = truth(a)
     total = near.sum((0, 2)) + others.double().sum(0)
     exact = doubled(a)
-    flow = reference.sign_flow(exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate)
+    flow = reference.sign_flow(
+        exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate
+    )
     unit = TOLERANCE * torch.maximum(exact.whole.abs().sum(-1), flow.abs().sum((0, 2)))
     assert (found.low.double() <= total + unit).all()
     assert (total <= found.high.double() + unit).all()
@@ -179,7 +202,9 @@ def test_pairs_that_may_reach_the_floor_are_listed(way, much_open):
 @needs_native
 @pytest.mark.parametrize("isa", native.instruction_sets())
 def test_the_lower_end_where_all_signs_agree(isa, much_open):
-    """A hundred equal sub-edges as long as the values of a class may be: what a chord takes off their bounds is what is to be taken off."""
+    """A hundred equal sub-edges as long as the values of a class may be: what a chord takes off their bounds is
+    what is to be taken off.
+    """
     ones, nothing = torch.ones(1, 100, 1), torch.zeros(1, 100, 1)
     whole = torch.tensor([0.001] * 6 + [0.01001] + [2.0] * 89)[None]
     a = Attention(nothing[:, :1], nothing, ones, torch.ones(1, 1, 96), whole, 1.0)
@@ -240,7 +265,9 @@ def test_nothing_is_ambiguous_at_the_thresholds_asked_for(way, floor, much_open)
 def test_bound_candidates_and_pairs(backend, case):
     a, others = layer(3, **case)
     near, exact = truth(a), doubled(a)
-    flow = reference.sign_flow(exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate)
+    flow = reference.sign_flow(
+        exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate
+    )
     unit = float(a.whole.double().abs().sum(-1).max())
     bounds = bound(a, backend)
     torch.testing.assert_close(bounds.upper.double(), flow.clamp_min(0).sum(-1).T, rtol=1e-4, atol=TOLERANCE * unit)
@@ -249,7 +276,9 @@ def test_bound_candidates_and_pairs(backend, case):
     listed = candidates(a, bounds, cut, cut, backend)
     query, key, head = listed.index.long()
     upper = flow.clamp_min(0)
-    wanted = ((upper > cut.double()[:, None] * 1.0001) | (upper.sum(0) > cut.double()[:, None] * 1.0001)) & (upper > 1e-6 * unit)
+    wanted = ((upper > cut.double()[:, None] * 1.0001) | (upper.sum(0) > cut.double()[:, None] * 1.0001)) & (
+        upper > 1e-6 * unit
+    )
     got = torch.zeros_like(wanted)
     got[head, query, key] = True
     assert not (wanted & ~got).any()
@@ -282,7 +311,9 @@ def test_low_precision_needs_slack_and_has_it():
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("what", ["zeros in y", "denormals", "tiny numbers", "a head that writes nothing", "all equal", "a state of zeros"])
+@pytest.mark.parametrize(
+    "what", ["zeros in y", "denormals", "tiny numbers", "a head that writes nothing", "all equal", "a state of zeros"]
+)
 def test_edge_cases(way, what):
     a, others = layer(4, 20)
     if what == "zeros in y":
@@ -311,21 +342,47 @@ def test_edge_cases(way, what):
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), tokens=st.integers(1, 60), kv=st.integers(1, 3), group=st.integers(1, 3), d=st.integers(1, 40),
-    width=st.integers(1, 90), window=st.integers(0, 9), outliers=st.booleans(), floor=st.sampled_from([1e-4, 1e-3, 0.05]),
-)  # fmt: skip
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(1, 60),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    d=st.integers(1, 40),
+    width=st.integers(1, 90),
+    window=st.integers(0, 9),
+    outliers=st.booleans(),
+    floor=st.sampled_from([1e-4, 1e-3, 0.05]),
+)
 def test_random_layers(seed, tokens, kv, group, d, width, window, outliers, floor):
-    a, others = layer(seed, tokens, heads=kv * group, kv=kv, d_qk=d, d_v=d, d_model=width + 2 * outliers, outliers=outliers, window=window)
+    a, others = layer(
+        seed,
+        tokens,
+        heads=kv * group,
+        kv=kv,
+        d_qk=d,
+        d_v=d,
+        d_model=width + 2 * outliers,
+        outliers=outliers,
+        window=window,
+    )
     check(run(a, others, "cpu", floor=floor, thresholds=(0.06,)), a, others, floor)
 
 
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), n_query=st.integers(1, 30), more=st.integers(0, 20), kv=st.integers(1, 3), group=st.integers(1, 3),
-    d_qk=st.integers(1, 24), d_v=st.integers(1, 24), width=st.integers(1, 60), window=st.integers(0, 6), softcap=st.sampled_from([0.0, 3.0]),
-    extra=st.sets(st.sampled_from(["mask", "sinks", "row_scale", "gate"])), isa=st.sampled_from(native.instruction_sets() or ["auto"]),
-)  # fmt: skip
+    seed=st.integers(0, 10**6),
+    n_query=st.integers(1, 30),
+    more=st.integers(0, 20),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    d_qk=st.integers(1, 24),
+    d_v=st.integers(1, 24),
+    width=st.integers(1, 60),
+    window=st.integers(0, 6),
+    softcap=st.sampled_from([0.0, 3.0]),
+    extra=st.sets(st.sampled_from(["mask", "sinks", "row_scale", "gate"])),
+    isa=st.sampled_from(native.instruction_sets() or ["auto"]),
+)
 def test_random_layers_of_every_kind(seed, n_query, more, kv, group, d_qk, d_v, width, window, softcap, extra, isa):
     """Intervals, listed pairs, bounds and signed flow, with everything that attention may have."""
     options = dict.fromkeys(extra - {"mask"}, True)
@@ -334,14 +391,29 @@ def test_random_layers_of_every_kind(seed, n_query, more, kv, group, d_qk, d_v, 
         hidden[:, 0] = False  # every row sees something
         options["mask"] = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
     a, others = layer(
-        seed, n_query, n_query + more, heads=kv * group, kv=kv, d_qk=d_qk, d_v=d_v, d_model=width, window=window, softcap=softcap, **options
+        seed,
+        n_query,
+        n_query + more,
+        heads=kv * group,
+        kv=kv,
+        d_qk=d_qk,
+        d_v=d_v,
+        d_model=width,
+        window=window,
+        softcap=softcap,
+        **options,
     )
     exact, near = doubled(a), truth(a)
-    flow = reference.sign_flow(exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate)
+    flow = reference.sign_flow(
+        exact.pattern, exact.value, exact.w_o, exact.whole, row_scale=exact.row_scale, gate=exact.gate
+    )
     norm = exact.whole.abs().sum(-1)
     unit = TOLERANCE * torch.maximum(norm, flow.abs().sum((0, 2)))
     index = torch.stack(
-        [torch.randint(n, (40,), generator=torch.Generator().manual_seed(seed)) for n in (n_query, n_query + more, len(near))]
+        [
+            torch.randint(n, (40,), generator=torch.Generator().manual_seed(seed))
+            for n in (n_query, n_query + more, len(near))
+        ]
     )
     query, key, head = index
     with native.instruction_set(isa):
@@ -362,7 +434,11 @@ def test_backends_agree_on_a_signed_and_on_a_bounded_layer(measure):
         found = certified(a, others, floor=0.01, backend=backend, measure=measure)
         rows = zip(*found.index.tolist(), found.value.tolist(), strict=True)
         tables.append(
-            {(q, k, h): v for q, k, h, v in rows if h >= 0 and abs(v) > 0.02 * (1 if measure == "signed" else float(found.high[q]))}
+            {
+                (q, k, h): v
+                for q, k, h, v in rows
+                if h >= 0 and abs(v) > 0.02 * (1 if measure == "signed" else float(found.high[q]))
+            }
         )
     assert tables[0].keys() == tables[1].keys()
     for at, value in tables[0].items():
@@ -390,12 +466,15 @@ def test_certified_routes_are_exact_routes(kind, renormalize):
     model = tiny(kind)
     a, b = fr.trace(model, None, IDS), fr.trace(model, None, IDS, precision="exact")
     torch.testing.assert_close(
-        a.heads.sum(-1) + a.attention_residual + a.attention_bias + (a.ffn if kind == "neox" else 0), torch.ones(3, len(IDS))
+        a.heads.sum(-1) + a.attention_residual + a.attention_bias + (a.ffn if kind == "neox" else 0),
+        torch.ones(3, len(IDS)),
     )
     assert (a.heads_low <= b.heads + 1e-5).all()
     assert (b.heads <= a.heads_high + 1e-5).all()
     for threshold in (0.0013, 0.01, 0.0222, 0.04, 0.11):
-        same_route(a.route(threshold=threshold, renormalize=renormalize), b.route(threshold=threshold, renormalize=renormalize))
+        same_route(
+            a.route(threshold=threshold, renormalize=renormalize), b.route(threshold=threshold, renormalize=renormalize)
+        )
 
 
 @example(
@@ -477,7 +556,9 @@ def test_signed_flow():
     model = tiny("qwen2")
     trace, exact = fr.trace(model, None, IDS, measure="signed"), fr.trace(model, None, IDS, precision="exact")
     ones = torch.ones(3, len(IDS))
-    torch.testing.assert_close(trace.heads.sum(-1) + trace.attention_residual + trace.attention_bias, ones, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        trace.heads.sum(-1) + trace.attention_residual + trace.attention_bias, ones, rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(trace.ffn + trace.ffn_residual, ones, rtol=0, atol=1e-5)
     assert float(trace.heads.min()) < 0
     edges = trace.edges(1)
@@ -514,8 +595,10 @@ def peak():
 
 torch.manual_seed(0)
 T, H, d, D = int(sys.argv[1]), 8, 16, 128
-a = Attention(torch.randn(H, T, d) * 3, torch.randn(H, T, d), torch.randn(H, T, d), torch.randn(H, d, D) / 4, torch.randn(T, D), d**-0.5)
-certified(Attention(a.query[:, :8], a.key[:, :8], a.value[:, :8], a.w_o, a.whole[:8], a.scaling), torch.ones(1, 8), floor=0.02, threads=2)
+query, key, value = torch.randn(H, T, d) * 3, torch.randn(H, T, d), torch.randn(H, T, d)
+a = Attention(query, key, value, torch.randn(H, d, D) / 4, torch.randn(T, D), d**-0.5)
+few = Attention(a.query[:, :8], a.key[:, :8], a.value[:, :8], a.w_o, a.whole[:8], a.scaling)
+certified(few, torch.ones(1, 8), floor=0.02, threads=2)
 before = peak()
 certified(a, a.whole.abs().sum(-1)[None], floor=0.02, threads=2)
 print((peak() - before) / 1e3)
@@ -525,9 +608,13 @@ print((peak() - before) / 1e3)
 @needs_native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_linear_in_tokens():
-    """Twice the tokens take about twice the megabytes, far below the four bytes per (query, key, head) that a dense result would take."""
+    """Twice the tokens take about twice the megabytes, far below the four bytes per (query, key, head) that a dense
+    result would take.
+    """
     small, large = (
-        float(subprocess.run([sys.executable, "-c", _GROWTH, str(n)], capture_output=True, text=True, check=True).stdout)
+        float(
+            subprocess.run([sys.executable, "-c", _GROWTH, str(n)], capture_output=True, text=True, check=True).stdout
+        )
         for n in (2000, 4000)
     )
     assert large < 3 * small
@@ -541,11 +628,15 @@ def test_few_keys_are_evaluated_whole(width, monkeypatch):
     from families import make
 
     monkeypatch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 256)
-    model = make("llama", hidden_size=width, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, head_dim=16)
+    model = make(
+        "llama", hidden_size=width, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, head_dim=16
+    )
     certified, exact = fr.trace(model, None, IDS), fr.trace(model, None, IDS, precision="exact")
     assert certified.certificate["worst_error"] == 0
     assert certified.certificate["pairs_evaluated"] == certified.certificate["pairs_bounded"] == 2 * 4 * 29 * 30 // 2
     assert torch.equal(certified.heads, exact.heads)
     for renormalize in (True, False):
         a, b = (t.route(threshold=0.005, renormalize=renormalize).edges for t in (certified, exact))
-        assert a.sort_values(list(a.columns[:5]), ignore_index=True).equals(b.sort_values(list(b.columns[:5]), ignore_index=True))
+        assert a.sort_values(list(a.columns[:5]), ignore_index=True).equals(
+            b.sort_values(list(b.columns[:5]), ignore_index=True)
+        )

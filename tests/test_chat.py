@@ -15,8 +15,15 @@ from transformers import PreTrainedTokenizerFast
 import flowroutes_fast as fr
 from flowroutes_fast.tracing.prompts import of_chat
 
-TEMPLATE = "{% if messages[0].role != 'system' %}#sys|kind;{% endif %}{% for m in messages %}#{{ m.role[:3] }}|{{ m.content | trim }};{% endfor %}#ass|"
-CHAT = [{"role": "user", "content": " ab "}, {"role": "assistant", "content": "u"}, {"role": "user", "content": ";#use|x"}]
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}#sys|kind;{% endif %}{% for m in messages %}#{{ m.role[:3] }}|{{ "
+    "m.content | trim }};{% endfor %}#ass|"
+)
+CHAT = [
+    {"role": "user", "content": " ab "},
+    {"role": "assistant", "content": "u"},
+    {"role": "user", "content": ";#use|x"},
+]
 TEXT = "#sys|kind;#use|ab;#ass|u;#use|;#use|x;#ass|"
 
 
@@ -49,7 +56,10 @@ def test_messages_are_found_among_the_tokens():
     ("template", "expected"),
     [
         ("{% for m in messages %}<{{ m.content }}>{% endfor %}", [("user", "ab")]),
-        ("{% for m in messages %}{{ raise_exception('no') if m.role == 'system' }}<{{ m.content }}>{% endfor %}", [("user", "ab")]),
+        (
+            "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' }}<{{ m.content }}>{% endfor %}",
+            [("user", "ab")],
+        ),
         ("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}", []),  # another text than was given
         ("<{{ messages | length }}>", []),
         ("{% for m in messages %}<{{ m.content }}|{{ m.content }}>{% endfor %}", []),
@@ -123,7 +133,9 @@ def columns(browser):
     return browser.run("flowroutes.scene.shown")
 
 
-SHOWN = "[...document.querySelectorAll('#prompt [data-position]')].filter((b) => !b.hidden).map((b) => +b.dataset.position)"
+SHOWN = (
+    "[...document.querySelectorAll('#prompt [data-position]')].filter((b) => !b.hidden).map((b) => +b.dataset.position)"
+)
 
 
 def test_the_page_folds_the_template(browser, trace, tmp_path):
@@ -139,7 +151,10 @@ def test_the_page_folds_the_template(browser, trace, tmp_path):
     assert browser.run("document.querySelectorAll('#prompt .gap:not([hidden])').length") > 0
     picture = browser.run("flowroutes.pictureSvg()")
     assert re.findall(r'font-weight="700"[^>]*>(system|user|assistant)<', picture)
-    browser.run("flowroutes.choose({type: 'node', node: [...flowroutes.scene.nodes.values()].find((n) => n.column === 36 || n.root)})")
+    browser.run(
+        "flowroutes.choose({type: 'node', node: [...flowroutes.scene.nodes.values()].find((n) => n.column === "
+        "36 || n.root)})"
+    )
     assert "message" in browser.run("document.getElementById('panel').textContent")
     browser.key("t")
     assert columns(browser) == browser.run(SHOWN) == list(range(len(trace.tokens)))
@@ -157,14 +172,25 @@ def test_the_page_of_a_route_folds_the_template(browser, trace, tmp_path):
     some = whole.edges["source"].isin(messages | {40}) & whole.edges["target"].isin(messages | {42})
     route = replace(whole, edges=whole.edges[some].reset_index(drop=True))
     browser.open(route.to_html(tmp_path / "route.html"), ready="Boolean(document.getElementById('graph'))")
-    hidden = {i for i, one in enumerate(browser.run("[...document.querySelectorAll('.prompt > span')].map((s) => s.hidden)")) if one}
+    hidden = {
+        i
+        for i, one in enumerate(browser.run("[...document.querySelectorAll('.prompt > span')].map((s) => s.hidden)"))
+        if one
+    }
     assert hidden == set(range(len(trace.tokens))) - messages - touched_by(route)
     gone = browser.run("[...document.querySelectorAll('#graph > .place')].map((g) => g.style.display === 'none')")
     assert {i for i, one in enumerate(gone) if one} == hidden
-    ends = """[...document.querySelectorAll('#edges > .edge')].map((e, i) => { const b = e.querySelector('.line').getBoundingClientRect(),
-        at = (n) => { const c = document.querySelectorAll('#nodes > .node')[n].querySelector('circle').getBoundingClientRect(); return c.left + c.width / 2; };
-        return [b.left, b.right, at(data.edges[i].from), at(data.edges[i].to), data.edges[i].source === data.edges[i].target]; })"""
-    places = "[...document.querySelectorAll('#nodes > .node circle:first-of-type')].map((c) => c.getBoundingClientRect().left)"
+    ends = """[...document.querySelectorAll('#edges > .edge')].map((e, i) => {
+        const b = e.querySelector('.line').getBoundingClientRect(), edge = data.edges[i], at = (n) => {
+            const node = document.querySelectorAll('#nodes > .node')[n];
+            const c = node.querySelector('circle').getBoundingClientRect();
+            return c.left + c.width / 2;
+        };
+        return [b.left, b.right, at(edge.from), at(edge.to), edge.source === edge.target]; })"""
+    places = (
+        "[...document.querySelectorAll('#nodes > .node circle:first-of-type')].map((c) => "
+        "c.getBoundingClientRect().left)"
+    )
     found, folded = browser.run(ends), browser.run(places)
     crossing = [one for one in found if not one[4]]
     assert crossing

@@ -35,7 +35,9 @@ def test_help_has_examples(command):
     shown = re.findall(rf"\$ .*flowroutes {command}.*", text)
     assert shown, text
     for option in {
-        word for line in shown for word in re.findall(r"(?<=\s)--[a-z-]+", line.split(f"flowroutes {command}")[1].split("|")[0])
+        word
+        for line in shown
+        for word in re.findall(r"(?<=\s)--[a-z-]+", line.split(f"flowroutes {command}")[1].split("|")[0])
     }:
         assert text.count(option) >= 2, f"{option} is in an example and in no list of options"
 
@@ -68,7 +70,9 @@ def test_other_commands_as_json(run):
 
 @pytest.mark.demo_model
 def test_corpus_as_json(run, tmp_path):
-    found = json.loads(run("corpus", "-", "--out", str(tmp_path / "run"), "--json", input="A line of text.\nAnother one.\n").stdout)
+    found = json.loads(
+        run("corpus", "-", "--out", str(tmp_path / "run"), "--json", input="A line of text.\nAnother one.\n").stdout
+    )
     assert found["rows"] == 2
     assert found["finished"] is True
 
@@ -84,7 +88,9 @@ def test_a_pipe_gets_json_alone_and_no_colours():
     environment = {**os.environ, "TERM": "xterm-256color"}
 
     def piped(*arguments):
-        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=200)
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=200
+        )
 
     done = piped("doctor", "--json")
     assert done.returncode == 0, done.stderr
@@ -111,7 +117,10 @@ def test_unknown_options_exit_with_2(monkeypatch, capsys):
 
 def test_a_failure_exits_with_1():
     """What is no fault of the input shows its traceback."""
-    code = "import sys; from flowroutes_fast import cli, ops; ops.backend_status = lambda: 1 / 0; sys.argv = ['flowroutes', 'doctor']; cli.main()"
+    code = (
+        "import sys; from flowroutes_fast import cli, ops; ops.backend_status = lambda: 1 / 0; sys.argv = "
+        "['flowroutes', 'doctor']; cli.main()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
@@ -128,7 +137,11 @@ def test_completion(tmp_path, monkeypatch):
     assert terminal.models("che") == ["checkpoint"]
     assert terminal.models("./mo") == ["./model.gguf"]
     assert terminal.models("nowhere/x") == []
-    environment = {"_FLOWROUTES_COMPLETE": "complete_bash", "COMP_WORDS": "flowroutes trace x --measure s", "COMP_CWORD": "4"}
+    environment = {
+        "_FLOWROUTES_COMPLETE": "complete_bash",
+        "COMP_WORDS": "flowroutes trace x --measure s",
+        "COMP_CWORD": "4",
+    }
     assert CliRunner().invoke(app, [], prog_name="flowroutes", env=environment).output.split() == ["signed"]
     environment |= {"COMP_WORDS": "flowroutes trace x --pre", "COMP_CWORD": "3"}
     assert CliRunner().invoke(app, [], prog_name="flowroutes", env=environment).output.split() == ["--precision"]

@@ -1,6 +1,8 @@
-"""Every kernel in every configuration it can be launched with, compiled ahead of time for three GPU generations: no GPU needed.
+"""Every kernel in every configuration it can be launched with, compiled ahead of time for three GPU generations: no GPU
+needed.
 
-No configuration may spill registers, and 16-bit operands must reach the matrix units. fp32 operands are multiplied exactly, so not there.
+No configuration may spill registers, and 16-bit operands must reach the matrix units. fp32 operands are multiplied
+exactly, so not there.
 """
 
 import importlib.util
@@ -15,10 +17,17 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-TARGETS = {80: 99, 90: 227, 100: 227}  # compute capability: shared memory of a block, KiB (8.0 stands for all with mma.sync)
+# compute capability: shared memory of a block, KiB (8.0 stands for all with mma.sync)
+TARGETS = {80: 99, 90: 227, 100: 227}
 WIDTHS = (64, 80, 128, 256)
 TILED = ("rows", "levels", "bounds", "pair_rests", "gradient", "pairs", "dense")
-CASES = [(kernel, dtype, width, target) for target in TARGETS for kernel in TILED for dtype in ("bfloat16", "float32") for width in WIDTHS]
+CASES = [
+    (kernel, dtype, width, target)
+    for target in TARGETS
+    for kernel in TILED
+    for dtype in ("bfloat16", "float32")
+    for width in WIDTHS
+]
 SMALL = ("parts", "values", "list", "sums", "open", "states")  # one shape is as good as another
 CASES += [(kernel, "bfloat16", 64, target) for target in TARGETS for kernel in SMALL]
 CASES += [(f"{kernel}-plain", "bfloat16", 128, target) for target in TARGETS for kernel in TILED]  # as most models are
@@ -38,7 +47,12 @@ def compiled(request, tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
     children = [
-        subprocess.Popen([sys.executable, __file__, json.dumps(wanted[i::WORKERS])], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__, json.dumps(wanted[i::WORKERS])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for i in range(min(WORKERS, len(wanted)))
     ]
     results = {}
@@ -80,8 +94,8 @@ def record(module, name):
 def launch(kernel, dtype, width, target):
     """Kernel, its launch arguments and tile, from the library's own wrappers.
 
-    Grouped queries, window, soft cap, row scale and gate, none of these for names that end in -plain; with a width of 1 instead everything has
-    size 1 and there is a mask.
+    Grouped queries, window, soft cap, row scale and gate, none of these for names that end in -plain; with a width of 1
+    instead everything has size 1 and there is a mask.
     """
     import torch
 
@@ -102,7 +116,9 @@ def launch(kernel, dtype, width, target):
         record(bound, "list_kernel")
         recorder, tiles = record(bound, f"{kernel}_kernel"), bound.configurations(width, width, dtype)
         halves = [
-            gradient.Halves(torch.zeros(*shape, width, dtype=torch.float16), *(torch.zeros(shape[0], shape[1]) for _ in range(3)))
+            gradient.Halves(
+                torch.zeros(*shape, width, dtype=torch.float16), *(torch.zeros(shape[0], shape[1]) for _ in range(3))
+            )
             for shape in ((heads // group, n), (n, heads))
         ]
         inputs = (q, k, *halves, lse, row)
@@ -115,7 +131,8 @@ def launch(kernel, dtype, width, target):
 
         def call(tile):
             record(bound, "bounds_kernel")
-            torch.empty = torch.zeros if kernel == "bounds" else torch.ones  # the kernel that counts does not run; "list" needs something
+            # the kernel that counts does not run; "list" needs something
+            torch.empty = torch.zeros if kernel == "bounds" else torch.ones
             next(bound.bounds(*inputs, torch.zeros(n, heads), row[:16].to(torch.int32), tile=tile, **options))
 
     elif kernel == "sums":
@@ -147,7 +164,9 @@ def launch(kernel, dtype, width, target):
         call = partial(gradient.gradient, whole, w_o, **gate)
     elif kernel == "pairs":
         recorder, tiles = record(pairs, "pairs_kernel"), pairs.configurations(width, dtype)
-        call = partial(pairs.pair_proximity, q, k, v, w_o, whole, lse, torch.zeros(3, n, dtype=torch.int32), **gate, **options)
+        call = partial(
+            pairs.pair_proximity, q, k, v, w_o, whole, lse, torch.zeros(3, n, dtype=torch.int32), **gate, **options
+        )
     elif kernel == "dense":
         recorder, tiles = record(dense, "dense_kernel"), dense.configurations(dtype)
         call = partial(dense.dense_proximity, q, k, v, w_o, whole, lse, **options)
@@ -160,7 +179,9 @@ def launch(kernel, dtype, width, target):
 
 
 def source(kernel, arguments):
-    """What the launcher would compile: constants for constexprs, None and 1; pointers and sizes of 16 as divisible by 16."""
+    """What the launcher would compile: constants for constexprs, None and 1; pointers and sizes of 16 as divisible
+    by 16.
+    """
     import torch
     from triton.compiler import ASTSource
 
@@ -193,7 +214,9 @@ def resources(cubin, directory):
     path = os.path.join(directory, f"{os.getpid()}.cubin")
     with open(path, "wb") as file:
         file.write(cubin)
-    text = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-res-usage", path], check=True, capture_output=True, text=True
+    ).stdout
     return {field.lower(): int(re.search(rf"\b{field}:(\d+)", text)[1]) for field in ("REG", "STACK", "LOCAL")}
 
 
@@ -206,13 +229,21 @@ def compile_all(cases):
         function, arguments, tile = launch(*case)
         options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
         try:
-            binary = triton.compile(source(function, arguments), target=GPUTarget("cuda", case[-1], 32), options=options)
+            binary = triton.compile(
+                source(function, arguments), target=GPUTarget("cuda", case[-1], 32), options=options
+            )
         except Exception as error:
             results[name(case)] = {"tile": tile, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
             continue
         used = resources(binary.asm["cubin"], os.environ["TRITON_CACHE_DIR"])
         matrix = sorted(set(MATRIX.findall(binary.asm["ptx"])))
-        results[name(case)] = {"tile": tile, **used, "shared": binary.metadata.shared, "matrix": bool(matrix), "instructions": matrix}
+        results[name(case)] = {
+            "tile": tile,
+            **used,
+            "shared": binary.metadata.shared,
+            "matrix": bool(matrix),
+            "instructions": matrix,
+        }
     return results
 
 

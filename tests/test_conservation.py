@@ -11,9 +11,24 @@ from flowroutes_fast.capture.hooks import capture
 from flowroutes_fast.models.families import FAMILIES
 from flowroutes_fast.ops import native
 
-EXPERTS = ("afmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "granitemoehybrid", "jamba", "minimax", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next")  # fmt: skip
-NAMES = [name for name in (*sorted(FAMILIES), *sorted(VARIANTS)) if name.split(",")[0] not in EXPERTS]  # tiny experts are float32 on a CPU
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # the largest seen is about two thirds of it
+EXPERTS = (
+    "afmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoehybrid",
+    "jamba",
+    "minimax",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+)
+# tiny experts are float32 on a CPU
+NAMES = [name for name in (*sorted(FAMILIES), *sorted(VARIANTS)) if name.split(",")[0] not in EXPERTS]
+# the largest seen is about two thirds of it
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 
 @pytest.fixture
@@ -37,7 +52,9 @@ def errors(monkeypatch):
 def test_rounding_stays_far_below_the_tolerance(name, errors):
     model = make(name)
     for dtype in (
-        (torch.float32, torch.bfloat16, torch.float16) if name in ("llama", "gemma2", "olmo2", "starcoder2") else (torch.bfloat16,)
+        (torch.float32, torch.bfloat16, torch.float16)
+        if name in ("llama", "gemma2", "olmo2", "starcoder2")
+        else (torch.bfloat16,)
     ):
         errors.clear()
         capture(model.to(dtype), torch.tensor([LONG[:48]]))
@@ -85,7 +102,9 @@ def test_what_is_misread_shows(tokens, what):
     "name", ["bitnet", "cohere", "falcon_h1", "gpt2", "gpt_neox", "llama", "minimax", "mistral", "olmo2", "qwen3_next"]
 )
 def test_the_native_kernel_says_the_same(name, tokens, isa):
-    """Errors of parts that are off, by the kernel and by PyTorch; families with gates, biases, norms after, windows, parallel blocks."""
+    """Errors of parts that are off, by the kernel and by PyTorch; families with gates, biases, norms after,
+    windows, parallel blocks.
+    """
     layers, sample, taken = [], conservation.Conservation(1, None, None, thorough=False), 0
     capture(make(name), torch.tensor([LONG[:tokens]]), on_layer=layers.append)
     for layer in layers:
@@ -108,7 +127,9 @@ def test_the_native_kernel_says_the_same(name, tokens, isa):
 
 @pytest.mark.parametrize("name", ["bitnet", "olmo2"])
 def test_biases_behind_a_norm_by_the_native_kernel(name, monkeypatch):
-    """Where the norm comes before the output projection its bias is not scaled with the row; where it comes after, it is."""
+    """Where the norm comes before the output projection its bias is not scaled with the row; where it comes after,
+    it is.
+    """
     bias = torch.linspace(-1, 1, 60)
     layers, sample, taken = [], conservation.Conservation(1, None, None, thorough=False), 0
     capture(make(name), torch.tensor([LONG[:13]]), on_layer=layers.append)
@@ -118,7 +139,9 @@ def test_biases_behind_a_norm_by_the_native_kernel(name, monkeypatch):
         if (found := conservation._native_errors(layer, places)) is not None:
             taken += 1
             wanted = [conservation._miss(parts[None])[0] for _, parts in conservation._sums(layer, *places)]
-            torch.testing.assert_close(torch.tensor([error for _, error in found[1:]]), torch.stack(wanted).float(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                torch.tensor([error for _, error in found[1:]]), torch.stack(wanted).float(), rtol=1e-4, atol=1e-6
+            )
             assert found[1][1] > 1e-3
     assert taken
 

@@ -15,7 +15,9 @@ PROMPTS = [[5, 17, 33, 8, 60, 71, 12], [9, 17, 2, 8, 6, 71, 12], [5, 88, 33, 4, 
 
 
 class Words:
-    """A tokenizer of words; ``digits`` splits numbers into digits, ``years`` into pairs, ``rare`` words into letters."""
+    """A tokenizer of words; ``digits`` splits numbers into digits, ``years`` into pairs, ``rare`` words into
+    letters.
+    """
 
     def __init__(self, numbers="digits", rare=()):
         self.numbers, self.rare, self.known = numbers, rare, {}
@@ -39,7 +41,14 @@ def route(edges, **known):
     rows = [(layer, "attention", key, query, head, importance) for layer, query, key, head, importance in edges]
     rows.append((0, "ffn", 1, 1, -1, 0.5))
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
-    given = {"tokens": ["a", "b"], "position": 1, "threshold": 0.04, "renormalize": True, "model": "m", "shapes": ["sequential"] * 2}
+    given = {
+        "tokens": ["a", "b"],
+        "position": 1,
+        "threshold": 0.04,
+        "renormalize": True,
+        "model": "m",
+        "shapes": ["sequential"] * 2,
+    }
     return Route(**(given | known), edges=table)
 
 
@@ -136,9 +145,14 @@ def test_frequencies_of_traces_are_those_of_their_routes(traces):
     routes = [t.route(4, 0.03) for t in traces]
     for layer in range(3):
         for head in range(6):
-            edges = [r.edges[(r.edges["kind"] == "attention") & (r.edges["layer"] == layer) & (r.edges["head"] == head)] for r in routes]
+            edges = [
+                r.edges[(r.edges["kind"] == "attention") & (r.edges["layer"] == layer) & (r.edges["head"] == head)]
+                for r in routes
+            ]
             assert table.loc[(layer, head), "frequency"] == pytest.approx(np.mean([len(e) > 0 for e in edges]))
-            assert table.loc[(layer, head), "importance"] == pytest.approx(np.mean([e["importance"].sum() for e in edges]))
+            assert table.loc[(layer, head), "importance"] == pytest.approx(
+                np.mean([e["importance"].sum() for e in edges])
+            )
     some = fr.head_frequencies(routes)
     whole = table[table["frequency"] > 0].reset_index()
     pd.testing.assert_frame_equal(some, whole)
@@ -202,7 +216,9 @@ def test_edges_of_two_prompts(llama):
 
 
 def test_edges_of_certified_traces(llama, traces):
-    exact = fr.contrast(*(fr.trace(llama, None, ids, precision="exact", dense=True) for ids in PROMPTS[:2]), threshold=0.02)
+    exact = fr.contrast(
+        *(fr.trace(llama, None, ids, precision="exact", dense=True) for ids in PROMPTS[:2]), threshold=0.02
+    )
     table = fr.contrast(traces[0], traces[1], threshold=0.02)
     assert table.attrs["unknown"] == 1e-3
     both = exact.merge(table, on=["layer", "query", "key", "head"], how="outer", suffixes=("", "_certified"))

@@ -60,7 +60,9 @@ def whole(model, tmp_path_factory):
 def same_sums(a, b):
     for domain in {*a.statistics, *b.statistics}:
         for name in ("total", "squares", "active", "in_routes", "patterns", "quiet"):
-            np.testing.assert_allclose(getattr(a.statistics[domain], name), getattr(b.statistics[domain], name), rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                getattr(a.statistics[domain], name), getattr(b.statistics[domain], name), rtol=1e-5, err_msg=name
+            )
         assert a.statistics[domain].texts == b.statistics[domain].texts
         assert a.statistics[domain].positions == b.statistics[domain].positions
 
@@ -117,19 +119,30 @@ def test_patterns_against_a_loop(model):
                 row = dense[layer][head, q]
                 half = 0.5 * float(trace.heads[layer, q, head])
                 for name, share in {
-                    "same token": row[q], "previous token": row[q - 1], "two before": row[q - 2] if q > 1 else 0,
-                    "three before": row[q - 3] if q > 2 else 0, "first token": row[0],
-                }.items():  # fmt: skip
+                    "same token": row[q],
+                    "previous token": row[q - 1],
+                    "two before": row[q - 2] if q > 1 else 0,
+                    "three before": row[q - 3] if q > 2 else 0,
+                    "first token": row[0],
+                }.items():
                     counts[name] += share > half
                 if goes_on[q]:
                     counts["same word"] += row[begins[q] : q].sum() > half
             assert [counts[name] for name in PATTERNS] == seen.patterns[:, layer, head].tolist()
             assert seen.active[layer, head] == (dense[layer][head] > 0.04).any(1).sum()
-    received = sum(np.tril(dense[layer][head], -1).sum(0) for layer in range(trace.n_layers) for head in range(trace.heads.shape[-1]))
-    np.testing.assert_allclose(seen.received[:-1], (received / np.maximum(tokens - 1 - np.arange(tokens), 1))[:-1], rtol=1e-4)
+    received = sum(
+        np.tril(dense[layer][head], -1).sum(0)
+        for layer in range(trace.n_layers)
+        for head in range(trace.heads.shape[-1])
+    )
+    np.testing.assert_allclose(
+        seen.received[:-1], (received / np.maximum(tokens - 1 - np.arange(tokens), 1))[:-1], rtol=1e-4
+    )
 
 
-@pytest.mark.parametrize("options", [{"window": 4, "batch_tokens": 20}, {"window": 100, "batch_tokens": 10**6}, {"precision": "exact"}])
+@pytest.mark.parametrize(
+    "options", [{"window": 4, "batch_tokens": 20}, {"window": 100, "batch_tokens": 10**6}, {"precision": "exact"}]
+)
 def test_windows_and_batches_change_nothing(model, whole, tmp_path, options):
     other = fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", **options)
     assert other.texts()["number"].tolist() == whole.texts()["number"].tolist()
@@ -171,13 +184,16 @@ fr.corpus(make("llama"), Tokenizer(), TEXTS, sys.argv[1], window=5, batch_tokens
 
 
 @pytest.mark.parametrize(
-    ("name", "calls"), [("run._write_table", 4), ("run.Folder._write_state", 2), ("run.write_text", 1), ("run._evaluate", 12)]
+    ("name", "calls"),
+    [("run._write_table", 4), ("run.Folder._write_state", 2), ("run.write_text", 1), ("run._evaluate", 12)],
 )
 def test_no_row_is_lost_or_doubled_by_a_kill(model, whole, tmp_path, name, calls):
     """Killed between any two files, the run goes on and gives the same, bit for bit."""
     here = os.path.dirname(__file__)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(name=name), str(tmp_path / "run"), str(calls), here], capture_output=True, text=True
+        [sys.executable, "-c", KILLED.format(name=name), str(tmp_path / "run"), str(calls), here],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == -9, done.stderr
     again = fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", window=5, batch_tokens=100)
@@ -193,7 +209,8 @@ def test_no_row_is_lost_or_doubled_by_a_kill(model, whole, tmp_path, name, calls
         np.testing.assert_array_equal(again.statistics[domain].total, whole.statistics[domain].total)
         np.testing.assert_array_equal(again.statistics[domain].patterns, whole.statistics[domain].patterns)
     assert again.progress[0].tokens == whole.progress[0].tokens
-    assert fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", window=5, batch_tokens=100).finished  # nothing is done twice
+    # nothing is done twice
+    assert fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", window=5, batch_tokens=100).finished
 
 
 def test_another_run_in_the_folder(model, tmp_path, monkeypatch):
@@ -254,10 +271,15 @@ def test_long_texts(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overflow": "wrap"}, "unknown overflow"), ({"max_tokens": 1}, "max_tokens"), ({"max_tokens": 10**6}, "max_tokens"), ({"window": 0}, "window"),
-        ({"shard": (3, 3)}, "shard"), ({"threshold": 1e-5}, "threshold"), ({"split": "word"}, "unknown split"),
+        ({"overflow": "wrap"}, "unknown overflow"),
+        ({"max_tokens": 1}, "max_tokens"),
+        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"window": 0}, "window"),
+        ({"shard": (3, 3)}, "shard"),
+        ({"threshold": 1e-5}, "threshold"),
+        ({"split": "word"}, "unknown split"),
     ],
-)  # fmt: skip
+)
 def test_bad_options(model, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         fr.corpus(model, Tokenizer(), TEXTS, tmp_path / "run", **options)
@@ -282,8 +304,13 @@ def test_sources(tmp_path):
     skipped = Skipped()
     found = list(read_texts(tmp_path, split="paragraph", domain="z", skipped=skipped))
     assert [(t.text, t.domain) for t in found[:6]] == [
-        ("one", "z"), ("two\nlines", "z"), ("three", "z"), ("four", "x"), ("five", "z"), ("six", "y"),
-    ]  # fmt: skip
+        ("one", "z"),
+        ("two\nlines", "z"),
+        ("three", "z"),
+        ("four", "x"),
+        ("five", "z"),
+        ("six", "y"),
+    ]
     assert "Füchse" in found[6].text
     assert skipped.counts["binary"] == 1
     assert skipped.counts["empty"] == 2
@@ -292,11 +319,23 @@ def test_sources(tmp_path):
 
 
 def test_streams():
-    assert [t.text for t in read_texts(Stream(io.StringIO('{"text": "a"}\nplain\n{not json\n')))] == ["a", "plain", "{not json"]
+    assert [t.text for t in read_texts(Stream(io.StringIO('{"text": "a"}\nplain\n{not json\n')))] == [
+        "a",
+        "plain",
+        "{not json",
+    ]
     raw = "Ein längerer Satz über Füchse\n".encode("latin-1") + b'\n\0\1\n{"text": "half \\ud800"}\n'
     skipped = Skipped()
-    assert [t.text for t in read_texts(Stream(io.BytesIO(raw)), skipped=skipped)] == ["Ein längerer Satz über Füchse", "half ?"]
-    assert skipped.counts.pop("binary") == skipped.counts.pop("empty") == skipped.counts.pop("broken characters replaced") == 1
+    assert [t.text for t in read_texts(Stream(io.BytesIO(raw)), skipped=skipped)] == [
+        "Ein längerer Satz über Füchse",
+        "half ?",
+    ]
+    assert (
+        skipped.counts.pop("binary")
+        == skipped.counts.pop("empty")
+        == skipped.counts.pop("broken characters replaced")
+        == 1
+    )
     assert next(iter(skipped.counts)).startswith("decoded as")
     with pytest.raises(ValueError, match="line 1 has no field 'text'; it has 'body'"):
         list(read_texts(Stream(io.StringIO('{"body": "a"}'))))
@@ -376,10 +415,11 @@ def test_the_bar_goes_on_after_a_kill(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n{', "line 2, is not JSON"), ("a.jsonl", '{"body": "x"}', "no field 'text'; it has 'body'"),
+        ("a.jsonl", '{"text": "x"}\n{', "line 2, is not JSON"),
+        ("a.jsonl", '{"body": "x"}', "no field 'text'; it has 'body'"),
         ("a.parquet", "nonsense", "no Parquet file, or damaged"),
     ],
-)  # fmt: skip
+)
 def test_bad_files(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -400,8 +440,36 @@ def test_words_of_subwords():
     ends = np.cumsum([len(p) for p in pieces_])
     assert ends[-1] == len(text)
     word = words(text, list(zip(ends - [len(p) for p in pieces_], ends, strict=True)))
-    assert later(word).tolist() == [False, False, True, False, False, True, False, False, True, True, False, False, True]
-    assert first_of_several(word).tolist() == [False, True, False, False, True, False, False, True, False, False, False, True, False]
+    assert later(word).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert first_of_several(word).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert word_start(word).tolist() == [0, 1, 1, 3, 4, 4, 6, 7, 7, 7, 10, 11, 11]
     assert word[10] == -1
 
@@ -420,7 +488,9 @@ def test_batches_hold_everything_once(lengths, limit):
 def test_pieces_keep_every_word(text):
     for split in ("file", "paragraph", "line"):
         assert "".join(pieces(text, split)).split() == text.split() or split != "file"
-        assert sorted("".join(pieces(text, split)).replace("\n", "").replace(" ", "")) == sorted(text.replace("\n", "").replace(" ", ""))
+        assert sorted("".join(pieces(text, split)).replace("\n", "").replace(" ", "")) == sorted(
+            text.replace("\n", "").replace(" ", "")
+        )
 
 
 @pytest.mark.demo_model
@@ -429,13 +499,21 @@ def test_command(tmp_path):
         "\n".join(json.dumps({"text": t}) for t in ("The cat sat on the mat.", "Paris is the capital of France."))
     )
     (tmp_path / "code.py").write_text("def add(a, b):\n    return a + b\n")
-    command = ["corpus", f"english={tmp_path / 'en.jsonl'}", f"code={tmp_path / 'code.py'}", "--out", str(tmp_path / "run")]
+    command = [
+        "corpus",
+        f"english={tmp_path / 'en.jsonl'}",
+        f"code={tmp_path / 'code.py'}",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "3 texts" in result.output
     assert "tokens/s" in result.output
     assert fr.open_corpus(tmp_path / "run").domains == ["code", "english"]
-    again = CliRunner().invoke(app, ["corpus", "-", "--out", str(tmp_path / "stdin")], input="A line of text.\nAnother one.\n")
+    again = CliRunner().invoke(
+        app, ["corpus", "-", "--out", str(tmp_path / "stdin")], input="A line of text.\nAnother one.\n"
+    )
     assert again.exit_code == 0, again.output
     with pytest.raises(ValueError, match="--shard must be"):
         CliRunner().invoke(app, [*command, "--shard", "x"], catch_exceptions=False)
@@ -453,6 +531,8 @@ def test_datasets_library():
         assert [*read_texts(source, skipped=skipped)] == wanted
     assert skipped.counts == {"empty": 2}
     bare = made.remove_columns("domain")
-    assert [*read_texts(datasets.DatasetDict(train=bare, test=bare))] == [Text(t, d) for d in ("train", "test") for t in ("a b", "c d")]
+    assert [*read_texts(datasets.DatasetDict(train=bare, test=bare))] == [
+        Text(t, d) for d in ("train", "test") for t in ("a b", "c d")
+    ]
     with pytest.raises(ValueError, match="a row has no field 'body'; it has 'text'"):
         [*read_texts(bare, field="body")]

@@ -1,4 +1,6 @@
-"""A corpus run whose every file operation fails, or is the last one of its process: nothing is lost, nothing counted twice."""
+"""A corpus run whose every file operation fails, or is the last one of its process: nothing is lost, nothing
+counted twice.
+"""
 
 import json
 import pickle
@@ -13,9 +15,18 @@ from flowroutes_fast.corpora.run import run, settings_of, trace_items
 
 pytest.importorskip("pyarrow")
 OPTIONS = {
-    "threshold": 0.04, "precision": "certified", "floor": 1e-3, "max_tokens": None, "overflow": "truncate", "window": 4, "batch_tokens": 100,
-    "positions": True, "edges": False, "shard": (0, 1), "routes_only": False,
-}  # fmt: skip
+    "threshold": 0.04,
+    "precision": "certified",
+    "floor": 1e-3,
+    "max_tokens": None,
+    "overflow": "truncate",
+    "window": 4,
+    "batch_tokens": 100,
+    "positions": True,
+    "edges": False,
+    "shard": (0, 1),
+    "routes_only": False,
+}
 
 
 def content(folder):
@@ -27,7 +38,9 @@ def content(folder):
 
 
 class Run(Scenario):
-    """A run of one window, its rows at hand; ``begun``: of two, one of them written, and what a killed process leaves lies about."""
+    """A run of one window, its rows at hand; ``begun``: of two, one of them written, and what a killed process
+    leaves lies about.
+    """
 
     def __init__(self, begun=""):
         self.begun = bool(begun)
@@ -49,7 +62,16 @@ class Run(Scenario):
             self.whole = content(Path(folder))
 
     def corpus(self, folder, traced=None):
-        return run(self.settings, Tokenizer(), self.texts, folder, traced or self.traced, field="text", split="file", progress=False)
+        return run(
+            self.settings,
+            Tokenizer(),
+            self.texts,
+            folder,
+            traced or self.traced,
+            field="text",
+            split="file",
+            progress=False,
+        )
 
     def start(self, folder):
         if not self.begun:
@@ -84,4 +106,6 @@ class Run(Scenario):
 def test_every_file_operation(tmp_path, begun, full):
     found = every_fault("test_corpus_faults:Run", tmp_path, [full, "EIO", "kill"], argument=begun)
     assert any("run.json" in one.operation and one.error for one in found)
-    assert any("unlink" in one.operation and "statistics.safetensors.1" in one.operation for one in found) == bool(begun)
+    assert any("unlink" in one.operation and "statistics.safetensors.1" in one.operation for one in found) == bool(
+        begun
+    )

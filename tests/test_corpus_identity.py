@@ -1,4 +1,6 @@
-"""A run is known by its content: nothing but the very same model, tokenizer, options and texts goes on in its folder, and none of its files changes."""
+"""A run is known by its content: nothing but the very same model, tokenizer, options and texts goes on in its
+folder, and none of its files changes.
+"""
 
 import json
 import os
@@ -85,7 +87,10 @@ OTHER_TEXTS = {
     "none": ([], "has 13, here are 0 alone"),
     "more": ([*TEXTS, Text("one more", "a")], "has 13, here are more"),
     "a window more": ([*TEXTS, *TEXTS[:5]], "has 13, here are more"),
-    "moved": (changed(changed(TEXTS, 0, text=TEXTS[0].text + TEXTS[1].text[:1]), 1, text=TEXTS[1].text[1:]), "numbers 0 to 4 differ"),
+    "moved": (
+        changed(changed(TEXTS, 0, text=TEXTS[0].text + TEXTS[1].text[:1]), 1, text=TEXTS[1].text[1:]),
+        "numbers 0 to 4 differ",
+    ),
 }
 
 
@@ -141,13 +146,33 @@ def test_inputs_left_out_are_part_of_a_run(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["threshold", "precision", "floor", "max_tokens", "overflow", "window", "batch_tokens", "positions", "edges", "shard"]
+    "name",
+    [
+        "threshold",
+        "precision",
+        "floor",
+        "max_tokens",
+        "overflow",
+        "window",
+        "batch_tokens",
+        "positions",
+        "edges",
+        "shard",
+    ],
 )
 def test_other_options(model, folder, name):
     other = {
-        "threshold": 0.041, "precision": "exact", "floor": 2e-3, "max_tokens": 63, "overflow": "split", "window": 6, "batch_tokens": 101, "positions": False,
-        "edges": False, "shard": (0, 2),
-    }[name]  # fmt: skip
+        "threshold": 0.041,
+        "precision": "exact",
+        "floor": 2e-3,
+        "max_tokens": 63,
+        "overflow": "split",
+        "window": 6,
+        "batch_tokens": 101,
+        "positions": False,
+        "edges": False,
+        "shard": (0, 2),
+    }[name]
     with pytest.raises(ValueError, match=rf"holds another run \(differing: {name}\)"):
         traced(model, folder, **{name: other})
 
@@ -189,7 +214,9 @@ def test_another_model_of_the_same_name(model, folder):
 def test_an_adapter_belongs_to_the_model(folder):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
-    other = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)).eval()
+    other = peft.get_peft_model(
+        make("llama"), peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    ).eval()
     seen = {weights_digest(other.get_base_model())}
     with pytest.raises(ValueError, match=r"differing: weights\)"):
         traced(other, folder)
@@ -219,7 +246,9 @@ def test_digests_of_tokenizers():
         found = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
         found.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         if bos:
-            found.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+            found.post_processor = tokenizers.processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", 1)]
+            )
         return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="?", bos_token="<s>")
 
     words = {"?": 0, "<s>": 1, "a": 2, "b": 3}
@@ -250,9 +279,11 @@ def test_shards_of_one_run_only(model, done, tmp_path):
     first, second = shard(0), shard(1)
     assert fr.open_corpus(first, second).all_domains().texts == 13
     for other, said in [
-        (shard(1, 3), "3 shards and 2"), (shard(1, name="x", threshold=0.1), "differing: threshold"),
-        (shard(1, texts=changed(TEXTS, 12, text="omega"), name="y"), "over other texts"), (shard(1, texts=TEXTS[:10], name="z"), "over other texts"),
-    ]:  # fmt: skip
+        (shard(1, 3), "3 shards and 2"),
+        (shard(1, name="x", threshold=0.1), "differing: threshold"),
+        (shard(1, texts=changed(TEXTS, 12, text="omega"), name="y"), "over other texts"),
+        (shard(1, texts=TEXTS[:10], name="z"), "over other texts"),
+    ]:
         with pytest.raises(ValueError, match=said):
             fr.open_corpus(first, other)
     with torch.no_grad():
@@ -286,13 +317,26 @@ def rewritten(folder, change):
 
 
 STATES = {
-    "unknown key": lambda s: s.update(more=1), "no progress": lambda s: s.pop("progress"), "a float": lambda s: s["progress"].update(tokens=1.5),
-    "true": lambda s: s["progress"].update(rows=True), "negative": lambda s: s["progress"].update(dropped=-1), "NaN": lambda s: s["progress"].update(seconds=float("nan")),
-    "shape": lambda s: s["settings"].update(shape=[0, 6]), "shard": lambda s: s["settings"].update(shard=[2, 2]), "setting": lambda s: s["settings"].pop("floor"),
-    "tokens": lambda s: s["progress"].update(tokens=s["progress"]["tokens"] + 1), "texts": lambda s: s["progress"].update(texts=12), "a window": lambda s: s["progress"].update(windows=2),
-    "digest": lambda s: s["digests"].pop(), "a path": lambda s: s["files"].update({"../x": s["files"]["texts-000000.parquet"]}), "rows": lambda s: s["files"]["texts-000001.parquet"].update(rows=4),
-    "sums": lambda s: s["files"].pop("statistics.safetensors.3"), "list": lambda s: s.update(files=[]), "version": lambda s: s.update(version=3), "huge": lambda s: s["progress"].update(windows=10**30),
-}  # fmt: skip
+    "unknown key": lambda s: s.update(more=1),
+    "no progress": lambda s: s.pop("progress"),
+    "a float": lambda s: s["progress"].update(tokens=1.5),
+    "true": lambda s: s["progress"].update(rows=True),
+    "negative": lambda s: s["progress"].update(dropped=-1),
+    "NaN": lambda s: s["progress"].update(seconds=float("nan")),
+    "shape": lambda s: s["settings"].update(shape=[0, 6]),
+    "shard": lambda s: s["settings"].update(shard=[2, 2]),
+    "setting": lambda s: s["settings"].pop("floor"),
+    "tokens": lambda s: s["progress"].update(tokens=s["progress"]["tokens"] + 1),
+    "texts": lambda s: s["progress"].update(texts=12),
+    "a window": lambda s: s["progress"].update(windows=2),
+    "digest": lambda s: s["digests"].pop(),
+    "a path": lambda s: s["files"].update({"../x": s["files"]["texts-000000.parquet"]}),
+    "rows": lambda s: s["files"]["texts-000001.parquet"].update(rows=4),
+    "sums": lambda s: s["files"].pop("statistics.safetensors.3"),
+    "list": lambda s: s.update(files=[]),
+    "version": lambda s: s.update(version=3),
+    "huge": lambda s: s["progress"].update(windows=10**30),
+}
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -360,7 +404,14 @@ def test_runs_of_version_1_are_read(model, done, tmp_path):
 
 TABLES = {
     "texts": {"number": 13, "tokens": 0, "piece": -1, "mean": float("nan")},
-    "positions": {"position": 64, "token_id": -1, "word": -2, "received": -1.0, "components": float("inf"), "number": -1},
+    "positions": {
+        "position": 64,
+        "token_id": -1,
+        "word": -2,
+        "received": -1.0,
+        "components": float("inf"),
+        "number": -1,
+    },
     "edges": {"layer": 3, "head": 6, "kind": "attack", "source": -1, "target": 64, "importance": 1.5},
 }
 
@@ -419,7 +470,9 @@ def test_a_run_that_goes_on_meanwhile_is_read(model, begun, tmp_path, monkeypatc
     ],
 )
 def test_ctrl_c_in_every_phase(model, done, tmp_path, monkeypatch, where, name, calls):
-    """Texts are read, a model runs, rows are made, files are written: what is finished stays, and the same call goes on."""
+    """Texts are read, a model runs, rows are made, files are written: what is finished stays, and the same call
+    goes on.
+    """
     left, original = [calls], getattr(where, name)
 
     def stopped(*rest, **more):

@@ -145,7 +145,9 @@ def test_every_worker_has_the_model_of_the_run(cluster, tmp_path):
         opened.touch()
         return model, Tokenizer()
 
-    with pytest.raises(RuntimeError, match=r"a worker failed: .*a worker's model is not the one that the run began with"):
+    with pytest.raises(
+        RuntimeError, match=r"a worker failed: .*a worker's model is not the one that the run began with"
+    ):
         fr.corpus_on_ray(load, TEXTS, tmp_path / "run", workers=1, **OPTIONS)
     assert not list((tmp_path / "run").glob("*.parquet"))
 

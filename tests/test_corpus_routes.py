@@ -1,4 +1,6 @@
-"""A corpus run of routes alone: the routes and frequencies of a full run from the rows they reach, and nothing else, by name."""
+"""A corpus run of routes alone: the routes and frequencies of a full run from the rows they reach, and nothing
+else, by name.
+"""
 
 import json
 
@@ -66,7 +68,8 @@ def same_routes(found, wanted):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_routes_are_those_of_a_full_run(name, tmp_path):
     model = make(name)
-    options = {"threshold": 0.002, "precision": "exact"} if name == "gpt2" else {"threshold": 0.02}  # its heads are weak
+    # its heads are weak
+    options = {"threshold": 0.002, "precision": "exact"} if name == "gpt2" else {"threshold": 0.02}
     full = traced(model, tmp_path / "full", **options)
     found = traced(model, tmp_path / "routes", routes_only=True, **options)
     assert len(full.edges()) > 5 * len(TEXTS)
@@ -75,7 +78,13 @@ def test_routes_are_those_of_a_full_run(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"threshold": 0.0, "floor": 0.0, "precision": "exact"}, {"threshold": 0.3}, {"overflow": "split", "max_tokens": 5}], ids=str
+    "options",
+    [
+        {"threshold": 0.0, "floor": 0.0, "precision": "exact"},
+        {"threshold": 0.3},
+        {"overflow": "split", "max_tokens": 5},
+    ],
+    ids=str,
 )
 def test_other_thresholds_and_pieces(model, tmp_path, options):
     full, found = (traced(model, tmp_path / str(only), routes_only=only, **options) for only in (False, True))
@@ -89,7 +98,9 @@ def test_only_reached_rows_are_evaluated(model, tmp_path, monkeypatch):
     seen = []
     release = LazyTrace.release
     monkeypatch.setattr(
-        LazyTrace, "release", lambda one: (seen.append((one.certificate["rows"], one.n_layers * len(one.tokens))), release(one))
+        LazyTrace,
+        "release",
+        lambda one: (seen.append((one.certificate["rows"], one.n_layers * len(one.tokens))), release(one)),
     )
     monkeypatch.setattr(tracing, "_run", lambda *_, **__: pytest.fail("a full trace ran"))
     traced(model, tmp_path / "run", routes_only=True, threshold=0.1)
@@ -102,7 +113,11 @@ def test_only_reached_rows_are_evaluated(model, tmp_path, monkeypatch):
 def test_an_interrupted_run_goes_on(model, done, tmp_path, monkeypatch, windows):
     write = runs.Folder.write
     with monkeypatch.context() as patched:
-        patched.setattr(runs.Folder, "write", lambda self, window, rows: 1 / 0 if window.number == windows else write(self, window, rows))
+        patched.setattr(
+            runs.Folder,
+            "write",
+            lambda self, window, rows: 1 / 0 if window.number == windows else write(self, window, rows),
+        )
         with pytest.raises(ZeroDivisionError):
             traced(model, tmp_path / "run", routes_only=True)
     assert traced(model, tmp_path / "run", routes_only=True).states[0].files == done.states[0].files
@@ -128,19 +143,30 @@ def test_another_choice_is_refused(model, done, tmp_path):
 
 
 MISSING = {
-    "positions": lambda run: run.positions(), "positions by part": lambda run: list(run.parts("positions")), "means of texts": lambda run: list(run.parts("texts", ["mean"])),
-    "mean": lambda run: run.statistics["a"].mean(), "variance": lambda run: run.all_domains().variance(), "heads": lambda run: run.statistics["b"].heads(),
-    "ffn": lambda run: run.all_domains().ffn(), "active": lambda run: run.all_domains().active, "patterns": lambda run: run.all_domains().patterns,
-    "quiet": lambda run: run.all_domains().quiet, "domain_means": domain_means, "domain_heads": domain_heads, "untouched": untouched, "clusters": clusters,
+    "positions": lambda run: run.positions(),
+    "positions by part": lambda run: list(run.parts("positions")),
+    "means of texts": lambda run: list(run.parts("texts", ["mean"])),
+    "mean": lambda run: run.statistics["a"].mean(),
+    "variance": lambda run: run.all_domains().variance(),
+    "heads": lambda run: run.statistics["b"].heads(),
+    "ffn": lambda run: run.all_domains().ffn(),
+    "active": lambda run: run.all_domains().active,
+    "patterns": lambda run: run.all_domains().patterns,
+    "quiet": lambda run: run.all_domains().quiet,
+    "domain_means": domain_means,
+    "domain_heads": domain_heads,
+    "untouched": untouched,
+    "clusters": clusters,
     "positional": lambda run: positional_heads(run.all_domains()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISSING)
 def test_what_is_not_there_is_named(done, name):
     with pytest.raises(
         ValueError,
-        match=r"^a run with routes_only=True evaluates what its routes reach and has no [a-z ]+: run it without, into a new folder$",
+        match=r"^a run with routes_only=True evaluates what its routes reach and has no [a-z ]+: run it without, into "
+        r"a new folder$",
     ):
         MISSING[name](done)
 

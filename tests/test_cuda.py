@@ -1,4 +1,6 @@
-"""The CUDA kernels: run on a GPU if there is one, emulated on the host and compiled for inspection if there is a compiler."""
+"""The CUDA kernels: run on a GPU if there is one, emulated on the host and compiled for inspection if there is a
+compiler.
+"""
 
 import importlib.util
 import os
@@ -19,20 +21,34 @@ GXX = shutil.which("g++")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # heads, kv heads, queries, keys, d_head, d_model
-ODD = ((1, 1, 1, 1, 1, 1), (3, 1, 5, 9, 7, 67), (4, 2, 70, 70, 24, 131), (2, 2, 66, 140, 80, 193), (6, 3, 3, 40, 136, 64))
+ODD = (
+    (1, 1, 1, 1, 1, 1),
+    (3, 1, 5, 9, 7, 67),
+    (4, 2, 70, 70, 24, 131),
+    (2, 2, 66, 140, 80, 193),
+    (6, 3, 3, 40, 136, 64),
+)
 REAL = ((12, 12, 300, 300, 64, 768), (32, 8, 257, 513, 128, 4096))
 
 
 def case(shape, dtype, device, seed=0):
-    """Pattern, value, w_o and whole: w_o is a view of a linear layer's weight, whole has outliers, zeros and both signs of zero."""
+    """Pattern, value, w_o and whole: w_o is a view of a linear layer's weight, whole has outliers, zeros and both
+    signs of zero.
+    """
     heads, kv, queries, keys, d_head, d_model = shape
     g = torch.Generator().manual_seed(seed)
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
     pattern = (2 * torch.randn(heads, queries, keys, generator=g)).masked_fill(hidden, -torch.inf).softmax(-1)
     value = torch.randn(kv, keys, d_head, generator=g).to(dtype)
-    w_o = (torch.randn(d_model, heads * d_head, generator=g) / d_head**0.5).to(dtype).view(d_model, heads, d_head).permute(1, 2, 0)
+    w_o = (
+        (torch.randn(d_model, heads * d_head, generator=g) / d_head**0.5)
+        .to(dtype)
+        .view(d_model, heads, d_head)
+        .permute(1, 2, 0)
+    )
     mixed = pattern @ value.float().repeat_interleave(heads // kv, 0)
-    whole = 2 * torch.einsum("hqd,hdm->qm", mixed, w_o.float()) + torch.randn(queries, d_model, generator=g)  # else no part is close to it
+    # else no part is close to it
+    whole = 2 * torch.einsum("hqd,hdm->qm", mixed, w_o.float()) + torch.randn(queries, d_model, generator=g)
     whole[:, :: max(2, d_model // 3)] *= 100
     whole[:, 1::17] = 0.0
     whole[:, 2::17] = -0.0
@@ -70,14 +86,19 @@ def check_pairs(shape, dtype, device, n, gated=False, ordered=False):
     if ordered:
         index = index[:, index[2].argsort(stable=True)]
     gate = torch.rand(shape[2], shape[0], shape[4], device=device).to(dtype) if gated else None
-    wanted = reference.pair_proximity(*double(pattern, value, w_o, whole), index, gate=None if gate is None else gate.double())
+    wanted = reference.pair_proximity(
+        *double(pattern, value, w_o, whole), index, gate=None if gate is None else gate.double()
+    )
     query, key, head = index.long()
     alpha = pattern[head, query, key]
     got = cuda.pair_proximity(alpha, surrounded(value), w_o, surrounded(whole), index, gate, ordered=ordered)
     assert got.dtype == torch.float32
-    written = (alpha[:, None] * value[head // (shape[0] // shape[1]), key].float()).norm(dim=-1) * w_o.float().flatten(1).norm(dim=-1)[head]
+    written = (alpha[:, None] * value[head // (shape[0] // shape[1]), key].float()).norm(dim=-1) * w_o.float().flatten(
+        1
+    ).norm(dim=-1)[head]
     error = (got.double() - wanted).abs()
-    assert (error <= 1e-5 * wanted + 3e-6 * written).all(), error.max()  # the second term: rounding where channels cancel
+    # the second term: rounding where channels cancel
+    assert (error <= 1e-5 * wanted + 3e-6 * written).all(), error.max()
 
 
 def check_dense(shape, dtype, device, causal=True):
@@ -88,7 +109,9 @@ def check_dense(shape, dtype, device, causal=True):
     if causal:
         alpha.masked_fill_(hidden, torch.nan)
     by_head = torch.full((shape[2], shape[0]), torch.nan, device=device)
-    got = cuda.dense_proximity(alpha, value, w_o, surrounded(whole), causal, out=torch.full_like(pattern, torch.nan), by_head=by_head)
+    got = cuda.dense_proximity(
+        alpha, value, w_o, surrounded(whole), causal, out=torch.full_like(pattern, torch.nan), by_head=by_head
+    )
     error = (got.double() - wanted).abs() / whole.double().abs().sum(-1)[:, None]
     assert error.max() < 3e-6
     assert (got[:, hidden] == 0).all()
@@ -112,11 +135,21 @@ def emulated_module(tmp_path_factory):
     if NVCC is None or GXX is None:
         pytest.skip("the CUDA headers or g++ not found")
     pybind11 = pytest.importorskip("pybind11")
-    dry = subprocess.run([NVCC, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True).stderr
+    dry = subprocess.run(
+        [NVCC, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
     include = Path(re.search(r"\bTOP=(.*)", dry).group(1).strip()) / "include"
     target = tmp_path_factory.mktemp("emulation") / f"cuda_emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
     folders = (include, pybind11.get_include(), sysconfig.get_paths()["include"])
-    command = [GXX, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders)]
+    command = [
+        GXX,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        *(f"-I{folder}" for folder in folders),
+    ]
     subprocess.run([*command, ROOT / "tests/cuda_emulation.cpp", "-o", target], check=True)
     spec = importlib.util.spec_from_file_location("cuda_emulation", target)
     module = importlib.util.module_from_spec(spec)
@@ -169,7 +202,12 @@ def test_emulated_nan_in_a_state_stays_nan(emulated):
     whole[2, 3] = torch.nan
     index = torch.tensor([[1, 2, 2], [0, 0, 1], [1, 0, 1]])
     assert cuda.pair_proximity(torch.ones(3), value, w_o, whole, index).isnan().tolist() == [False, True, True]
-    assert cuda.dense_proximity(pattern, value, w_o, whole, True)[0].isnan().any(1).tolist() == [False, False, True, False]
+    assert cuda.dense_proximity(pattern, value, w_o, whole, True)[0].isnan().any(1).tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
     assert cuda.part_proximity(whole + 1, whole).isnan().tolist() == [False, False, True, False]
 
 
@@ -204,9 +242,25 @@ def test_missing_gpu_is_said():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_compiled_kernels(arch, tmp_path):
     """No spills, registers for four blocks of 128 threads, matrix instructions for 16-bit pairs and none for fp32."""
-    command = [NVCC, "-std=c++17", "-O3", "--threads", "2", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "--keep", "--keep-dir", tmp_path]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "--threads",
+        "2",
+        f"-arch={arch}",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+        "--keep",
+        "--keep-dir",
+        tmp_path,
+    ]
     done = subprocess.run(
-        [*command, ROOT / "csrc/proximity_cuda.cu", "-o", tmp_path / "out.cubin"], capture_output=True, text=True, check=True
+        [*command, ROOT / "csrc/proximity_cuda.cu", "-o", tmp_path / "out.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     kernels = re.findall(
         r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -225,7 +279,8 @@ def test_compiled_kernels(arch, tmp_path):
         assert (products > 0) == ("pairs_matrix" in name), name
         assert "tf32" not in text, name
     dense = next(text for name, text in entries.items() if "dense_tile" in name)
-    assert [len(re.findall(rf"\b{word}\S*f32", dense)) for word in ("fma", "sub")] == [128, 128]  # 8 x 4 sub-edges x 4 channels
+    # 8 x 4 sub-edges x 4 channels
+    assert [len(re.findall(rf"\b{word}\S*f32", dense)) for word in ("fma", "sub")] == [128, 128]
 
 
 @pytest.fixture

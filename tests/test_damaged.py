@@ -1,4 +1,6 @@
-"""Damaged models: whatever is wrong with a file, loading says so in one sentence that names it, or the model is as it was."""
+"""Damaged models: whatever is wrong with a file, loading says so in one sentence that names it, or the model is as
+it was.
+"""
 
 import json
 import random
@@ -67,10 +69,18 @@ def opened(path, *names):
     return found
 
 
-JSON = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"]
+JSON = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b'"text"', b"\xff\xfe{}", b"{" * 5000, b"[" * 100000, "directory"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"null", b'"text"', b"\xff\xfe{}", b"{" * 5000, b"[" * 100000, "directory"]
+)
 @pytest.mark.parametrize("name", JSON)
 def test_a_json_file_that_is_none(copy, name, content):
     (copy / name).unlink()
@@ -86,7 +96,21 @@ def test_a_json_file_that_is_none(copy, name, content):
 VALUES = ["60", None, [60], -1, 0, 1.5, {}, True, 10**12, 10**30, "x" * 2000]
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps", "model_type", "hidden_act", "rope_parameters", "dtype", "architectures"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "rms_norm_eps",
+        "model_type",
+        "hidden_act",
+        "rope_parameters",
+        "dtype",
+        "architectures",
+    ],
+)
 def test_config_values_of_any_type(copy, key):
     """Refused, or (where transformers takes it for its default) as it was."""
     before = json.loads((copy / "config.json").read_text())
@@ -111,11 +135,22 @@ def shard_with(copy, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data_offsets": [0, 4]}, {"data_offsets": [4, 0]}, {"data_offsets": [-8, 8]}, {"data_offsets": [0, 10**18]}, {"data_offsets": "x"},
-        {"data_offsets": [0.5, 4]}, {"shape": [1]}, {"shape": [-1, -4]}, {"shape": "x"}, {"shape": [10**12, 10**12]}, {"dtype": "F64"}, {"dtype": None},
-        {"dtype": "NONSENSE"}, {"data_offsets": [100, 24340]},
+        {"data_offsets": [0, 4]},
+        {"data_offsets": [4, 0]},
+        {"data_offsets": [-8, 8]},
+        {"data_offsets": [0, 10**18]},
+        {"data_offsets": "x"},
+        {"data_offsets": [0.5, 4]},
+        {"shape": [1]},
+        {"shape": [-1, -4]},
+        {"shape": "x"},
+        {"shape": [10**12, 10**12]},
+        {"dtype": "F64"},
+        {"dtype": None},
+        {"dtype": "NONSENSE"},
+        {"data_offsets": [100, 24340]},
     ],
-)  # fmt: skip
+)
 def test_offsets_and_shapes_outside(copy, changes):
     file = shard_with(copy, **changes)
     for found in opened(copy, file.name, str(copy)):
@@ -262,7 +297,13 @@ except MemoryError as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 def test_little_memory(tmp_path):
-    config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 20000}
+    config = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "vocab_size": 20000,
+    }
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config)).bfloat16()
@@ -271,16 +312,25 @@ def test_little_memory(tmp_path):
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"0": 0}, unk_token="0")).save(str(fake))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "0"}))
-    done = subprocess.run([sys.executable, "-c", LOW, str(tmp_path), str(80 * 2**20)], capture_output=True, text=True, timeout=200)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "0"})
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", LOW, str(tmp_path), str(80 * 2**20)], capture_output=True, text=True, timeout=200
+    )
     assert done.stdout.startswith(f"MemoryError '{tmp_path}' needs 0."), done.stdout + done.stderr
 
 
 def test_what_libraries_say_of_memory():
     for error in (
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-        MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("unable to mmap 8 bytes from file </x>: Cannot allocate memory (12)"),
-    ):  # fmt: skip
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 8 bytes"
+        ),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("unable to mmap 8 bytes from file </x>: Cannot allocate memory (12)"),
+    ):
         with pytest.raises(MemoryError, match=r"'x' does not fit into memory: .+"), loading.named("'x'"):
             raise error
     with pytest.raises(ValueError, match="'x' cannot be opened by transformers: AssertionError"), loading.named("'x'"):

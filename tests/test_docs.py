@@ -1,8 +1,9 @@
-"""README, documentation pages and tutorials: every code block runs, every command exists, every link leads somewhere, figures are those measured.
+"""README, documentation pages and tutorials: every code block runs, every command exists, every link leads somewhere,
+figures are those measured.
 
-Python blocks of a page share one namespace and run in order in an empty folder. ``<!-- needs: captum -->`` before a block runs it only where that
-module can be imported, ``<!-- not executed: reason -->`` never. Commands in ``bash`` blocks are run too, unless they say so; the names of
-commands and options are checked in any case.
+Python blocks of a page share one namespace and run in order in an empty folder. ``<!-- needs: captum -->`` before a
+block runs it only where that module can be imported, ``<!-- not executed: reason -->`` never. Commands in ``bash``
+blocks are run too, unless they say so; the names of commands and options are checked in any case.
 """
 
 import importlib.util
@@ -45,7 +46,9 @@ class Blocks(PythonCodeBlockParser):
     def __call__(self, document):
         for region in super().__call__(document):
             kind, rest = remark_before(document.text, region.start)
-            missing = kind == "needs" and any(importlib.util.find_spec(name.strip()) is None for name in rest.split(","))
+            missing = kind == "needs" and any(
+                importlib.util.find_spec(name.strip()) is None for name in rest.split(",")
+            )
             if not missing and kind != "not executed":
                 yield region
 
@@ -56,7 +59,9 @@ def place(demo, monkeypatch, tmp_path):
     import flowroutes_fast as fr
 
     load = fr.load
-    monkeypatch.setattr(fr, "load", lambda name, **options: demo if name == "demo" and not options else load(name, **options))
+    monkeypatch.setattr(
+        fr, "load", lambda name, **options: demo if name == "demo" and not options else load(name, **options)
+    )
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.chdir(tmp_path)
@@ -77,7 +82,9 @@ def test_page(path, place):
 
 
 def check_command(line: str, run: bool) -> None:
-    """The command is one of ours, has the options it is given, and works (where it is cheap and not marked otherwise)."""
+    """The command is one of ours, has the options it is given, and works (where it is cheap and not marked
+    otherwise).
+    """
     words = shlex.split(line.split(" | ")[0], comments=True)
     if not words:
         return
@@ -87,7 +94,9 @@ def check_command(line: str, run: bool) -> None:
         return
     group = get_command(app)
     command = group.commands.get(words[1], group)
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help"
+    }
     unknown = [word for word in words[1:] if word.startswith("--") and word.split("=")[0] not in known]
     assert not unknown, f"{unknown} in {line!r}"
     if run and words[1] in CHEAP:
@@ -125,7 +134,9 @@ def test_figures_of_the_comparison_are_those_measured():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line for line in text.split("## Compared")[1].split("\n## ")[0].splitlines() if line.startswith("|")][2:]
     tool = next(r for r in result("integrations/llm_transparency_tool.json")["rows"] if r["tokens"] == 160)
-    layer = next(r for r in result("amd-epyc-2-cores.json")["kernels"] if r["tokens"] == 256 and r["layer"].endswith("layer 8"))
+    layer = next(
+        r for r in result("amd-epyc-2-cores.json")["kernels"] if r["tokens"] == 256 and r["layer"].endswith("layer 8")
+    )
     nnsight = result("integrations/nnsight.json")["rows"][-1]
     component = result("integrations/eap_ig.json")["rows"][0]
     captum = result("integrations/captum.json")["rows"][-1]["seconds"]
@@ -137,16 +148,25 @@ def test_figures_of_the_comparison_are_those_measured():
         return f"{seconds * 1e3:.1f} ms"
 
     expected = [
-        (f"{tool['tool']['graph_seconds']:.0f} s, {tool['tool']['graph_peak_mb']:.0f} MiB", f"{tool['patched']['graph_seconds']:.1f} s, {tool['patched']['graph_peak_mb']:.0f} MiB"),
+        (
+            f"{tool['tool']['graph_seconds']:.0f} s, {tool['tool']['graph_peak_mb']:.0f} MiB",
+            f"{tool['patched']['graph_seconds']:.1f} s, {tool['patched']['graph_peak_mb']:.0f} MiB",
+        ),
         (f"{layer['materialised']['seconds']:.1f} s", ms(layer["certified"]["seconds"])),
         (f"{layer['chunked']['seconds']:.2f} s", ms(layer["certified"]["seconds"])),
         (f"{layer['compiled']['seconds'] * 1e3:.0f} ms", ms(layer["certified"]["seconds"])),
-        (f"{nnsight['seconds']['nnsight']:.0f} s, {nnsight['peak bytes']['nnsight'] / 1e6:.0f} MB", f"{nnsight['seconds']['certified']:.2f} s, {nnsight['peak bytes']['certified'] / 1e6:.0f} MB"),
-        (f"{component['seconds']['theirs']:.1f} s, {component['peak bytes']['theirs'] / 1e6:.0f} MB", f"{component['seconds']['ours']:.3f} s, {component['peak bytes']['ours'] / 1e6:.1f} MB"),
+        (
+            f"{nnsight['seconds']['nnsight']:.0f} s, {nnsight['peak bytes']['nnsight'] / 1e6:.0f} MB",
+            f"{nnsight['seconds']['certified']:.2f} s, {nnsight['peak bytes']['certified'] / 1e6:.0f} MB",
+        ),
+        (
+            f"{component['seconds']['theirs']:.1f} s, {component['peak bytes']['theirs'] / 1e6:.0f} MB",
+            f"{component['seconds']['ours']:.3f} s, {component['peak bytes']['ours'] / 1e6:.1f} MB",
+        ),
         (f"{min(patched):.1f} to {max(patched):.1f} s", f"{patching['routes']['seconds_per_example']:.2f} s"),
         (f"{captum['feature ablation']:.0f} s", f"{captum['routes, certified']:.2f} s"),
         (f"{inseq['integrated gradients']:.0f} s", f"{inseq['routes, sub-edges']:.2f} s"),
-    ]  # fmt: skip
+    ]
     assert len(rows) == len(expected)
     for row, figures in zip(rows, expected, strict=True):
         for figure in figures:

@@ -21,11 +21,21 @@ from flowroutes_fast.tracing.memory import check_memory
 module = sys.modules[check_memory.__module__]  # fr.estimate is the function
 
 LLAMA_70B = LlamaConfig(
-    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=128256,
     max_position_embeddings=8192,
-)  # fmt: skip
+)
 SMALL = LlamaConfig(
-    hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=1000, max_position_embeddings=65536
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    vocab_size=1000,
+    max_position_embeddings=65536,
 )
 
 _ESTIMATE = """
@@ -133,12 +143,19 @@ def test_unknown_names_and_families(monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"'no-such-model-anywhere' cannot be opened: .*[^.]\. Give 'demo'"):
         fr.estimate("no-such-model-anywhere", 10)
     with pytest.raises(ValueError, match="bert"):
-        fr.estimate(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True), 10)
+        fr.estimate(
+            BertConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True
+            ),
+            10,
+        )
 
 
 def test_command(tmp_path):
     SMALL.save_pretrained(tmp_path)
-    done = CliRunner().invoke(app, ["estimate", str(tmp_path), "--tokens", "300", "--dtype", "bfloat16"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app, ["estimate", str(tmp_path), "--tokens", "300", "--dtype", "bfloat16"], catch_exceptions=False
+    )
     assert done.exit_code == 0
     for word in ("weights", "activations", "results", "total", "time", "measured", "predicted"):
         assert word in done.stdout
@@ -149,7 +166,9 @@ def test_trace_refuses_what_does_not_fit(kind, monkeypatch):
     model, ids = tiny(kind), list(range(1, 30))
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
     with pytest.raises(
-        MemoryError, match=r"tracing 29 tokens needs about .*activations .* 0 MB are available; ways out: fewer tokens, precision='c"
+        MemoryError,
+        match=r"tracing 29 tokens needs about .*activations .* 0 MB are available; ways out: fewer "
+        r"tokens, precision='c",
     ):
         fr.trace(model, None, ids, precision="exact", backend="reference")
     monkeypatch.setattr(module, "available_memory", lambda: None)
@@ -176,7 +195,8 @@ def test_available_memory_reads_cgroups(tmp_path):
     assert memory._cgroup_memory(tmp_path / "cgroup", tmp_path) == 350
     old = tmp_path / "memory"
     old.mkdir()
-    (tmp_path / "cgroup1").write_text("5:cpu:/x\n4:memory:/docker/xyz\n")  # a path of the host's, not visible in a container
+    # a path of the host's, not visible in a container
+    (tmp_path / "cgroup1").write_text("5:cpu:/x\n4:memory:/docker/xyz\n")
     (old / "memory.limit_in_bytes").write_text("500\n")
     (old / "memory.usage_in_bytes").write_text("100\n")
     assert memory._cgroup_memory(tmp_path / "cgroup1", tmp_path) == 400
@@ -185,19 +205,24 @@ def test_available_memory_reads_cgroups(tmp_path):
 
 
 def test_address_space_is_respected():
-    code = "import resource; from flowroutes_fast.system.memory import address_space as f; a = f(); resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); print(a, f() < 2**36)"
+    code = (
+        "import resource; from flowroutes_fast.system.memory import address_space as f; a = f(); "
+        "resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); print(a, f() < 2**36)"
+    )
     assert _child(code) == "None True"
 
 
 def test_streaming_of_a_config():
     found = fr.estimate(LLAMA_70B, 64, memory="8GiB", dtype="bfloat16", backend="cpu")
     layer = 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
-    assert found.read == pytest.approx(fr.estimate(LLAMA_70B, 64, dtype="bfloat16", backend="cpu").weights, rel=1e-6)  # and buffers
+    # and buffers
+    assert found.read == pytest.approx(fr.estimate(LLAMA_70B, 64, dtype="bfloat16", backend="cpu").weights, rel=1e-6)
     assert layer <= found.weights < 1.3 * layer  # the unembedding is larger
     assert (found.bandwidth, found.floor) == (None, None)
     assert 7e10 * 2 * 64 < found.flops < 1.2 * 7e10 * 2 * 64
     assert "Streaming reads 141.11 GB" in str(found)
-    assert fr.estimate(LLAMA_70B, 64, memory="1GiB", dtype="bfloat16", backend="cpu").weights < 2.2e9  # module by module
+    # module by module
+    assert fr.estimate(LLAMA_70B, 64, memory="1GiB", dtype="bfloat16", backend="cpu").weights < 2.2e9
 
 
 def test_streaming_of_a_checkpoint(tmp_path):
@@ -225,7 +250,9 @@ print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHW
 @pytest.mark.demo_model
 def test_streaming_peak_of_a_process():
     def output(code):
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
 
     code = "import flowroutes_fast as fr; e = fr.estimate('demo', 256, memory='1GiB'); print(e.total, e.read)"
     estimated, mapped = map(int, output(code).split())

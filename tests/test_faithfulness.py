@@ -13,7 +13,19 @@ from flowroutes_fast.experiments.ablation import clean, kept_logits, mask_gradie
 from flowroutes_fast.experiments.faithfulness import curve, measure, per_layer, rank_sub_edges, strongest, summary
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]
-FAMILIES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen2", "gpt_oss", "deepseek_v3", "phi", "gpt_neox", "mistral", "bitnet"]
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "gemma2",
+    "gemma3_text",
+    "qwen2",
+    "gpt_oss",
+    "deepseek_v3",
+    "phi",
+    "gpt_neox",
+    "mistral",
+    "bitnet",
+]
 
 
 def full_masks(run, value=True):
@@ -40,7 +52,12 @@ def test_everything_kept_is_the_model(name):
     model = make(name)
     run = clean(model, IDS)
     means = value_means(model, None, [IDS, IDS[:4]])
-    for options in ({}, {"means": means}, {"attention": "frozen", "means": means}, {"attention": "frozen", "patterns": run.patterns}):
+    for options in (
+        {},
+        {"means": means},
+        {"attention": "frozen", "means": means},
+        {"attention": "frozen", "patterns": run.patterns},
+    ):
         logits = kept_logits(model, IDS, full_masks(run), **options)
         torch.testing.assert_close(logits, plain(model), atol=1e-4, rtol=1e-4)
 
@@ -56,7 +73,9 @@ def by_hand(model, keep, means, frozen=None):
         attention = layer.self_attn
         d = attention.head_dim
         x = layer.input_layernorm(state)
-        q, k, v = (p(x).view(len(IDS), -1, d).transpose(0, 1) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            p(x).view(len(IDS), -1, d).transpose(0, 1) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         q, k = (t[0] for t in apply_rotary_pos_emb(q[None], k[None], cos, sin))
         heads = []
         for h in range(len(q)):
@@ -167,7 +186,9 @@ def test_verify(llama, run, options):
     for layer, head, query, key in attention[["layer", "head", "target", "source"]].itertuples(index=False):
         keep[layer][head, query, key] = True
     means = None if options.get("ablation") == "zero" else value_means(llama, None, [IDS])
-    expected = kept_logits(llama, IDS, keep, means=means, attention=options.get("attention", "live")).double().log_softmax(-1)
+    expected = (
+        kept_logits(llama, IDS, keep, means=means, attention=options.get("attention", "live")).double().log_softmax(-1)
+    )
     full = run.logits.double().log_softmax(-1)
     assert found.kl == pytest.approx(float((full.exp() * (full - expected)).sum()), abs=1e-5)
     assert found.probability == pytest.approx(float(expected[found.answer].exp()), abs=1e-5)
@@ -193,7 +214,9 @@ def test_verify_an_earlier_position_and_a_loaded_route(llama, tmp_path):
     loaded = fr.load_route(route.save(tmp_path / "route.json"))
     assert loaded.token_ids == IDS
     pd.testing.assert_frame_equal(loaded.verify(llama).table, route.verify(llama).table)
-    assert loaded.verify(llama).full_probability == pytest.approx(float(plain(llama, IDS[:7]).softmax(-1).max()), abs=1e-5)
+    assert loaded.verify(llama).full_probability == pytest.approx(
+        float(plain(llama, IDS[:7]).softmax(-1).max()), abs=1e-5
+    )
     loaded.token_ids = []
     with pytest.raises(ValueError, match="holds no token ids"):
         loaded.verify(llama)
@@ -202,7 +225,9 @@ def test_verify_an_earlier_position_and_a_loaded_route(llama, tmp_path):
 
 def test_pairs_without_known_heads_keep_all_heads(llama, run):
     route = fr.trace(llama, None, IDS).route(threshold=0.02)
-    route.edges = pd.DataFrame([(1, "attention", 2, 8, -1, 0.1)], columns=["layer", "kind", "source", "target", "head", "importance"])
+    route.edges = pd.DataFrame(
+        [(1, "attention", 2, 8, -1, 0.1)], columns=["layer", "kind", "source", "target", "head", "importance"]
+    )
     masks = faithfulness.route_masks(route, run.patterns)
     assert [int(m.sum()) for m in masks] == [0, 6, 0]
     assert masks[1][:, 8, 2].all()
@@ -215,7 +240,12 @@ def test_baselines_have_the_size_asked_for(run):
     shares = (1e-9, 0.01, 0.3, 1.0)
     masks = strongest(scores, shares)
     total = run.sub_edges
-    assert torch.stack([m.flatten(1).sum(1) for m in masks]).sum(0).tolist() == [1, round(0.01 * total), round(0.3 * total), total]
+    assert torch.stack([m.flatten(1).sum(1) for m in masks]).sum(0).tolist() == [
+        1,
+        round(0.01 * total),
+        round(0.3 * total),
+        total,
+    ]
     causal = torch.ones(11, 11, dtype=torch.bool).tril()
     cut = np.sort(np.concatenate([s[:, causal].flatten().numpy() for s in scores]))[-round(0.3 * total)]
     for score, mask in zip(scores, masks, strict=True):
@@ -263,12 +293,17 @@ def test_curve(llama):
     for name in ("kept", "kl", "same_top"):
         assert (found[f"{name}_low"] <= found[name] + 1e-12).all()
         assert (found[name] <= found[f"{name}_high"] + 1e-12).all()
-    assert set(found["rule"]) == {*faithfulness.RULES, *(f"{r} {m}" for r in ("route", "flow route") for m in ("proximity", "signed"))}
+    assert set(found["rule"]) == {
+        *faithfulness.RULES,
+        *(f"{r} {m}" for r in ("route", "flow route") for m in ("proximity", "signed")),
+    }
     assert (found["prompts"] == 3).all()
 
 
 def test_curve_under_zero_ablation(llama):
-    found = curve(llama, None, [IDS], rules=["flow signed", "random"], shares=(0.2,), ablation="zero", attention="frozen")
+    found = curve(
+        llama, None, [IDS], rules=["flow signed", "random"], shares=(0.2,), ablation="zero", attention="frozen"
+    )
     assert len(found) == 2
     assert np.isfinite(found["kl"]).all()
 

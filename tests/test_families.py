@@ -1,4 +1,6 @@
-"""Every family: parts add up at every node, exact equals an independent float64 evaluation, certified routes are exact routes."""
+"""Every family: parts add up at every node, exact equals an independent float64 evaluation, certified routes are
+exact routes.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,9 @@ def proximity(part, whole):
 
 
 def truth(layer):
-    """Exact importances of one layer in float64, from what the model's own modules gave: [query, key, head], residual, the FFN's two."""
+    """Exact importances of one layer in float64, from what the model's own modules gave: [query, key, head],
+    residual, the FFN's two.
+    """
     block, d = layer.block, torch.float64
     y, post = (layer.resid_post if layer.resid_mid is None else layer.resid_mid).to(d), layer.resid_post.to(d)
     residual, ffn = proximity(layer.residual.to(d), y), proximity(layer.ffn_out.to(d), post)
@@ -52,12 +56,21 @@ def truth(layer):
             mixed = term.sum(1).flatten(1)
             scale = torch.rsqrt(mixed.square().mean(-1) + block.inner_norm.variance_epsilon)
             gain = block.inner_norm.weight.to(d).view(heads, -1)
-            z = torch.einsum("qkhd,hdm->qkhm", term * gain, weight.view(heads, -1, y.shape[1])) * scale[:, None, None, None]
-        bias = block.output.bias.to(d) if getattr(block.output, "bias", None) is not None else torch.zeros(y.shape[1], dtype=d)
+            z = (
+                torch.einsum("qkhd,hdm->qkhm", term * gain, weight.view(heads, -1, y.shape[1]))
+                * scale[:, None, None, None]
+            )
+        bias = (
+            block.output.bias.to(d)
+            if getattr(block.output, "bias", None) is not None
+            else torch.zeros(y.shape[1], dtype=d)
+        )
         if block.post_norm is not None:
             total = z.sum((1, 2)) + bias
             eps = getattr(block.post_norm, "eps", getattr(block.post_norm, "variance_epsilon", None))
-            gain = block.post_norm.weight.to(d) + (1 if type(block.post_norm).__name__.startswith(("Gemma2", "Gemma3")) else 0)
+            gain = block.post_norm.weight.to(d) + (
+                1 if type(block.post_norm).__name__.startswith(("Gemma2", "Gemma3")) else 0
+            )
             scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * gain
             z, bias = z * scale[:, None, None], bias * scale
         z, bias = z * layer.scale, bias * layer.scale
@@ -81,7 +94,9 @@ def model(request):
 def test_parts_add_up_at_every_node(model):
     found = []
     output = capture(
-        model, torch.tensor([IDS]), lambda layer: found.append((layer.index, conservation_error(layer), layer.mixer_out, layer.query))
+        model,
+        torch.tensor([IDS]),
+        lambda layer: found.append((layer.index, conservation_error(layer), layer.mixer_out, layer.query)),
     )
     assert [index for index, *_ in found] == list(range(len(found)))
     assert len(found) >= 2
@@ -127,7 +142,9 @@ def test_certified_routes_are_exact_routes(model):
 
 
 def test_neurons_add_up_to_the_ffn(model):
-    """Where the table says so, neurons exist; their exact proximities are those of activation times column of the down projection."""
+    """Where the table says so, neurons exist; their exact proximities are those of activation times column of the
+    down projection.
+    """
     table = {row[0]: row[4] for row in rows()}[model.config.model_type]
     if table == "no":
         with pytest.raises(ValueError, match=r"no down projection|do not add up"):

@@ -26,7 +26,9 @@ class Writing(Scenario):
         if outcome.operation.startswith("mkdir"):
             assert left == []
         if (
-            outcome.operation.startswith("write") and outcome.operation.endswith("a.txt") and outcome.fault not in ("EIO", "EIO of writes")
+            outcome.operation.startswith("write")
+            and outcome.operation.endswith("a.txt")
+            and outcome.fault not in ("EIO", "EIO of writes")
         ):  # flushed once more
             assert (folder / "a.txt").read_text() == "01234"  # half of it
         assert outcome.killed == (outcome.fault == "kill")

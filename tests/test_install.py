@@ -1,4 +1,6 @@
-"""Installed for real: a source distribution and a wheel, each in an empty environment, traced with; and what the wheel holds and links to."""
+"""Installed for real: a source distribution and a wheel, each in an empty environment, traced with; and what the
+wheel holds and links to.
+"""
 
 import json
 import os
@@ -25,16 +27,22 @@ def run(*command, **environment):
     unset = ("PYTHONPATH", "FLOWROUTES_CUDA")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     offline = {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "FLOWROUTES_CUDA": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run([*map(str, command)], cwd="/", env=kept | offline | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*map(str, command)], cwd="/", env=kept | offline | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(source distribution, wheel) as `python -m build` makes them, from an unpacked source distribution: no git, nothing built before."""
+    """(source distribution, wheel) as `python -m build` makes them, from an unpacked source distribution: no git,
+    nothing built before.
+    """
     place = tmp_path_factory.mktemp("built")
-    done = subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "-e", place, "sdist", "-d", place], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "-e", place, "sdist", "-d", place], cwd=ROOT, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(place.glob("*.tar.gz"))) as archive:
         archive.extractall(place, filter="data")
@@ -60,7 +68,9 @@ def model(tmp_path_factory):
 
 
 def installed(folder, package, **environment):
-    """The scripts of a new environment with this package alone; what it needs comes from the packages of this interpreter."""
+    """The scripts of a new environment with this package alone; what it needs comes from the packages of this
+    interpreter.
+    """
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
@@ -79,7 +89,9 @@ def edges(out):
 
 
 def test_a_wheel_and_a_source_distribution_trace(built, model, tmp_path):
-    """The wheel with its native kernels; the source distribution, which the wheel was built from, where there is no compiler."""
+    """The wheel with its native kernels; the source distribution, which the wheel was built from, where there is no
+    compiler.
+    """
     source, wheel = built
     missing = {"CC": "/no/such/cc", "CXX": "/no/such/c++"}
     routes = []
@@ -99,17 +111,25 @@ def test_what_a_wheel_holds(built):
     folders = {"flowroutes_fast/": "flowroutes_fast/", "kernels/": "flowroutes_fast/kernels/"}
     with tarfile.open(source) as archive:
         names = [file.name.split("/", 1)[1] for file in archive if file.isfile()]
-    wanted = {to + name.removeprefix(start) for name in names for start, to in folders.items() if name.startswith(start)}
+    wanted = {
+        to + name.removeprefix(start) for name in names for start, to in folders.items() if name.startswith(start)
+    }
     held = set(zipfile.ZipFile(wheel).namelist())
     native = {name for name in held if name.endswith(".so")}
     assert {name.split(".")[0] for name in native} == {"flowroutes_fast/_native"}
     assert {name for name in held - native if ".dist-info/" not in name} == wanted
-    assert {"flowroutes_fast/kernels/pairs.py", "flowroutes_fast/view/route.html.j2", "flowroutes_fast/py.typed"} <= wanted
+    assert {
+        "flowroutes_fast/kernels/pairs.py",
+        "flowroutes_fast/view/route.html.j2",
+        "flowroutes_fast/py.typed",
+    } <= wanted
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="wheels of Linux are audited")
 def test_a_wheel_links_to_what_every_linux_has_and_to_no_torch(built):
-    """So it serves every torch of its Python, and `auditwheel repair`, which adds libgomp, makes a manylinux wheel of it."""
+    """So it serves every torch of its Python, and `auditwheel repair`, which adds libgomp, makes a manylinux wheel
+    of it.
+    """
     pytest.importorskip("auditwheel")
     from elftools.elf.elffile import ELFFile
 

@@ -26,9 +26,21 @@ from flowroutes_fast.view.text import show_token
 LIMIT = 2_000_000  # bytes of a page without its data
 THRESHOLDS = (0.002, 0.025, 0.04, 0.15)
 HOSTILE = [
-    "<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", " \u202eשלום", " 👩‍👩‍👧", "\n", "{{7*7}}", "\"'`&amp;", "<!--", "\x1b[31m\u2028",
-    "日本語", "\ud800", "</bdi></button>", "<svg onload=alert(4)>", "]]>",
-]  # fmt: skip
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(2)</script>",
+    " \u202eשלום",
+    " 👩‍👩‍👧",
+    "\n",
+    "{{7*7}}",
+    "\"'`&amp;",
+    "<!--",
+    "\x1b[31m\u2028",
+    "日本語",
+    "\ud800",
+    "</bdi></button>",
+    "<svg onload=alert(4)>",
+    "]]>",
+]
 OTHER = "When Mary and John went to the store, then Peter gave a drink to"
 FAMILIES = ("llama", "mistral", "gpt2", "gpt_neox", "gemma2", "qwen3_next")
 
@@ -42,7 +54,9 @@ def ioi(demo):
     """Proximity and signed traces of the prompt and of another one, with details."""
     model, tokenizer = demo
     traces = {
-        (name, m): fr.trace(model, tokenizer, text, measure=m) for name, text in (("a", IOI), ("b", OTHER)) for m in ("proximity", "signed")
+        (name, m): fr.trace(model, tokenizer, text, measure=m)
+        for name, text in (("a", IOI), ("b", OTHER))
+        for m in ("proximity", "signed")
     }
     return traces, details(model, tokenizer, traces["a", "proximity"], max_states=200, max_rows=30_000)
 
@@ -74,21 +88,29 @@ def show(browser, tmp_path):
 
 
 def edges_in(browser, number, roots, threshold, renormalize):
-    """A route that the page extracts from its set ``number``: {(layer, kind, source, target, head): importance}, and its open decisions."""
+    """A route that the page extracts from its set ``number``: {(layer, kind, source, target, head): importance},
+    and its open decisions.
+    """
     found = browser.run(f"""(() => {{
-        const r = flowroutes.extract(flowroutes.state.sets[{number}], {json.dumps(roots)}, {threshold}, {json.dumps(renormalize)}), rows = [];
-        for (let e = 0; e < r.edges.length; e++) for (let p = r.edges.first[e]; p < r.edges.first[e] + r.edges.count[e]; p++)
-            rows.push([r.edges.layer[e], r.edges.kind[e], r.edges.source[e], r.edges.target[e], r.parts.head[p], r.parts.value[p]]);
+        const set = flowroutes.state.sets[{number}], rows = [];
+        const r = flowroutes.extract(set, {json.dumps(roots)}, {threshold}, {json.dumps(renormalize)});
+        const {{ edges, parts }} = r;
+        for (let e = 0; e < edges.length; e++) for (let p = edges.first[e]; p < edges.first[e] + edges.count[e]; p++)
+            rows.push([edges.layer[e], edges.kind[e], edges.source[e], edges.target[e], parts.head[p], parts.value[p]]);
         return [rows, r.open, r.untraced, r.edges.length];
     }})()""")
-    rows = {(layer, KINDS[kind], s, t, -1 if head == packing.REST else head): value for layer, kind, s, t, head, value in found[0]}
+    rows = {
+        (layer, KINDS[kind], s, t, -1 if head == packing.REST else head): value
+        for layer, kind, s, t, head, value in found[0]
+    }
     assert len(rows) == len(found[0])
     return rows, found[1], found[2], found[3]
 
 
 def edges_of(route):
     return {
-        tuple(row[:5]): row[5] for row in route.edges[["layer", "kind", "source", "target", "head", "importance"]].itertuples(index=False)
+        tuple(row[:5]): row[5]
+        for row in route.edges[["layer", "kind", "source", "target", "head", "importance"]].itertuples(index=False)
     }
 
 
@@ -146,7 +168,9 @@ def test_columns_of_a_comparison(ioi):
 def test_pages_are_small_and_load_nothing(ioi):
     traces, _ = ioi
     html = page.trace_html(traces["a", "proximity"], traces["b", "proximity"], signed=traces["a", "signed"])
-    data = sum(len(block) for block in re.findall(r'<script type="text/plain" class="block">(.*?)</script>', html, re.S))
+    data = sum(
+        len(block) for block in re.findall(r'<script type="text/plain" class="block">(.*?)</script>', html, re.S)
+    )
     assert len(html.encode()) - data < LIMIT / 4
     assert not re.search(r"https?://(?!www\.w3\.org/)|@import|url\(", html)
     assert "connect-src &#39;none&#39;" in html or "connect-src 'none'" in html
@@ -169,7 +193,9 @@ def test_what_does_not_belong_together_is_refused(ioi):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "mistral"])
 def test_details_are_the_models_own(family):
-    """The lens of every state against norm and unembedding applied to hidden states, attention rows against eager attention weights."""
+    """The lens of every state against norm and unembedding applied to hidden states, attention rows against eager
+    attention weights.
+    """
     model, ids = make(family), ids_of(11)
     found = details(model, None, fr.trace(model, None, ids))
     assert found.lens_missing == ""
@@ -272,7 +298,10 @@ def test_routes_from_a_cut_page_and_from_some_positions(show):
 
 
 def slide(browser, value):
-    browser.run(f"(() => {{ const s = document.getElementById('threshold'); s.value = {value}; s.dispatchEvent(new Event('input')); }})()")
+    browser.run(
+        f"(() => {{ const s = document.getElementById('threshold'); s.value = {value}; s.dispatchEvent(new "
+        f"Event('input')); }})()"
+    )
     return browser.run("flowroutes.state.threshold")
 
 
@@ -318,7 +347,10 @@ def test_keys_panel_and_filter(show, ioi, demo):
     assert "Logit lens" in browser.run(panel)
     browser.key(".")  # the strongest edge into it
     assert browser.run("flowroutes.state.selection.type") == "edge"
-    browser.run("flowroutes.choose({type: 'edge', line: flowroutes.scene.lines.find((l) => l.layer === 23 && l.kind === 0 && l.s === 1)})")
+    browser.run(
+        "flowroutes.choose({type: 'edge', line: flowroutes.scene.lines.find((l) => l.layer === 23 && l.kind "
+        "=== 0 && l.s === 1)})"
+    )
     for text in ("·Mary", "layer 23: attention", "L23H0", "L23H1", "importance"):
         assert text in browser.run(panel)
     browser.key("Enter")
@@ -327,17 +359,22 @@ def test_keys_panel_and_filter(show, ioi, demo):
     browser.key("Escape")
     assert browser.run("flowroutes.state.selection") is None
     browser.run(
-        "flowroutes.choose({type: 'node', node: [...flowroutes.scene.nodes.values()].find((n) => n.column === 9 && n.height === 20)})"
+        "flowroutes.choose({type: 'node', node: [...flowroutes.scene.nodes.values()].find((n) => n.column === 9 && "
+        "n.height === 20)})"
     )
     browser.key("r")
     assert browser.run("flowroutes.state.root") == 9
     browser.run("flowroutes.set({root: 13})")
     browser.key("n")
-    assert browser.run("document.getElementById('count').textContent") == count_of(trace.route(-1, 0.04, renormalize=False))
+    assert browser.run("document.getElementById('count').textContent") == count_of(
+        trace.route(-1, 0.04, renormalize=False)
+    )
     browser.key("n")
     browser.key("s")
     browser.key("Escape")
-    assert browser.run("document.getElementById('count').textContent") == count_of(traces["a", "signed"].route(-1, 0.04))
+    assert browser.run("document.getElementById('count').textContent") == count_of(
+        traces["a", "signed"].route(-1, 0.04)
+    )
     assert "pushes it away" in browser.run(panel)
     browser.key("ArrowDown")
     assert "·Mary" in browser.run(panel)  # the lens belongs to the prompt, not to the measure
@@ -351,7 +388,10 @@ def test_keys_panel_and_filter(show, ioi, demo):
     wanted = route.edges[(route.edges["kind"] == "ffn") | ((route.edges["layer"] == 23) & (route.edges["head"] == 0))]
     keys = wanted[["layer", "kind", "source", "target"]].drop_duplicates()
     assert browser.run("flowroutes.scene.lines.filter((l) => l.shown).length") == len(keys)
-    browser.run("(() => { const f = document.getElementById('filter'); f.value = 'L23X'; f.dispatchEvent(new Event('input')); })()")
+    browser.run(
+        "(() => { const f = document.getElementById('filter'); f.value = 'L23X'; f.dispatchEvent(new "
+        "Event('input')); })()"
+    )
     assert "Not understood" in browser.run("document.getElementById('notice').textContent")
     browser.key("Escape")
     browser.key("?")
@@ -362,13 +402,19 @@ def test_keys_panel_and_filter(show, ioi, demo):
 def test_pointer(show, ioi):
     traces, about = ioi
     browser = show(page.trace_html(traces["a", "proximity"], details=about))
-    where = "(() => { const v = flowroutes.view, s = flowroutes.scene, b = document.getElementById('graph').getBoundingClientRect();"
+    where = (
+        "(() => { const v = flowroutes.view, s = flowroutes.scene, b = "
+        "document.getElementById('graph').getBoundingClientRect();"
+    )
     x, y = browser.run(where + "return [b.left + v.x(s.x[13]), b.top + v.y(60)]; })()")
     browser.mouse(x, y)
     assert "residual stream after layer 29" in browser.run("document.getElementById('tip').textContent")
     browser.mouse(x, y, click=True)
     assert browser.run("flowroutes.state.selection.node.height") == 60
-    middle = "const l = s.lines.find((l) => l.layer === 20 && l.kind === 0 && l.s === 9); return [b.left + (v.x(s.x[9]) + v.x(s.x[13])) / 2, b.top + (v.y(l.from) + v.y(l.to)) / 2]; })()"
+    middle = (
+        "const l = s.lines.find((l) => l.layer === 20 && l.kind === 0 && l.s === 9); return [b.left + "
+        "(v.x(s.x[9]) + v.x(s.x[13])) / 2, b.top + (v.y(l.from) + v.y(l.to)) / 2]; })()"
+    )
     browser.mouse(*browser.run(where + middle), click=True)
     assert browser.run("[flowroutes.state.selection.line.layer, flowroutes.state.selection.line.s]") == [20, 9]
     before = browser.run("flowroutes.view.sx")
@@ -383,28 +429,46 @@ def test_two_prompts_and_two_positions(show, ioi):
     a, b = traces["a", "proximity"], traces["b", "proximity"]
     browser = show(page.trace_html(a, b, signed=traces["a", "signed"], other_signed=traces["b", "signed"]))
     first, second = a.route(-1, 0.04), b.route(-1, 0.04)
-    assert browser.run("document.getElementById('count').textContent") == f"A: {count_of(first)} · B: {count_of(second)}"
+    assert browser.run("document.getElementById('count').textContent") == (
+        f"A: {count_of(first)} · B: {count_of(second)}"
+    )
     columns = page.align(a, b)
     place = [{p[side]: i for i, p in enumerate(columns)} for side in (0, 1)]
     keys = [
-        {(r.layer, r.kind, place[side][r.source], place[side][r.target]): r.importance for r in route.token_edges.itertuples()}
+        {
+            (r.layer, r.kind, place[side][r.source], place[side][r.target]): r.importance
+            for r in route.token_edges.itertuples()
+        }
         for side, route in enumerate((first, second))
     ]
     lines = browser.run(
-        "flowroutes.scene.lines.map((l) => [l.layer, l.kind, l.s, l.t, l.edge[0] >= 0 ? l.value[0] : null, l.edge[1] >= 0 ? l.value[1] : null])"
+        "flowroutes.scene.lines.map((l) => [l.layer, l.kind, l.s, l.t, l.edge[0] >= 0 ? l.value[0] : null, l.edge[1] "
+        ">= 0 ? l.value[1] : null])"
     )
-    found = [{(layer, KINDS[kind], s, t): value[side] for layer, kind, s, t, *value in lines if value[side] is not None} for side in (0, 1)]
+    found = [
+        {(layer, KINDS[kind], s, t): value[side] for layer, kind, s, t, *value in lines if value[side] is not None}
+        for side in (0, 1)
+    ]
     assert found[0] == pytest.approx(keys[0], rel=1e-6)
     assert found[1] == pytest.approx(keys[1], rel=1e-6)
     panel = browser.run("document.getElementById('panel').textContent")
-    for name, number in (("only in A", len(keys[0].keys() - keys[1].keys())), ("only in B", len(keys[1].keys() - keys[0].keys()))):
+    for name, number in (
+        ("only in A", len(keys[0].keys() - keys[1].keys())),
+        ("only in B", len(keys[1].keys() - keys[0].keys())),
+    ):
         assert f"{name}{number}" in panel
     browser.key("s")
-    assert browser.run("document.getElementById('count').textContent").startswith(f"A: {count_of(traces['a', 'signed'].route(-1, 0.04))}")
+    assert browser.run("document.getElementById('count').textContent").startswith(
+        f"A: {count_of(traces['a', 'signed'].route(-1, 0.04))}"
+    )
     browser.key("s")
-    browser.run("(() => { const c = document.getElementById('compare'); c.value = 'position'; c.dispatchEvent(new Event('change')); })()")
     browser.run(
-        "document.querySelector('#prompt [data-position=\"9\"]').dispatchEvent(new MouseEvent('click', {bubbles: true, shiftKey: true}))"
+        "(() => { const c = document.getElementById('compare'); c.value = 'position'; c.dispatchEvent(new "
+        "Event('change')); })()"
+    )
+    browser.run(
+        "document.querySelector('#prompt [data-position=\"9\"]').dispatchEvent(new MouseEvent('click', {bubbles: "
+        "true, shiftKey: true}))"
     )
     expected = f"A: {count_of(first)} · B: {count_of(a.route(9, 0.04))}"
     assert browser.run("document.getElementById('count').textContent") == expected
@@ -486,11 +550,19 @@ def test_hostile_tokens_do_nothing_but_show(show, ioi):
     assert shown == [show_token(token) for token in HOSTILE]
     browser.run("flowroutes.set({compare: ''})")
     for height in (60, 20):
-        browser.run(f"flowroutes.choose({{type: 'node', node: [...flowroutes.scene.nodes.values()].find((n) => n.height === {height})}})")
+        browser.run(
+            f"flowroutes.choose({{type: 'node', node: [...flowroutes.scene.nodes.values()].find((n) => "
+            f"n.height === {height})}})"
+        )
     browser.run("flowroutes.scene.lines.slice(0, 60).forEach((line) => flowroutes.choose({type: 'edge', line}))")
     browser.mouse(700, 400)
     browser.run("flowroutes.pictureSvg()")
-    assert browser.run("document.querySelectorAll('img, iframe, object, embed, #panel script, #panel svg [onload]').length") == 0
+    assert (
+        browser.run(
+            "document.querySelectorAll('img, iframe, object, embed, #panel script, #panel svg [onload]').length"
+        )
+        == 0
+    )
     assert browser.run("document.title").endswith(evil)
     assert evil in browser.run("document.getElementById('about').textContent")
 
@@ -513,7 +585,9 @@ def test_without_javascript_a_picture_and_a_sentence(show, ioi):
 
 
 def test_intervals_of_head_sums(show):
-    """An edge whose weak heads are known only as a sum: from the known ones to all of them, over the row's normaliser."""
+    """An edge whose weak heads are known only as a sum: from the known ones to all of them, over the row's
+    normaliser.
+    """
     trace = long_trace(tokens=30, layers=2, keys=9)
     for layer, (index, value) in enumerate(trace.sparse):
         rest = torch.stack([index[0], index[1], torch.full_like(index[0], -1)])
@@ -521,9 +595,13 @@ def test_intervals_of_head_sums(show):
     trace.normaliser_high = trace.normaliser_high * 1.02
     browser = show(page.trace_html(trace, renormalize=False, threshold=0.011))
     found = browser.run("""(() => {
-        const s = flowroutes.scene, { edges, parts } = s.routes[0], wanted = (l) => l.kind === 0 && edges.count[l.edge[0]] > 1
-            && [...parts.head.slice(edges.first[l.edge[0]], edges.first[l.edge[0]] + edges.count[l.edge[0]])].includes(65535);
-        return s.lines.filter(wanted).slice(0, 5).map((line) => { flowroutes.choose({type: 'edge', line}); return [line.layer, line.s, line.t, document.getElementById('panel').textContent]; });
+        const s = flowroutes.scene, { edges, parts } = s.routes[0];
+        const heads = (e) => [...parts.head.slice(edges.first[e], edges.first[e] + edges.count[e])];
+        const wanted = (l) => l.kind === 0 && edges.count[l.edge[0]] > 1 && heads(l.edge[0]).includes(65535);
+        return s.lines.filter(wanted).slice(0, 5).map((line) => {
+            flowroutes.choose({type: 'edge', line});
+            return [line.layer, line.s, line.t, document.getElementById('panel').textContent];
+        });
     })()""")
     assert len(found) >= 3
     for layer, source, target, text in found:
@@ -545,7 +623,9 @@ def test_damaged_data_is_said(show, ioi):
 
 
 def long_trace(tokens=1200, layers=30, heads=9, keys=16):
-    """A trace of the demo model's shape whose routes go everywhere: at every state ``keys`` random sub-edges, most of them weak."""
+    """A trace of the demo model's shape whose routes go everywhere: at every state ``keys`` random sub-edges, most
+    of them weak.
+    """
     rng = np.random.default_rng(0)
     sparse = []
     for _ in range(layers):
@@ -554,21 +634,42 @@ def long_trace(tokens=1200, layers=30, heads=9, keys=16):
         index, first = np.unique(np.stack([query, key]), axis=1, return_index=True)
         head = rng.integers(0, heads, len(first))
         value = 0.002 + 0.2 * rng.random(len(first)) ** 12
-        sparse.append((torch.from_numpy(np.vstack([index, head]).astype(np.int32)), torch.from_numpy(value.astype(np.float32))))
+        sparse.append(
+            (torch.from_numpy(np.vstack([index, head]).astype(np.int32)), torch.from_numpy(value.astype(np.float32)))
+        )
     whole = {
         name: torch.full((layers, tokens), value)
-        for name, value in (("attention_residual", 0.5), ("attention_bias", 0.0), ("mixer", 0.0), ("ffn", 0.2), ("ffn_residual", 0.8))
+        for name, value in (
+            ("attention_residual", 0.5),
+            ("attention_bias", 0.0),
+            ("mixer", 0.0),
+            ("ffn", 0.2),
+            ("ffn_residual", 0.8),
+        )
     }
     per_head = torch.full((layers, tokens, heads), 0.05)
     bounds = {"normaliser_low": torch.ones(layers, tokens), "normaliser_high": torch.ones(layers, tokens)}
     return Trace(
-        tokens=[f" token{i}" for i in range(tokens)], token_ids=list(range(tokens)), model="made up", shapes=["sequential"] * layers, floor=0.001, sparse=sparse,
-        heads=per_head, heads_low=per_head, heads_high=per_head, precision="certified", prediction=[("next", 0.5)], **whole, **bounds,
-    )  # fmt: skip
+        tokens=[f" token{i}" for i in range(tokens)],
+        token_ids=list(range(tokens)),
+        model="made up",
+        shapes=["sequential"] * layers,
+        floor=0.001,
+        sparse=sparse,
+        heads=per_head,
+        heads_low=per_head,
+        heads_high=per_head,
+        precision="certified",
+        prediction=[("next", 0.5)],
+        **whole,
+        **bounds,
+    )
 
 
 def test_long_prompts_stay_smooth(show, record_property):
-    """1,200 tokens: the slowest of rebuilding and drawing at the lowest threshold, of panning and of moving the pointer."""
+    """1,200 tokens: the slowest of rebuilding and drawing at the lowest threshold, of panning and of moving the
+    pointer.
+    """
     html = page.trace_html(long_trace())
     browser = show(html)
     assert len(html) < 12_000_000
@@ -581,21 +682,27 @@ def test_long_prompts_stay_smooth(show, record_property):
     ):
         browser.run(f"flowroutes.set({setting})")
         browser.wait("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
-        times[name] = browser.run("[flowroutes.scene.allLines, Math.round(flowroutes.state.took), Math.round(flowroutes.state.drew)]")
+        times[name] = browser.run(
+            "[flowroutes.scene.allLines, Math.round(flowroutes.state.took), Math.round(flowroutes.state.drew)]"
+        )
     assert times["low"][0] > 300_000
     assert browser.run("flowroutes.scene.lines.length") <= 12_000
     browser.run(
-        "flowroutes.set({threshold: 0}), (() => { const f = document.getElementById('filter'); f.value = 'L7H3'; f.dispatchEvent(new Event('input')); })()"
+        "flowroutes.set({threshold: 0}), (() => { const f = document.getElementById('filter'); f.value = 'L7H3'; "
+        "f.dispatchEvent(new Event('input')); })()"
     )
     heads = browser.run("flowroutes.scene.lines.map((l) => [l.layer, l.kind, l.shown])")
     assert len(heads) > 1000
     assert {tuple(head) for head in heads} == {(7, 0, True)}
-    browser.run("(() => { const f = document.getElementById('filter'); f.value = ''; f.dispatchEvent(new Event('input')); })()")
+    browser.run(
+        "(() => { const f = document.getElementById('filter'); f.value = ''; f.dispatchEvent(new Event('input')); })()"
+    )
     browser.run("flowroutes.set({threshold: 0.01, prune: true})")
     moving = browser.run("""(async () => {
         const canvas = document.getElementById('graph'), began = performance.now();
         for (let i = 0; i < 20; i++) {
-            canvas.dispatchEvent(new WheelEvent('wheel', {deltaX: 40, clientX: 500, clientY: 400, bubbles: true, cancelable: true}));
+            const at = {deltaX: 40, clientX: 500, clientY: 400, bubbles: true, cancelable: true};
+            canvas.dispatchEvent(new WheelEvent('wheel', at));
             canvas.dispatchEvent(new PointerEvent('pointermove', {clientX: 400 + 10 * i, clientY: 400, bubbles: true}));
             await new Promise((done) => requestAnimationFrame(done));
         }

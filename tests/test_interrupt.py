@@ -11,15 +11,18 @@ import pytest
 
 from flowroutes_fast.cli import interrupt
 
-# Interrupts are not ignored, as they are where the tests themselves run in the background; a line says when our code starts.
+# Interrupts are not ignored, as they are where the tests themselves run in the background; a line says when our code
+# starts.
 START = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, {handler}); import flowroutes_fast.cli.interrupt; os.write(2, b'started\\n'); "
+    "import os, signal, sys; signal.signal(signal.SIGINT, {handler}); import flowroutes_fast.cli.interrupt; "
+    "os.write(2, b'started\\n'); "
 )
 MAIN = "from flowroutes_fast.cli import main; main()"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 SENTENCE = f"{interrupt.SENTENCE}\n"
 
-# One process imports everything; a copy of it for each moment runs the command and is interrupted at that call of a function of ours.
+# One process imports everything; a copy of it for each moment runs the command and is interrupted at that call of a
+# function of ours.
 DRIVER = r"""
 import importlib, json, os, signal, sys, traceback
 from pathlib import Path
@@ -47,7 +50,8 @@ Path("lines.txt").write_text("One text.\\nAnother.\\n")
 def watch(at, presses):
     def count(frame, event, argument):
         global calls
-        if event == "call" and "flowroutes_fast" in frame.f_code.co_filename and "interrupt.py" not in frame.f_code.co_filename:
+        file = frame.f_code.co_filename
+        if event == "call" and "flowroutes_fast" in file and "interrupt.py" not in file:
             calls += 1
             if at <= calls < at + presses:
                 signal.raise_signal(signal.SIGINT)
@@ -84,7 +88,8 @@ found = []
 for at, (words, moments) in enumerate(json.loads(sys.argv[1])):
     whole = run(f"{{at}}-whole", 10**9)
     last = int(Path(f"{{at}}-whole-calls").read_text())
-    found.append([whole, *(run(f"{{at}}-{{i}}", 3 + (last - 3) * i // moments, 1 + 2 * (i % 2)) for i in range(moments))])
+    places = [3 + (last - 3) * i // moments for i in range(moments)]
+    found.append([whole, *(run(f"{{at}}-{{i}}", place, 1 + 2 * (i % 2)) for i, place in enumerate(places))])
 print(json.dumps(found))
 """
 
@@ -118,8 +123,12 @@ def test_at_any_time_of_the_work(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, "-c", START.format(handler="signal.default_int_handler") + code, json.dumps(commands)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     for whole, *interrupted in json.loads(done.stdout):
         assert (whole["code"], bool(whole["files"])) == (0, True), whole

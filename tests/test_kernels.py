@@ -1,4 +1,6 @@
-"""GPU kernels against the reference in fp64 on the same rounded inputs: on a GPU if there is one, in Triton's interpreter otherwise."""
+"""GPU kernels against the reference in fp64 on the same rounded inputs: on a GPU if there is one, in Triton's
+interpreter otherwise.
+"""
 
 import importlib.util
 import os
@@ -12,12 +14,14 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 ON_GPU = torch.cuda.is_available()
-# The interpreter must be asked for before triton is imported, which other tests may have done: then a child process runs this file.
+# The interpreter must be asked for before triton is imported, which other tests may have done: then a child process
+# runs this file.
 IN_CHILD = not ON_GPU and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
 if not ON_GPU and not IN_CHILD:
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Largest error relative to |y|_1. 16-bit inputs are exact in the reference too; what is left is g (or a gated v) in two 16-bit numbers.
+# Largest error relative to |y|_1. 16-bit inputs are exact in the reference too; what is left is g (or a gated v) in two
+# 16-bit numbers.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-5}
 DTYPES = tuple(TOLERANCE)
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
@@ -27,7 +31,9 @@ if IN_CHILD:
 
     def test_in_the_interpreter():
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        child = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=environment, capture_output=True, text=True)
+        child = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", __file__], env=environment, capture_output=True, text=True
+        )
         assert child.returncode == 0, child.stdout[-5000:]
 
 else:
@@ -63,8 +69,12 @@ class Case:
         mask = self.options.get("mask")
         exact = self.options | ({} if mask is None else {"mask": mask.double().masked_fill(mask < -1e30, -torch.inf)})
         sinks = None if self.sinks is None else self.sinks.double()
-        self.pattern = reference.attention_pattern(self.query.double(), self.key.double(), sinks=sinks, **exact).nan_to_num(0)
-        self.extra = {k: None if t is None else t.double() for k, t in (("row_scale", self.row_scale), ("gate", self.gate))}
+        self.pattern = reference.attention_pattern(
+            self.query.double(), self.key.double(), sinks=sinks, **exact
+        ).nan_to_num(0)
+        self.extra = {
+            k: None if t is None else t.double() for k, t in (("row_scale", self.row_scale), ("gate", self.gate))
+        }
         self.exact = (self.pattern, self.value.double(), self.w_o.double(), self.whole.double())
         self.g = reference.sign_gradient(self.whole.double(), self.w_o.double(), self.extra["gate"])
 
@@ -76,7 +86,14 @@ class Case:
 
     def rows(self, **options):
         return bound.attention_rows(
-            self.query, self.key, self.value, self.g.float(), sinks=self.sinks, row_scale=self.row_scale, **self.options, **options
+            self.query,
+            self.key,
+            self.value,
+            self.g.float(),
+            sinks=self.sinks,
+            row_scale=self.row_scale,
+            **self.options,
+            **options,
         )
 
     def halves(self, tile=None):
@@ -112,8 +129,11 @@ CASES = {
     "gate": ((4, 2, 18, 18, 16, 16, 33), {"gate": True, "row_scale": True, "window": 30}),
 }
 KINDS = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-# everything on a GPU; the interpreter takes seconds for each, so there every shape meets one type and one shape meets all
-EVERY = [(s, t) for n, s in enumerate(CASES) for m, t in enumerate(DTYPES) if ON_GPU or s == "odd" or m == n % len(DTYPES)]
+# everything on a GPU; the interpreter takes seconds for each, so there every shape meets one type and one shape meets
+# all
+EVERY = [
+    (s, t) for n, s in enumerate(CASES) for m, t in enumerate(DTYPES) if ON_GPU or s == "odd" or m == n % len(DTYPES)
+]
 SHAPES = pytest.mark.parametrize(("shape", "dtype"), EVERY, ids=lambda x: str(x).removeprefix("torch."))
 
 
@@ -140,7 +160,9 @@ def _poison(monkeypatch):
 
 def every_edge(case):
     heads, queries, keys = case.pattern.shape
-    index = torch.cartesian_prod(torch.arange(queries), torch.arange(keys), torch.arange(heads)).T.to(DEVICE, torch.int32)
+    index = torch.cartesian_prod(torch.arange(queries), torch.arange(keys), torch.arange(heads)).T.to(
+        DEVICE, torch.int32
+    )
     order = torch.randperm(index.shape[1])
     return index[:, (order if ON_GPU else order[:300]).to(DEVICE)]
 
@@ -190,7 +212,9 @@ if not IN_CHILD:
         assert (((h * queries + i) * keys + j).diff() > 0).all(), "sorted by head, query, key, without duplicates"
         torch.testing.assert_close(
             piece.start.diff().view(heads, queries),
-            torch.zeros(heads, queries, dtype=torch.int64, device=DEVICE).index_put_((h, i), torch.ones_like(h), accumulate=True),
+            torch.zeros(heads, queries, dtype=torch.int64, device=DEVICE).index_put_(
+                (h, i), torch.ones_like(h), accumulate=True
+            ),
         )
         listed = torch.zeros(exact.shape, dtype=torch.bool, device=DEVICE)
         listed[h, i, j] = True
@@ -228,7 +252,9 @@ if not IN_CHILD:
         for level in range(bound.LEVELS + 1):
             limit = cut.double()[:, None, None] * bound.RATIO**level if level < bound.LEVELS else torch.inf
             assert (found[level] >= torch.where(high <= limit * (1 - 1e-6), low, 0).sum(2) - margin).all()
-            assert (found[level] <= (1 + 2.0**-11) * torch.where(low <= limit * (1 + 1e-6), high, 0).sum(2) + margin).all()
+            assert (
+                found[level] <= (1 + 2.0**-11) * torch.where(low <= limit * (1 + 1e-6), high, 0).sum(2) + margin
+            ).all()
 
     @SHAPES
     def test_pair_rests(shape, dtype):
@@ -238,7 +264,9 @@ if not IN_CHILD:
         cut, pair_cut = exact.amax((0, 2)).float() * 0.5, exact.sum(0).amax(-1).float() * 0.4
         margin = TOLERANCE[dtype] * case.norm[:, None] * len(exact)
         for capacity in (0, 1):  # too small a buffer is made again
-            pair, rest = bound.pair_rests(*case.halves(), cut, pair_cut, row_scale=case.row_scale, capacity=capacity, **case.options)
+            pair, rest = bound.pair_rests(
+                *case.halves(), cut, pair_cut, row_scale=case.row_scale, capacity=capacity, **case.options
+            )
             pair, order = pair.sort()
             rest = rest[order]
             assert (pair.diff() > 0).all()
@@ -279,7 +307,16 @@ if not IN_CHILD:
         lse, index = case.rows()[0], every_edge(case)
         exact = reference.pair_proximity(*case.exact, index, **case.extra)
         found = pairs.pair_proximity(
-            case.query, case.key, case.value, case.w_o, case.whole, lse, index, row_scale=case.row_scale, gate=case.gate, **case.options
+            case.query,
+            case.key,
+            case.value,
+            case.w_o,
+            case.whole,
+            lse,
+            index,
+            row_scale=case.row_scale,
+            gate=case.gate,
+            **case.options,
         )
         assert ((found - exact).abs() <= TOLERANCE[dtype] * case.norm[index[0].long()]).all()
 
@@ -322,7 +359,9 @@ if not IN_CHILD:
         case = Case(4, 2, 20, 20, 16, 24, 60, dtype=torch.bfloat16)
         value = case.value.float() + torch.randn(2, 1, 24).to(DEVICE) / 3
         exact = reference.pair_proximity(case.pattern, value.double(), *case.exact[2:], index := every_edge(case))
-        found = pairs.pair_proximity(case.query, case.key, value, case.w_o, case.whole, case.rows()[0], index, **case.options)
+        found = pairs.pair_proximity(
+            case.query, case.key, value, case.w_o, case.whole, case.rows()[0], index, **case.options
+        )
         assert ((found - exact).abs() <= TOLERANCE[torch.bfloat16] * case.norm[index[0].long()]).all()
 
     @pytest.mark.parametrize("per_row", [False, True])
@@ -336,7 +375,9 @@ if not IN_CHILD:
         high, thresholds = low * (1 + 0.2 * torch.rand(rows, generator=g)), torch.tensor([0.02, 0.05])
         high[3] = low[3]
         tolerance = torch.rand(rows, generator=g) * 0.2 if per_row else 0.1
-        moved = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in (name, value, low, high, tolerance, thresholds)]
+        moved = [
+            t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in (name, value, low, high, tolerance, thresholds)
+        ]
         state, open_, unclear = decide.pair_states(*moved, size=heads + 1, n_key=keys, floor=0.01, well=4.0)
         pairs_ = {}
         for n, v in zip(name.tolist(), value.tolist(), strict=True):
@@ -361,14 +402,18 @@ if not IN_CHILD:
         a, b = low[index[0].long().cpu()], high[index[0].long().cpu()]
         inside = ((value > 0.02 * a) & (value <= 0.02 * b)) | ((value > 0.05 * a) & (value <= 0.05 * b))
         assert marked.nonzero()[:, 0].tolist() == index[0].cpu()[inside].unique().tolist()
-        empty = decide.pair_states(name[:0].to(DEVICE), value[:0].to(DEVICE), *moved[2:], size=6, n_key=keys, floor=0.01, well=4.0)
+        empty = decide.pair_states(
+            name[:0].to(DEVICE), value[:0].to(DEVICE), *moved[2:], size=6, n_key=keys, floor=0.01, well=4.0
+        )
         assert not empty[1].any()
         assert not len(empty[0])
 
     @pytest.mark.parametrize("of", ["values", "gradient"])
     @KINDS
     def test_bounds_hold_where_16_bits_lose_most(of, dtype):
-        """Every number lies half a step of float16 above one, and is rounded down: without slack no bound would hold."""
+        """Every number lies half a step of float16 above one, and is rounded down: without slack no bound would
+        hold.
+        """
         if of == "values" and dtype != torch.float32:
             return  # float16 holds values of 16 bits
         case = Case(2, 1, 9, 9, 16, 16, 40, dtype=dtype)
@@ -441,13 +486,22 @@ if not IN_CHILD:
         assert pairs.pair_proximity(*inputs, index, **case.options).shape == (0,)
 
     def test_certified_layer():
-        """Bound, list, evaluate, refine: intervals hold the exact normaliser, and everything above the floor is listed with its value."""
+        """Bound, list, evaluate, refine: intervals hold the exact normaliser, and everything above the floor is
+        listed with its value.
+        """
         from flowroutes_fast.ops.bounds import Attention
         from flowroutes_fast.ops.certified import certified
 
         case = Case(4, 2, 20, 20, 16, 16, 48, dtype=torch.bfloat16, sinks=True, row_scale=True)
         a = Attention(
-            case.query, case.key, case.value, case.w_o, case.whole, case.options["scaling"], sinks=case.sinks, row_scale=case.row_scale
+            case.query,
+            case.key,
+            case.value,
+            case.w_o,
+            case.whole,
+            case.options["scaling"],
+            sinks=case.sinks,
+            row_scale=case.row_scale,
         )
         others = case.whole.abs().sum(-1)[None] * 0.1
         found = certified(a, others, floor=0.01, thresholds=(0.05,), backend="triton")

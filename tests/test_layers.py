@@ -1,4 +1,6 @@
-"""Which package may import which: only those below it, without circles. The contracts are in pyproject.toml; ``make lint`` runs them too."""
+"""Which package may import which: only those below it, without circles. The contracts are in pyproject.toml; ``make
+lint`` runs them too.
+"""
 
 import ast
 import importlib
@@ -16,7 +18,10 @@ from flowroutes_fast.tracing.adapters import FOREIGN
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(flowroutes_fast.__file__).parent
-LINT = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; sys.exit(lint_imports('pyproject.toml', no_cache=True))"
+LINT = (
+    "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; "
+    "sys.exit(lint_imports('pyproject.toml', no_cache=True))"
+)
 
 
 def lint(folder):
@@ -30,7 +35,9 @@ def tree(tmp_path):
     """The package's Python files, kernels where they are when installed, and its contracts."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     others = shutil.ignore_patterns("__pycache__", "*.so", "*.j2", "*.js", "*.css")
-    shutil.copytree(PACKAGE, tmp_path / "flowroutes_fast", ignore=lambda *found: others(*found) | ({"kernels"} & set(found[1])))
+    shutil.copytree(
+        PACKAGE, tmp_path / "flowroutes_fast", ignore=lambda *found: others(*found) | ({"kernels"} & set(found[1]))
+    )
     shutil.copytree(ROOT / "kernels", tmp_path / "flowroutes_fast/kernels", ignore=others)
     return tmp_path
 
@@ -45,13 +52,26 @@ def test_imports_go_down(tree):
     ("file", "planted", "broken"),
     [
         ("ops/native.py", "from flowroutes_fast.tracing.trace import trace\n", "Packages import downwards BROKEN"),
-        ("models/tokens.py", "def f():\n    from flowroutes_fast.view import text\n", "Packages import downwards BROKEN"),
-        ("kernels/common.py", "def f():\n    from flowroutes_fast.ops import bounds\n", "Packages import downwards BROKEN"),
+        (
+            "models/tokens.py",
+            "def f():\n    from flowroutes_fast.view import text\n",
+            "Packages import downwards BROKEN",
+        ),
+        (
+            "kernels/common.py",
+            "def f():\n    from flowroutes_fast.ops import bounds\n",
+            "Packages import downwards BROKEN",
+        ),
         ("results/edges.py", "def f():\n    from flowroutes_fast.results.route import Route\n", "files BROKEN"),
         ("system/files.py", "def f():\n    import flowroutes_fast as fr\n", "for those who use it BROKEN"),
         ("results/flow.py", "def f():\n    from flowroutes_fast import trace\n", "for those who use it BROKEN"),
         ("newcomer/__init__.py", "", "newcomer"),
-        ("ops/native.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flowroutes_fast.results.trace import Trace\n", ""),
+        (
+            "ops/native.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from "
+            "flowroutes_fast.results.trace import Trace\n",
+            "",
+        ),
     ],
 )
 def test_an_arrow_upwards_fails(tree, file, planted, broken):
@@ -81,7 +101,11 @@ def calls_from_above():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "from_above":
                 yield node.args[0].value, None
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Call) and getattr(node.func.func, "id", "") == "from_above":
+            elif (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Call)
+                and getattr(node.func.func, "id", "") == "from_above"
+            ):
                 yield node.func.args[0].value, node
 
 
@@ -96,7 +120,9 @@ def test_names_from_above_are_called_as_they_are_defined():
 
 
 def test_verify_has_the_parameters_of_what_it_calls():
-    method, function = ([*inspect.signature(f).parameters.values()][1:] for f in (flowroutes_fast.Route.verify, from_above("verify")))
+    method, function = (
+        [*inspect.signature(f).parameters.values()][1:] for f in (flowroutes_fast.Route.verify, from_above("verify"))
+    )
     assert [(p.name, p.kind, p.default) for p in method] == [(p.name, p.kind, p.default) for p in function]
 
 

@@ -53,7 +53,9 @@ def test_routes_of_every_family_are_those_of_a_full_trace(name, memory):
         "mixer",
         "ffn",
     ):  # rounding decides what is evaluated: an estimate may differ
-        torch.testing.assert_close(getattr(lazy, array), getattr(full, array), atol=2e-5, rtol=1e-4 if memory is None else 2e-2)
+        torch.testing.assert_close(
+            getattr(lazy, array), getattr(full, array), atol=2e-5, rtol=1e-4 if memory is None else 2e-2
+        )
     assert lazy.certificate["states"] == ("whole" if memory is None else "disk")
 
 
@@ -69,17 +71,29 @@ def test_long_prompts_are_bounded_as_in_a_full_trace(kind, memory):
     model, ids = long(kind)
     full, lazy = fr.trace(model, None, ids), fr.trace(model, None, ids, lazy=True, memory=memory)
     for position, threshold in ((-1, 0.04), (150, 0.02), (7, 0.01), (-1, 0.015)):
-        same_route(lazy.route(position, threshold), full.route(position, threshold), threshold, 0.0 if memory is None else 1e-5)
+        same_route(
+            lazy.route(position, threshold), full.route(position, threshold), threshold, 0.0 if memory is None else 1e-5
+        )
     lazy, full = fr.trace(model, None, ids, lazy=True, memory=memory), fr.trace(model, None, ids)
     for name in ("heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high"):
         torch.testing.assert_close(
-            getattr(lazy, name), getattr(full, name), rtol=1e-5 if memory is None else 2e-2, atol=1e-6 if memory is None else 1e-4
+            getattr(lazy, name),
+            getattr(full, name),
+            rtol=1e-5 if memory is None else 2e-2,
+            atol=1e-6 if memory is None else 1e-4,
         )
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"measure": "signed"}, {"neurons": True}, {"bias": "value"}, {"bias": "exclude"}, {"precision": "exact"}, {"backend": "reference"}],
+    [
+        {"measure": "signed"},
+        {"neurons": True},
+        {"bias": "value"},
+        {"bias": "exclude"},
+        {"precision": "exact"},
+        {"backend": "reference"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
@@ -90,7 +104,9 @@ def test_every_option(kind, options):
         same_route(lazy.route(-1, 0.02, renormalize), full.route(-1, 0.02, renormalize), 0.02)
     wanted = full.token_attribution(slice(4, 9))
     np.testing.assert_allclose(
-        lazy.token_attribution(slice(4, 9)).importance, wanted.importance, atol=2e-3 if options.get("precision") == "exact" else 1e-5
+        lazy.token_attribution(slice(4, 9)).importance,
+        wanted.importance,
+        atol=2e-3 if options.get("precision") == "exact" else 1e-5,
     )
     flow = lazy.route(-1, rule="flow", keep=0.1), full.route(-1, rule="flow", keep=0.1)
     assert abs(len(flow[0].edges) - len(flow[1].edges)) <= (0 if "precision" not in options else 50)
@@ -104,7 +120,9 @@ def test_rows_are_evaluated_once_and_only_where_a_route_goes():
     lazy = fr.trace(model, None, ids, lazy=True)
     seen = []
     evaluate = lazy.source.evaluate
-    lazy.source.evaluate = lambda layer, queries, whole=False: seen.extend((layer, q) for q in queries) or evaluate(layer, queries, whole)
+    lazy.source.evaluate = lambda layer, queries, whole=False: (
+        seen.extend((layer, q) for q in queries) or evaluate(layer, queries, whole)
+    )
     lazy.route(-1, 0.1)
     first = len(seen)
     assert 0 < first == lazy.certificate["rows"] < 3 * len(ids) / 2
@@ -238,7 +256,10 @@ def test_biases_that_are_a_part_of_their_own_are_noticed(memory):
         for bias in ("part", "value", "exclude"):
             weight = dict(model.named_parameters())[f"transformer.h.1.{name}"]
             weight.data.normal_()
-            full, lazy = fr.trace(model, None, ids, bias=bias), fr.trace(model, None, ids, lazy=True, memory=memory, bias=bias)
+            full, lazy = (
+                fr.trace(model, None, ids, bias=bias),
+                fr.trace(model, None, ids, lazy=True, memory=memory, bias=bias),
+            )
             lazy.route(-1, 0.04)
             kept = weight.detach().clone()
             weight.data.mul_(1.5)
@@ -320,9 +341,10 @@ def test_two_threads_ask_one_trace(memory):
 def test_refusals():
     model = tiny("llama")
     for options, words in (
-        ({"positions": [1]}, "leave out resume= and positions="), ({"dense": True, "precision": "exact"}, "leave out lazy=True or dense=True"),
+        ({"positions": [1]}, "leave out resume= and positions="),
+        ({"dense": True, "precision": "exact"}, "leave out lazy=True or dense=True"),
         ({"memory": "much"}, "memory must be a size"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=words):
             fr.trace(model, None, IDS, lazy=True, **options)
     with pytest.raises(ValueError, match="belongs to lazy=True"):
@@ -413,7 +435,10 @@ def test_generated_tokens_have_the_routes_of_a_full_trace(kind, memory):
         same_route(route, full.route(route.position, 0.04), 0.04, 1e-5)
     assert [route.position for route in routes] == list(range(len(IDS) - 1, len(IDS) + 8))
     torch.testing.assert_close(
-        running.trace.attention_residual, fr.trace(model, None, (IDS + wanted)[:-1]).attention_residual, atol=1e-3, rtol=2e-2
+        running.trace.attention_residual,
+        fr.trace(model, None, (IDS + wanted)[:-1]).attention_residual,
+        atol=1e-3,
+        rtol=2e-2,
     )
 
 
@@ -431,7 +456,9 @@ def test_sampling_is_that_of_the_model_and_leaving_early_is_safe():
     model = tiny("llama")
     model.generation_config.eos_token_id = None
     torch.manual_seed(3)
-    wanted = model.generate(torch.tensor([IDS]), max_new_tokens=8, do_sample=True, temperature=1.3)[0, len(IDS) :].tolist()
+    wanted = model.generate(torch.tensor([IDS]), max_new_tokens=8, do_sample=True, temperature=1.3)[
+        0, len(IDS) :
+    ].tolist()
     torch.manual_seed(3)
     running = fr.generate(model, None, IDS, 8, do_sample=True, temperature=1.3)
     list(running)
@@ -447,7 +474,11 @@ def test_sampling_is_that_of_the_model_and_leaving_early_is_safe():
 
 def test_generation_refuses_by_name():
     model = tiny("llama")
-    for options, words in (({"num_beams": 2}, "num_beams=2"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"threshold": 0.0}, "above 0")):
+    for options, words in (
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"threshold": 0.0}, "above 0"),
+    ):
         with pytest.raises(ValueError, match=words):
             fr.generate(model, None, IDS, **options)
     with pytest.raises(ValueError, match="nosuch"):
@@ -459,7 +490,10 @@ def test_what_is_kept_follows_the_memory_that_is_free(monkeypatch):
     """By reference within a quarter of it, block inputs within half; the prompts of a pass share it."""
     model = make("llama")
     kept = fr.trace(model, None, IDS, lazy=True)
-    sizes = kept.certificate["state_bytes"], fr.trace(model, None, IDS, lazy=True, memory=LITTLE).certificate["state_bytes"]
+    sizes = (
+        kept.certificate["state_bytes"],
+        fr.trace(model, None, IDS, lazy=True, memory=LITTLE).certificate["state_bytes"],
+    )
     whole, lean = (-(-size // kept.n_layers) * kept.n_layers for size in sizes)
 
     def tier(free, prompts=1):

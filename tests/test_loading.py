@@ -1,4 +1,6 @@
-"""The ways people hold a model: batches, padding, positions, precisions, adapters, quantised and offloaded weights; and what is refused."""
+"""The ways people hold a model: batches, padding, positions, precisions, adapters, quantised and offloaded weights;
+and what is refused.
+"""
 
 import copy
 import importlib.util
@@ -115,7 +117,12 @@ def test_positions_in_exact_precision():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "qwen3_next", "bitnet"])
 def test_half_precision(name, dtype):
-    whole = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "shared_expert_intermediate_size": 32}
+    whole = {
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 96,
+        "shared_expert_intermediate_size": 32,
+    }
     model = make(name, **(whole if name == "qwen3_next" else {}))
     reference = fr.trace(model, None, IDS, precision="exact")
     model = model.to(dtype)
@@ -146,7 +153,9 @@ def test_compiled_models():
 def test_lora_adapters(merged):
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(tiny("llama"), LoraConfig(r=3, target_modules=["o_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        tiny("llama"), LoraConfig(r=3, target_modules=["o_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    )
     expected = fr.trace(copy.deepcopy(model).merge_and_unload(), None, IDS, neurons=True, tolerance=0)
     if merged:
         model.merge_adapter()
@@ -154,7 +163,9 @@ def test_lora_adapters(merged):
     same(found, expected)
     assert found.neurons(1)["neuron"].tolist() == expected.neurons(1)["neuron"].tolist()
     with model.disable_adapter():
-        same(fr.trace(model, None, IDS, tolerance=0), fr.trace(tiny("llama"), None, IDS, tolerance=0)) if not merged else None
+        same(
+            fr.trace(model, None, IDS, tolerance=0), fr.trace(tiny("llama"), None, IDS, tolerance=0)
+        ) if not merged else None
 
 
 @needs("accelerate")
@@ -164,9 +175,25 @@ def test_offloaded_weights(place, tmp_path):
 
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
-    device_map = {"": "disk"} if place == "disk" else {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}  # fmt: skip
-    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
-    same(fr.trace(offloaded, None, IDS, tolerance=0, neurons=True), fr.trace(model, None, IDS, tolerance=0, neurons=True))
+    device_map = (
+        {"": "disk"}
+        if place == "disk"
+        else {
+            "model.embed_tokens": "cpu",
+            "lm_head": "cpu",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+            "model.layers.2": "disk",
+        }
+    )
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    same(
+        fr.trace(offloaded, None, IDS, tolerance=0, neurons=True), fr.trace(model, None, IDS, tolerance=0, neurons=True)
+    )
 
 
 @needs("torchao")
@@ -177,7 +204,12 @@ def test_torchao_weights(bits):
     model = make("llama", hidden_size=64, head_dim=16, num_attention_heads=4, intermediate_size=128).to(torch.bfloat16)
     before = fr.trace(model, None, IDS, precision="exact")
     try:
-        quantize_(model, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig(group_size=32, int4_packing_format="plain_int32"))
+        quantize_(
+            model,
+            Int8WeightOnlyConfig()
+            if bits == 8
+            else Int4WeightOnlyConfig(group_size=32, int4_packing_format="plain_int32"),
+        )
     except (ValueError, ImportError, RuntimeError, NotImplementedError, AssertionError) as error:
         pytest.skip(f"torchao cannot make {bits}-bit weights here: {str(error).splitlines()[0][:80]}")
     trace = fr.trace(model, None, IDS, neurons=True)
@@ -188,7 +220,8 @@ def test_torchao_weights(bits):
 def test_bitsandbytes_weights():
     import bitsandbytes as bnb
 
-    sizes = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "intermediate_size": 128}  # bitsandbytes packs in blocks
+    # bitsandbytes packs in blocks
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "intermediate_size": 128}
     model = make("llama", **sizes).to(torch.bfloat16)
     weights = {name: module.weight for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))}
     for name in list(weights):
@@ -216,7 +249,11 @@ def test_tied_weights():
     ("text", "options", "says"),
     [
         (torch.tensor([[1, 2], [3, 4]]), {"attention_mask": [[1, 1]]}, r"mask has shape \[1, 2\]"),
-        (torch.tensor([[1, 2, 3], [3, 4, 5]]), {"attention_mask": [[1, 1, 1], [1, 0, 1]]}, "prompt 1: the attention mask has holes"),
+        (
+            torch.tensor([[1, 2, 3], [3, 4, 5]]),
+            {"attention_mask": [[1, 1, 1], [1, 0, 1]]},
+            "prompt 1: the attention mask has holes",
+        ),
         (torch.tensor([[1, 2, 3], [3, 4, 5]]), {"attention_mask": [[1, 1, 1], [0, 0, 0]]}, "prompt 1: .*padding only"),
         ([[1, 2], []], {}, "prompt 1: .*no tokens"),
         ([[1, 2], [500]], {}, "prompt 1: token id 500"),
@@ -253,7 +290,13 @@ def test_falcon_with_alibi_needs_its_eager_attention():
 def test_every_way_to_write_ids():
     model = tiny("llama")
     expected = fr.trace(model, None, IDS)
-    for ids in (tuple(IDS), np.array(IDS), torch.tensor(IDS), list(np.array(IDS)), {"input_ids": IDS, "attention_mask": [1] * 13}):
+    for ids in (
+        tuple(IDS),
+        np.array(IDS),
+        torch.tensor(IDS),
+        list(np.array(IDS)),
+        {"input_ids": IDS, "attention_mask": [1] * 13},
+    ):
         same(fr.trace(model, None, ids), expected)
     for ids in ([IDS], np.array([IDS]), torch.tensor([IDS]), [torch.tensor(IDS)], {"input_ids": [IDS]}):
         (trace,) = fr.trace(model, None, ids)

@@ -1,4 +1,6 @@
-"""Models that are converted, and models that are read in place: whatever fails is said, and nothing half-written is taken for a model."""
+"""Models that are converted, and models that are read in place: whatever fails is said, and nothing half-written is
+taken for a model.
+"""
 
 import gc
 import os
@@ -20,7 +22,9 @@ IDS = [3, 14, 15, 92, 65]
 
 
 class Opening(Scenario):
-    """A checkpoint that is opened and traced; ``"load"`` or ``"stream"``, and what it is: a family in GGUF, a folder of pickled weights."""
+    """A checkpoint that is opened and traced; ``"load"`` or ``"stream"``, and what it is: a family in GGUF, a
+    folder of pickled weights.
+    """
 
     def __init__(self, argument):
         self.way, self.kind = argument.split()
@@ -56,7 +60,11 @@ class Opening(Scenario):
 
     def cached(self, folder):
         """What the cache holds, digests of files aside."""
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "cache" / "models").rglob("*")) if p.is_file()}
+        return {
+            str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted((folder / "cache" / "models").rglob("*"))
+            if p.is_file()
+        }
 
     def run(self, folder):
         assert self.traced(folder) == self.expected
@@ -86,6 +94,8 @@ def test_every_file_operation_that_writes(argument, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("argument", ["load llama", "load qwen3_moe", "stream llama", "stream qwen3_moe", "stream folder"])
+@pytest.mark.parametrize(
+    "argument", ["load llama", "load qwen3_moe", "stream llama", "stream qwen3_moe", "stream folder"]
+)
 def test_every_file_operation(argument, tmp_path):
     faults_of(argument, tmp_path, "ENOSPC", "EIO", "kill", timeout=1800)

@@ -29,7 +29,9 @@ def full_graph(trace):
             for j in range(i + 1):
                 for h in range(importance.shape[2]):
                     edges.append(((mid, i), (below, j), (layer, "attention", j, i, h), float(importance[i, j, h])))
-            parts = [("attention_residual", trace.attention_residual), ("mixer", trace.mixer)] + ([("ffn", trace.ffn)] if parallel else [])
+            parts = [("attention_residual", trace.attention_residual), ("mixer", trace.mixer)] + (
+                [("ffn", trace.ffn)] if parallel else []
+            )
             edges += [((mid, i), (below, i), (layer, kind, i, i, -1), float(v[layer, i])) for kind, v in parts]
             if not parallel:
                 edges += [

@@ -1,4 +1,6 @@
-"""The list of faults stays one of this tree: their texts and tests are there, and all were found when they were last tried."""
+"""The list of faults stays one of this tree: their texts and tests are there, and all were found when they were
+last tried.
+"""
 
 import json
 
@@ -24,7 +26,8 @@ def test_every_fault_was_found():
 
 
 @pytest.mark.parametrize(
-    ("file", "old"), [("rows.h", "no such text"), ("rows.h", "a.window"), ("nowhere.h", "MR = 6;"), ("common.py", "a.window")]
+    ("file", "old"),
+    [("rows.h", "no such text"), ("rows.h", "a.window"), ("nowhere.h", "MR = 6;"), ("common.py", "a.window")],
 )
 def test_a_text_that_is_not_there_once_is_an_error(file, old):
     with pytest.raises(LookupError, match="must occur once in"):

@@ -30,7 +30,9 @@ def tested():
     return self_test()
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"])
+@pytest.mark.parametrize(
+    "isa", ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_operation_on_every_instruction_set(operation, isa, tested):
     if isa not in native.instruction_sets():
@@ -39,7 +41,9 @@ def test_every_operation_on_every_instruction_set(operation, isa, tested):
 
 
 def test_no_operation_is_left_out(monkeypatch):
-    """Of the extension's; test_conservation.py compares the one that the self-test does not, on all instruction sets."""
+    """Of the extension's; test_conservation.py compares the one that the self-test does not, on all instruction
+    sets.
+    """
     module, called = native.extension(), set()
 
     class Noting:
@@ -56,7 +60,9 @@ def test_no_operation_is_left_out(monkeypatch):
 
 
 def test_every_operation_at_every_width(monkeypatch, tmp_path):
-    """Widths of vectors that this processor does not have (all with FLOWROUTES_ALL_WIDTHS=1), as the compiler takes them apart."""
+    """Widths of vectors that this processor does not have (all with FLOWROUTES_ALL_WIDTHS=1), as the compiler takes
+    them apart.
+    """
     has = [] if os.environ.get("FLOWROUTES_ALL_WIDTHS") == "1" else native.instruction_sets()
     widths = [lanes for isa, lanes in (("baseline", 4), ("avx2", 8), ("avx512", 16)) if isa not in has]
     if widths and shutil.which("g++") is None:
@@ -89,7 +95,9 @@ def test_a_pair_at_the_floor_is_not_listed(isa):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_threads_are_as_many_as_asked():
-    """OpenMP keeps the threads that a caller had: in a new thread each operation leaves one less than it was asked for."""
+    """OpenMP keeps the threads that a caller had: in a new thread each operation leaves one less than it was asked
+    for.
+    """
     code = """
     import os
     import threading
@@ -108,7 +116,8 @@ def test_threads_are_as_many_as_asked():
         lambda n: ops.part_proximity(a.whole, a.whole, backend="cpu", threads=n),
         lambda n: ops.component_proximity(a.whole[:, None], a.whole, backend="cpu", threads=n),
         lambda n: neuron_importances(activation, down, a.whole, base, backend="cpu", threads=n),
-        lambda n: call(a.query, a.key, a.value, a.w_o, a.whole, base, None, None, a.scaling, 0.0, 0, False, 0.0, "cpu", n),
+        lambda n: call(a.query, a.key, a.value, a.w_o, a.whole, base, None, None, a.scaling, 0.0, 0, False, 0.0,
+                       "cpu", n),
         lambda n: certified(a, base[None], floor=1e-3, threads=n),
         lambda n: bound(a, "cpu", threads=n),
         lambda n: pairs(a, None, torch.zeros(3, 50, dtype=torch.int32), "cpu", threads=n),
@@ -117,7 +126,8 @@ def test_threads_are_as_many_as_asked():
     alone = number()
 
     def left(one, n):
-        torch.set_num_threads(1)  # PyTorch's own work leaves none; on some processors its products ask the thread they are on
+        # PyTorch's own work leaves none; on some processors its products ask the thread they are on
+        torch.set_num_threads(1)
         one(n)
         print(number() - alone - 1, end=" ")
 
@@ -130,7 +140,9 @@ def test_threads_are_as_many_as_asked():
                 time.sleep(0.001)
     """
     environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_DYNAMIC": "false"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["0", "1", "0"] * 7
 
@@ -164,10 +176,15 @@ class Broken:
 @pytest.mark.parametrize(
     ("name", "tests"),
     {
-        "attention_proximity": "attention", "certified": "certified", "bound": "bound", "pairs": "pairs", "rank1_proximity": "rank1",
-        "part_proximity": "parts", "component_proximity": "components",
+        "attention_proximity": "attention",
+        "certified": "certified",
+        "bound": "bound",
+        "pairs": "pairs",
+        "rank1_proximity": "rank1",
+        "part_proximity": "parts",
+        "component_proximity": "components",
     }.items(),
-)  # fmt: skip
+)
 def test_a_broken_kernel_is_told(name, tests, monkeypatch):
     module = Broken(name)
     monkeypatch.setattr(native, "extension", lambda: module)
@@ -191,9 +208,14 @@ def test_the_extension_refuses_unknown_missing_and_null_fields():
 
     arguments().call("bound")
     for change, says in (
-        ({"uper": 1}, "unknown entry"), ({"upper": 0}, "must not be null"), ({"v": 0}, "must not be null"), ({"group": 3}, "must divide"),
-        ({"group": 0}, "must divide"), ({"keys": 0}, "must be positive"), ({"offset": -1}, "a key for every query"),
-    ):  # fmt: skip
+        ({"uper": 1}, "unknown entry"),
+        ({"upper": 0}, "must not be null"),
+        ({"v": 0}, "must not be null"),
+        ({"group": 3}, "must divide"),
+        ({"group": 0}, "must divide"),
+        ({"keys": 0}, "must be positive"),
+        ({"offset": -1}, "a key for every query"),
+    ):
         changed = arguments()
         changed |= change
         with pytest.raises(ValueError, match=says):
@@ -242,12 +264,16 @@ def test_lazily_negated_tensors_are_read_right():
     outputs = torch.randn(5, 6, dtype=torch.complex64).conj().imag
     assert outputs.is_neg()
     whole = torch.randn(5, 6)
-    assert torch.equal(ops.part_proximity(outputs, whole, backend="cpu"), ops.part_proximity(outputs.clone(), whole, backend="cpu"))
+    assert torch.equal(
+        ops.part_proximity(outputs, whole, backend="cpu"), ops.part_proximity(outputs.clone(), whole, backend="cpu")
+    )
     layer = _layer((3, 3, 6, 6, 6, 6, 6))
     value = torch.randn(3, 6, 6, dtype=torch.complex64).conj().imag
     call = torch.ops.flowroutes.attention_proximity
     pattern = torch.rand(3, 6, 6)
-    assert torch.equal(call(pattern, value, layer.w_o, layer.whole, "cpu"), call(pattern, value.clone(), layer.w_o, layer.whole, "cpu"))
+    assert torch.equal(
+        call(pattern, value, layer.w_o, layer.whole, "cpu"), call(pattern, value.clone(), layer.w_o, layer.whole, "cpu")
+    )
 
 
 def test_neurons_check_their_shapes():
@@ -277,7 +303,8 @@ def test_memory_that_runs_out_is_a_memory_error():
     call = torch.ops.flowroutes.attention_layer
     whole, neurons, down = torch.randn(3000, 256), torch.randn(3000, 500), torch.ones(500, 256)
     rest = whole[:, 0].abs()
-    def attention(): call(a.query, a.key, a.value, a.w_o, a.whole, others[0], None, None, a.scaling, 0.0, 0, False, 0.0, "cpu", 2)
+    def attention(): call(a.query, a.key, a.value, a.w_o, a.whole, others[0], None, None, a.scaling, 0.0, 0, False,
+                          0.0, "cpu", 2)
     def certify(): certified(a, others, floor=1e-3, threads=2)
     def bounds(): bound(a, "cpu", threads=2)
     def listed(): pairs(a, None, index, "cpu", threads=2)
@@ -316,7 +343,8 @@ def test_doctor_says_what_the_self_test_found(monkeypatch):
     assert found.exit_code == 0, found.output
     assert "self-test  ok: every native operation agrees with float64" in found.output
     monkeypatch.setattr(
-        "flowroutes_fast.ops.selftest.self_test", lambda: {"pairs, avx2": "differs from float64 by 1.0e+00", "parts, avx2": None}
+        "flowroutes_fast.ops.selftest.self_test",
+        lambda: {"pairs, avx2": "differs from float64 by 1.0e+00", "parts, avx2": None},
     )
     found = CliRunner().invoke(app, ["doctor"])
     assert found.exit_code == 1
@@ -330,6 +358,9 @@ def test_not_a_number_stays_one(isa, width):
     part, whole = torch.randn(3, width), torch.randn(3, width)
     part[1, width // 2] = float("nan")
     with native.instruction_set(isa):
-        found = ops.part_proximity(part, whole, backend="cpu"), ops.component_proximity(part[:, None], whole, backend="cpu")[:, 0]
+        found = (
+            ops.part_proximity(part, whole, backend="cpu"),
+            ops.component_proximity(part[:, None], whole, backend="cpu")[:, 0],
+        )
     for one in found:
         assert one.isnan().tolist() == [False, True, False]

@@ -17,7 +17,10 @@ IDS = list(range(7, 30))
 
 def problem(seed, tokens=7, neurons=50, width=33, outliers=False):
     g = torch.Generator().manual_seed(seed)
-    activation, w_down = torch.randn(tokens, neurons, generator=g).relu(), torch.randn(neurons, width, generator=g) / neurons**0.5
+    activation, w_down = (
+        torch.randn(tokens, neurons, generator=g).relu(),
+        torch.randn(neurons, width, generator=g) / neurons**0.5,
+    )
     rest = torch.randn(tokens, width, generator=g)
     if outliers:
         rest[:, 0] = 1e4
@@ -32,9 +35,15 @@ def dense(activation, w_down, whole):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), tokens=st.integers(1, 9), neurons=st.integers(1, 80), width=st.integers(1, 60), outliers=st.booleans(),
-    backend=st.sampled_from(["reference", "auto"]), tolerance=st.sampled_from([0.0, 0.01, 0.3]), floor=st.sampled_from([1e-4, 1e-3, 0.05]),
-)  # fmt: skip
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(1, 9),
+    neurons=st.integers(1, 80),
+    width=st.integers(1, 60),
+    outliers=st.booleans(),
+    backend=st.sampled_from(["reference", "auto"]),
+    tolerance=st.sampled_from([0.0, 0.01, 0.3]),
+    floor=st.sampled_from([1e-4, 1e-3, 0.05]),
+)
 def test_intervals_and_values(seed, tokens, neurons, width, outliers, tolerance, floor, backend):
     activation, w_down, whole, others = problem(seed, tokens, neurons, width, outliers)
     found = neuron_importances(activation, w_down, whole, others, floor=floor, tolerance=tolerance, backend=backend)
@@ -68,7 +77,8 @@ def test_neurons_are_known_to_the_tolerance(tolerance, monkeypatch):
     listed[tuple(found.index.long())] = True
     reached = near > 0.008 * total[:, None] * (1 + 1e-5)
     assert (reached <= listed).all()
-    assert tolerance < 0.1 or (reached & (near < 0.008 * found.high[:, None])).any()  # the floor of the upper end would miss these
+    # the floor of the upper end would miss these
+    assert tolerance < 0.1 or (reached & (near < 0.008 * found.high[:, None])).any()
 
 
 def test_signed_shares_add_up():
@@ -99,7 +109,9 @@ def test_traced_neurons(kind, tmp_path):
     for layer in layers:
         table, sure = trace.neurons(layer.index), exact.neurons(layer.index)
         near = dense(layer.neurons, layer.block.w_down(), layer.resid_post)
-        bias = 0 if layer.block.down_bias is None else reference.proximity(layer.block.down_bias[None], layer.resid_post)
+        bias = (
+            0 if layer.block.down_bias is None else reference.proximity(layer.block.down_bias[None], layer.resid_post)
+        )
         if kind == "neox":
             rest = exact.normaliser_low[layer.index] * (1 - exact.ffn[layer.index])
         else:

@@ -18,7 +18,8 @@ from flowroutes_fast.view import notebook
 
 CELLS = [
     f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})",
-    "import flowroutes_fast as fr\nfrom families import make\ntrace = fr.trace(make('llama'), None, list(range(3, 16)))\ntrace",
+    "import flowroutes_fast as fr\nfrom families import make\ntrace = fr.trace(make('llama'), None, list(range(3, "
+    "16)))\ntrace",
     "trace.route(threshold=0.03)",
 ]
 
@@ -66,13 +67,14 @@ def test_the_exported_notebook_works_in_a_browser(executed, trace, tmp_path):
         frames = [one["frame"]["id"] for one in browser.call("Page.getFrameTree")["frameTree"]["childFrames"]]
         inside = [browser.call("Page.createIsolatedWorld", frameId=frame)["executionContextId"] for frame in frames]
         found = [
-            browser.call("Runtime.evaluate", contextId=context, returnByValue=True, expression=expression, awaitPromise=True)["result"][
-                "value"
-            ]
+            browser.call(
+                "Runtime.evaluate", contextId=context, returnByValue=True, expression=expression, awaitPromise=True
+            )["result"]["value"]
             for context, expression in zip(
                 inside,
                 (
-                    "new Promise((done) => { const look = () => document.getElementById('count').textContent ? done(document.getElementById('count').textContent) : setTimeout(look, 50); look(); })",
+                    "new Promise((done) => { const look = () => document.getElementById('count').textContent ? "
+                    "done(document.getElementById('count').textContent) : setTimeout(look, 50); look(); })",
                     "document.querySelectorAll('#graph path').length",
                 ),
                 strict=True,
@@ -86,7 +88,12 @@ def test_the_exported_notebook_works_in_a_browser(executed, trace, tmp_path):
 
 
 def test_hostile_tokens_stay_in_their_frame(trace):
-    hostile = replace(trace, tokens=HOSTILE[:13], model="</pre><img src=x onerror=alert(1)>", prediction=[(text, 0.1) for text in HOSTILE])
+    hostile = replace(
+        trace,
+        tokens=HOSTILE[:13],
+        model="</pre><img src=x onerror=alert(1)>",
+        prediction=[(text, 0.1) for text in HOSTILE],
+    )
     for html in (hostile._repr_html_(), hostile.route(-1, 0.03)._repr_html_()):
         assert html.encode("utf-8")
         outside = re.sub(r'srcdoc="[^"]*"', "", html)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from flowroutes_fast import ops
 from flowroutes_fast.ops import native, reference
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # importances, absolute, on the rounded inputs
+# importances, absolute, on the rounded inputs
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 needs_native = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
 
 
@@ -24,7 +25,8 @@ def naive(pattern, value, w_o, pre, mid):
     edge = (y_.abs().sum(-1) - (z - y_).abs().sum(-1)).clamp_min(0)
     residual = (y.abs().sum(-1) - (x - y).abs().sum(-1)).clamp_min(0)
     total = edge.sum((2, 3)) + residual
-    return (edge / total[:, :, None, None]).nan_to_num(), (residual / total).nan_to_num()  # 0/0: a node that no part brings closer
+    # 0/0: a node that no part brings closer
+    return (edge / total[:, :, None, None]).nan_to_num(), (residual / total).nan_to_num()
 
 
 def case(seed, batch, tokens, heads, kv, d, width, outliers=False):
@@ -41,7 +43,9 @@ def case(seed, batch, tokens, heads, kv, d, width, outliers=False):
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (2, 5, 3, 1, 7, 123), (1, 33, 6, 2, 16, 48), (1, 50, 4, 4, 80, 33)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 1), (2, 5, 3, 1, 7, 123), (1, 33, 6, 2, 16, 48), (1, 50, 4, 4, 80, 33)]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_importances_equal_fp64(backend, shape, dtype):
     inputs = [t.to(dtype) for t in case(0, *shape)]
@@ -81,7 +85,9 @@ def test_native_equals_fp64_on_any_shape(seed, tokens, kv, group, d, width, outl
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
-@pytest.mark.parametrize("what", ["zeros", "negative zeros", "denormal", "equal", "no output", "short rows", "not contiguous"])
+@pytest.mark.parametrize(
+    "what", ["zeros", "negative zeros", "denormal", "equal", "no output", "short rows", "not contiguous"]
+)
 def test_edge_cases_of_a_pattern(what, backend):
     pattern, value, w_o, pre, mid = case(3, 1, 20, 4, 2, 8, 30)
     if what == "zeros":
@@ -98,7 +104,10 @@ def test_edge_cases_of_a_pattern(what, backend):
         pattern = pattern * 0.4
     else:
         pattern = pattern.transpose(-1, -2).contiguous().transpose(-1, -2)
-        value, w_o = value.transpose(1, 2).contiguous().transpose(1, 2), w_o.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        value, w_o = (
+            value.transpose(1, 2).contiguous().transpose(1, 2),
+            w_o.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        )
     edge, residual = ops.attention_importances(pattern, value, w_o, pre, mid, backend=backend)
     wanted, wanted_residual = naive(pattern, value, w_o, pre, mid)
     np.testing.assert_allclose(edge, wanted, atol=1e-5)
@@ -146,7 +155,9 @@ def test_opcheck(backend):
     pattern = reference.attention_pattern(q, k, scaling=0.25)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.flowroutes.part_proximity.default, (y, y * 0.5, backend), test_utils=tests)
-    torch.library.opcheck(torch.ops.flowroutes.attention_proximity.default, (pattern, v, w, y, backend), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.flowroutes.attention_proximity.default, (pattern, v, w, y, backend), test_utils=tests
+    )
     arguments = (q, k, v, w, y, base, None, None, 0.25, 0.0, 0, True, -1.0, backend)
     torch.library.opcheck(torch.ops.flowroutes.attention_layer.default, arguments, test_utils=tests)
 
@@ -209,20 +220,30 @@ def test_component_proximity(backend, shape):
     found = ops.component_proximity(outputs, state, backend=backend)
     assert found.shape == outputs.shape[:-1]
     np.testing.assert_allclose(found, naive_components(outputs, state), rtol=1e-5, atol=1e-5)
-    for part in (outputs[..., :1, :], outputs[..., ::2, :], outputs.transpose(-1, -2).contiguous().transpose(-1, -2)):  # slices, strides
+    # slices, strides
+    for part in (outputs[..., :1, :], outputs[..., ::2, :], outputs.transpose(-1, -2).contiguous().transpose(-1, -2)):
         np.testing.assert_allclose(
             ops.component_proximity(part, state, backend=backend), naive_components(part, state), rtol=1e-5, atol=1e-5
         )
-    parts = torch.stack([ops.part_proximity(part, state, backend=backend) for part in outputs.unbind(-2)], -1) if shape[-2] else found
+    parts = (
+        torch.stack([ops.part_proximity(part, state, backend=backend) for part in outputs.unbind(-2)], -1)
+        if shape[-2]
+        else found
+    )
     np.testing.assert_allclose(found, parts, rtol=1e-6, atol=1e-6)
 
 
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), rows=st.integers(0, 5), count=st.integers(1, 6), kept=st.integers(0, 6), width=st.integers(1, 70),
-    zeros=st.booleans(), isa=st.sampled_from(native.instruction_sets() or ["auto"]),
-)  # fmt: skip
+    seed=st.integers(0, 10**6),
+    rows=st.integers(0, 5),
+    count=st.integers(1, 6),
+    kept=st.integers(0, 6),
+    width=st.integers(1, 70),
+    zeros=st.booleans(),
+    isa=st.sampled_from(native.instruction_sets() or ["auto"]),
+)
 def test_parts_and_components_of_any_shape(seed, rows, count, kept, width, zeros, isa):
     g = torch.Generator().manual_seed(seed)
     state = torch.randn(rows, width, generator=g)
@@ -275,8 +296,12 @@ def test_arrays_of_other_libraries(kind):
     given = [foreign(t, kind) for t in inputs]
     for found, wanted in zip(ops.attention_importances(*given), ops.attention_importances(*inputs), strict=True):
         assert torch.equal(found, wanted)
-    assert torch.equal(ops.component_proximity(foreign(outputs, kind), foreign(state, kind)), ops.component_proximity(outputs, state))
-    assert torch.equal(ops.part_proximity(foreign(state, kind), foreign(state * 2, kind)), ops.part_proximity(state, state * 2))
+    assert torch.equal(
+        ops.component_proximity(foreign(outputs, kind), foreign(state, kind)), ops.component_proximity(outputs, state)
+    )
+    assert torch.equal(
+        ops.part_proximity(foreign(state, kind), foreign(state * 2, kind)), ops.part_proximity(state, state * 2)
+    )
 
 
 def test_an_array_shares_its_memory():
@@ -337,10 +362,21 @@ def registered(name):
         "component_proximity": {"outputs": outputs, "state": state},
         "attention_proximity": {"pattern": pattern, "value": v, "w_o": w, "whole": y},
         "attention_layer": {
-            "query": q, "key": k, "value": v, "w_o": w, "whole": y, "base": base, "mask": None, "sinks": torch.zeros(4), "scaling": 0.25,
-            "softcap": 0.0, "window": 0, "dense": True, "floor": 0.0,
+            "query": q,
+            "key": k,
+            "value": v,
+            "w_o": w,
+            "whole": y,
+            "base": base,
+            "mask": None,
+            "sinks": torch.zeros(4),
+            "scaling": 0.25,
+            "softcap": 0.0,
+            "window": 0,
+            "dense": True,
+            "floor": 0.0,
         },
-    }[name]  # fmt: skip
+    }[name]
 
 
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
@@ -363,9 +399,17 @@ def test_a_registered_op_refuses_what_does_not_fit(name, backend):
             if changed.layout == torch.strided and changed.is_floating_point() and changed.shape == tensor.shape:
                 continue
             more_components = changed.is_floating_point() and changed.shape[::2] == tensor.shape[::2]
-            if (name, key) == ("component_proximity", "outputs") and more_components and changed.layout == torch.strided:
+            if (
+                (name, key) == ("component_proximity", "outputs")
+                and more_components
+                and changed.layout == torch.strided
+            ):
                 continue
-            other_groups = changed.shape[1:] == tensor.shape[1:] and changed.is_floating_point() and changed.layout == torch.strided
+            other_groups = (
+                changed.shape[1:] == tensor.shape[1:]
+                and changed.is_floating_point()
+                and changed.layout == torch.strided
+            )
             if (name, key) == ("attention_proximity", "value") and other_groups:
                 continue
             if (name, key) == ("part_proximity", "part") and changed.shape == (1, tensor.shape[1]):
@@ -451,7 +495,9 @@ def test_half_precision_is_computed_in_float32(name, dtype, backend):
     half = {k: t.to(dtype) if isinstance(t, torch.Tensor) else t for k, t in good.items()}
     exact = {k: t.double() if isinstance(t, torch.Tensor) else t for k, t in half.items()}
     call = getattr(torch.ops.flowroutes, name)
-    for found, wanted in zip(tensors(call(**half, backend=backend)), tensors(call(**exact, backend="reference")), strict=True):
+    for found, wanted in zip(
+        tensors(call(**half, backend=backend)), tensors(call(**exact, backend="reference")), strict=True
+    ):
         if found.is_floating_point():
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)

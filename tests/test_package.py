@@ -32,7 +32,10 @@ assert "trace" in fr.trace.__module__
 @pytest.mark.parametrize("first", ["tracing.trace", "corpora.run", "view.details"])
 def test_importing_is_light_and_functions_stay_functions(first):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CODE.replace("{first}", first)], capture_output=True, text=True, timeout=100
+        [sys.executable, "-W", "ignore", "-c", CODE.replace("{first}", first)],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
 
@@ -73,7 +76,9 @@ except ModuleNotFoundError as error:
 
 
 def test_modules_have_the_paths_that_were_documented():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", OTHER_PATHS], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OTHER_PATHS], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     for old in fr._MODULES:
         assert importlib.import_module(old) is importlib.import_module(fr._MODULES[old])
@@ -82,7 +87,12 @@ def test_modules_have_the_paths_that_were_documented():
 def test_the_type_checkers_names_are_those_of_the_package():
     text = Path(fr.__file__).read_text(encoding="utf-8")
     block = text.split("if TYPE_CHECKING:")[1].split("__all__")[0]
-    declared = {name.strip() for line in block.splitlines() if " import " in line for name in line.split(" import ")[1].split(",")}
+    declared = {
+        name.strip()
+        for line in block.splitlines()
+        if " import " in line
+        for name in line.split(" import ")[1].split(",")
+    }
     modules = {name for name in declared if " as " in name}  # not in __all__, so that * does not import them
     assert {f"flowroutes_fast.{name.split(' as ')[0]}" for name in modules} <= set(fr._MODULES)
     assert declared - modules | {"__version__"} == set(fr.__all__)

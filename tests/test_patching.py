@@ -10,7 +10,20 @@ from flowroutes_fast.experiments.patching import Patch, patched_logits, record
 from flowroutes_fast.models.families import blocks_of
 
 CLEAN, CORRUPTED = [5, 17, 33, 8, 60, 71, 12], [5, 18, 33, 9, 60, 71, 44]
-SOME = ("llama", "gpt2", "gemma2", "gpt_neox", "gptj", "bitnet", "gpt_oss", "deepseek_v3", "jamba", "qwen3_next", "falcon", "mixtral")
+SOME = (
+    "llama",
+    "gpt2",
+    "gemma2",
+    "gpt_neox",
+    "gptj",
+    "bitnet",
+    "gpt_oss",
+    "deepseek_v3",
+    "jamba",
+    "qwen3_next",
+    "falcon",
+    "mixtral",
+)
 LIKE_ONE = ("llama", "gpt2", "gemma2", "gpt_neox")
 
 
@@ -84,7 +97,9 @@ def test_an_edge_is_its_weight_times_the_change_of_its_value():
     alpha = model(torch.tensor([CLEAN]), output_attentions=True, use_cache=False).attentions[1][0]
     values = []
     for ids in (CLEAN, CORRUPTED):
-        handle = model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda m, args, out: values.append(out[0].clone()))
+        handle = model.model.layers[1].self_attn.v_proj.register_forward_hook(
+            lambda m, args, out: values.append(out[0].clone())
+        )
         model(torch.tensor([ids]), use_cache=False)
         handle.remove()
     moved = (values[1] - values[0]).unflatten(-1, (2, -1)).repeat_interleave(3, 1)  # [token, head, d_head]
@@ -114,7 +129,11 @@ def test_all_heads_and_the_embeddings_make_the_corrupted_prompt(name):
     layers = [block.index for block in blocks_of(model)]
     other = record(model, CORRUPTED, layers, torch.tensor([6]))
     everywhere = torch.arange(len(CLEAN))
-    patches = [Patch(layer, head, everywhere, other.z[layer][:, head]) for layer in layers for head in range(other.z[layer].shape[1])]
+    patches = [
+        Patch(layer, head, everywhere, other.z[layer][:, head])
+        for layer in layers
+        for head in range(other.z[layer].shape[1])
+    ]
     embeddings = model.get_input_embeddings()
     with torch.no_grad():
         wanted = model(torch.tensor([CORRUPTED]), use_cache=False).logits[0, -1]

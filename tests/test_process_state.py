@@ -1,4 +1,6 @@
-"""A trace says what the model computes, whatever state the process is in: settings, compiled code, other threads, hooks, adapters."""
+"""A trace says what the model computes, whatever state the process is in: settings, compiled code, other threads,
+hooks, adapters.
+"""
 
 import functools
 import threading
@@ -21,9 +23,15 @@ def tiny(kind="llama", **changes):
 
     torch.manual_seed(0)
     base = {
-        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 101,
-        "max_position_embeddings": 512, "pad_token_id": 0,
-    }  # fmt: skip
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 101,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+    }
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(base | changes)), dtype=torch.float32).eval()
 
 
@@ -42,7 +50,9 @@ def default_dtype():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"precision": "exact"}, {"measure": "signed"}, {"neurons": True}, {"backend": "reference"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "exact"}, {"measure": "signed"}, {"neurons": True}, {"backend": "reference"}]
+)
 def test_default_dtype(dtype, options, default_dtype):
     model = tiny("gemma2", head_dim=12)
     ids = LONG if not options else LONG[:70]
@@ -120,9 +130,16 @@ def compiled_block(model):
 
 @pytest.mark.parametrize(
     "how",
-    [compiled_forward, compiled_in_place, compiled_block_forward, compiled_block_in_place, compiled_attention, compiled_block,
-     lambda model: torch.compile(model, backend="eager")],
-)  # fmt: skip
+    [
+        compiled_forward,
+        compiled_in_place,
+        compiled_block_forward,
+        compiled_block_in_place,
+        compiled_attention,
+        compiled_block,
+        lambda model: torch.compile(model, backend="eager"),
+    ],
+)
 @pytest.mark.parametrize("ran_before", [True, False])
 def test_compiled_models(how, ran_before):
     expected = fr.trace(tiny(), None, LONG[:40])
@@ -288,7 +305,11 @@ def test_steering_between_layers_is_refused():
             return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
 
         handle = model.model.layers[2].register_forward_pre_hook(before, with_kwargs=True)
-        with pytest.raises(ValueError, match=r"layer 2: the state that enters it is not the one that left the layer before.*forward hooks"):
+        with pytest.raises(
+            ValueError,
+            match=r"layer 2: the state that enters it is not the one that left the layer "
+            r"before.*forward hooks",
+        ):
             fr.trace(model, None, IDS)
         handle.remove()
     fr.trace(model, None, IDS)
@@ -401,7 +422,9 @@ def test_modes_come_back():
 
 
 def test_coarse_products_are_allowed_for():
-    """Float32 products that the process rounds to bfloat16 change the model's pass; the check allows for them, our own do not take part."""
+    """Float32 products that the process rounds to bfloat16 change the model's pass; the check allows for them, our
+    own do not take part.
+    """
     model = tiny(hidden_size=64, intermediate_size=128)
     expected = fr.trace(model, None, LONG)
     before = torch.get_float32_matmul_precision()
@@ -479,7 +502,11 @@ def test_attention_functions_under_a_known_name(what, monkeypatch):
         changed = one_pair_cut(ALL_ATTENTION_FUNCTIONS["sdpa"], "token, head")
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", changed)
     elif what == "eager":
-        monkeypatch.setattr(modeling_llama, "eager_attention_forward", one_pair_cut(modeling_llama.eager_attention_forward, "token, head"))
+        monkeypatch.setattr(
+            modeling_llama,
+            "eager_attention_forward",
+            one_pair_cut(modeling_llama.eager_attention_forward, "token, head"),
+        )
     else:
         own = torch.nn.functional.scaled_dot_product_attention
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", one_pair_cut(own, "head, token"))

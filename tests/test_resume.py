@@ -1,4 +1,6 @@
-"""Runs that go on: nothing lost under any fault, nothing mixed with another run's, and what is finished stays until it is removed."""
+"""Runs that go on: nothing lost under any fault, nothing mixed with another run's, and what is finished stays until
+it is removed.
+"""
 
 import gc
 import json
@@ -29,8 +31,20 @@ PROMPTS = [IDS, [9, 8]]
 
 def bits(traces):
     """Everything that must be the same, comparable."""
-    names = ("heads", "heads_low", "heads_high", "normaliser_low", "ffn", "ffn_residual", "attention_residual", "attention_bias")
-    return [[getattr(t, n).numpy().tobytes() for n in names] + [v.numpy().tobytes() for pair in t.sparse for v in pair] for t in traces]
+    names = (
+        "heads",
+        "heads_low",
+        "heads_high",
+        "normaliser_low",
+        "ffn",
+        "ffn_residual",
+        "attention_residual",
+        "attention_bias",
+    )
+    return [
+        [getattr(t, n).numpy().tobytes() for n in names] + [v.numpy().tobytes() for pair in t.sparse for v in pair]
+        for t in traces
+    ]
 
 
 def left_over(folder):
@@ -102,7 +116,9 @@ def test_every_fault_of_streaming(kind, faults, tmp_path):
 
 def test_every_fault_of_a_run_that_can_go_on(tmp_path):
     found = every_fault("test_resume:Resuming", tmp_path, ("ENOSPC", "EIO", "kill"))
-    assert {"open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir", "lock"} <= {o.operation.split()[0] for o in found}
+    assert {"open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir", "lock"} <= {
+        o.operation.split()[0] for o in found
+    }
 
 
 @pytest.fixture
@@ -152,7 +168,9 @@ CHANGES = {
     "buffers model.rotary_emb.inv_freq": lambda m: m.model.rotary_emb.inv_freq.data[-1].mul_(1.01),
     "config rms_norm_eps": lambda m: setattr(m.config, "rms_norm_eps", 1e-4),
     "config attn_implementation": lambda m: m.set_attn_implementation("eager"),
-    "modules model.layers.1.input_layernorm": lambda m: setattr(m.model.layers[1].input_layernorm, "variance_epsilon", 1e-3),
+    "modules model.layers.1.input_layernorm": lambda m: setattr(
+        m.model.layers[1].input_layernorm, "variance_epsilon", 1e-3
+    ),
     "modules model.layers.0.mlp.act_fn": lambda m: setattr(m.model.layers[0].mlp, "act_fn", torch.nn.ReLU()),
     "modules model.layers.0": lambda m: m.model.layers[0].register_forward_hook(lambda *_: None),
     "dtype": lambda m: m.bfloat16(),
@@ -222,10 +240,23 @@ def test_an_offloaded_model_goes_on(model, tmp_path, monkeypatch, place):
     from transformers import AutoModelForCausalLM
 
     model.save_pretrained(tmp_path / "model")
-    where = {"": "disk"} if place == "disk" else {"model.embed_tokens": "cpu", "lm_head": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}  # fmt: skip
+    where = (
+        {"": "disk"}
+        if place == "disk"
+        else {
+            "model.embed_tokens": "cpu",
+            "lm_head": "disk",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+        }
+    )
 
     def opened():
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=where, offload_folder=tmp_path / "offload")
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=where, offload_folder=tmp_path / "offload"
+        )
 
     with monkeypatch.context() as patched:
         patched.setattr(by_layer.States, "drop", lambda *_: 1 / 0)
@@ -304,7 +335,9 @@ def test_files_of_other_programs_stay(model, tmp_path):
 
 
 def test_a_lock_whose_file_was_removed_locks_nothing(tmp_path, monkeypatch):
-    """One process opens the lock file, another removes it and a third makes a new one, before the first has its lock."""
+    """One process opens the lock file, another removes it and a third makes a new one, before the first has its
+    lock.
+    """
     first, removed = files.Lock(tmp_path / ".lock"), []
     opened = os.open
 
@@ -428,7 +461,8 @@ def test_code_is_known_in_every_process():
         for put in (scaled, steered, replaced, called):
             model = make("llama", num_hidden_layers=2)
             put(model, 2.0)
-            model.model.layers[1].mlp.register_forward_hook(lambda *given: given[2] if 3 in {1, 2, 3} else print("a", "b"))
+            mlp = model.model.layers[1].mlp
+            mlp.register_forward_hook(lambda *given: given[2] if 3 in {1, 2, 3} else print("a", "b"))
             found.append(code_of(model.model.layers[1].mlp))
         print(found)"""
     said = {

@@ -66,7 +66,9 @@ def test_survivors_are_divided_by_their_sum(kind):
     after_ffn = (edges.kind == "ffn_residual") | ((edges.kind == "ffn") & (kind != "neox"))
     for (layer, target), node in edges[~after_ffn].groupby(["layer", "target"]):
         alone = [trace.attention_residual, trace.attention_bias, *([trace.ffn] if kind == "neox" else [])]
-        parts = torch.cat([trace.attention(layer)[target].flatten(), torch.stack([part[layer, target] for part in alone])]).double()
+        parts = torch.cat(
+            [trace.attention(layer)[target].flatten(), torch.stack([part[layer, target] for part in alone])]
+        ).double()
         bias = float(trace.attention_bias[layer, target])
         total = float(parts[parts > threshold].sum())
         biases += bias > threshold
@@ -83,7 +85,11 @@ def test_what_is_at_the_threshold_is_no_edge():
     key, head = divmod(int(near.argmax()), near.shape[1])
     share = float(near[key, head])
     assert trace.ffn_residual[last, -1] > share  # so that the route gets there
-    for kind, value in (("attention", share), ("ffn", float(trace.ffn[last, -1])), ("ffn_residual", float(trace.ffn_residual[last, -1]))):
+    for kind, value in (
+        ("attention", share),
+        ("ffn", float(trace.ffn[last, -1])),
+        ("ffn_residual", float(trace.ffn_residual[last, -1])),
+    ):
         for threshold, there in ((value, False), (float(np.nextafter(np.float32(value), np.float32(0))), True)):
             edges = trace.route(threshold=threshold).edges
             found = edges[(edges.layer == last) & (edges.kind == kind) & (edges.target == len(IDS) - 1)]
@@ -112,7 +118,8 @@ def test_nothing_above_the_threshold_is_an_empty_route(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("position", "threshold", "error"), [(7, 0.1, IndexError), (-8, 0.1, IndexError), (0, 1.0, ValueError), (0, -0.1, ValueError)]
+    ("position", "threshold", "error"),
+    [(7, 0.1, IndexError), (-8, 0.1, IndexError), (0, 1.0, ValueError), (0, -0.1, ValueError)],
 )
 def test_bad_positions_and_thresholds(position, threshold, error):
     with pytest.raises(error):

@@ -75,7 +75,9 @@ class Served:
             "X-Flowroutes": self.app.key,
         }
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        sent |= {"Content-Length": str(len(content))} | {name.replace("_", "-"): value for name, value in headers.items()}
+        sent |= {"Content-Length": str(len(content))} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         for name, value in sent.items():
@@ -86,7 +88,9 @@ class Served:
         text = answer.read().decode()
         connection.close()
         self.headers = dict(answer.getheaders())
-        return answer.status, json.loads(text) if answer.getheader("content-type", "").startswith("application/json") else text
+        return answer.status, json.loads(text) if answer.getheader("content-type", "").startswith(
+            "application/json"
+        ) else text
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +124,14 @@ def click(found, **changes):
     """The question that the page asks about its first set."""
     one = found["sets"][0]
     return {
-        "text": SAID, "number": one["number"], "have": one["have"], "roots": [5], "threshold": 0.02, "renormalize": True, **changes,
-    }  # fmt: skip
+        "text": SAID,
+        "number": one["number"],
+        "have": one["have"],
+        "roots": [5],
+        "threshold": 0.02,
+        "renormalize": True,
+        **changes,
+    }
 
 
 def passes(tracer):
@@ -168,7 +178,9 @@ def test_both_measures_come_from_one_pass(measure, memory):
     (kept,) = tracer.kept.values()
     full = fr.trace(tracer.model, Tokenizer(), SAID, measure=measure)
     for roots, threshold, renormalize in (([15], 0.04, True), ([7], 0.02, False), ([3], 0.003, True)):
-        tracer.walk(server.Click(**click(found, roots=roots, threshold=threshold, renormalize=renormalize, measure=measure)))
+        tracer.walk(
+            server.Click(**click(found, roots=roots, threshold=threshold, renormalize=renormalize, measure=measure))
+        )
         mine, theirs = (one.route(roots, threshold, renormalize).edges for one in (kept.traces[measure], full))
         assert mine.iloc[:, :5].equals(theirs.iloc[:, :5])
         np.testing.assert_allclose(mine["importance"], theirs["importance"], rtol=1e-4, atol=1e-6)
@@ -351,7 +363,12 @@ def test_what_only_we_can_mend_is_said_too(served, monkeypatch):
 def test_rate():
     now = [0.0]
     guard = server.Guard(None, port=80, key="k", limits=server.Limits(per_minute=3, clicks=1), clock=lambda: now[0])
-    headers = [("host", "localhost"), ("x-flowroutes", "k"), ("content-type", "application/json"), ("content-length", "9")]
+    headers = [
+        ("host", "localhost"),
+        ("x-flowroutes", "k"),
+        ("content-type", "application/json"),
+        ("content-length", "9"),
+    ]
     for _ in range(3):
         guard.check("POST", headers)
     with pytest.raises(server.Refused, match="more than 3 requests"):
@@ -379,7 +396,9 @@ def test_prompts_typed_into_the_page():
     notice, count = "document.getElementById('notice').textContent", "document.getElementById('count').textContent"
 
     def ask(text, button="run"):
-        browser.run(f"document.getElementById('text').value = {json.dumps(text)}, document.getElementById('{button}').click()")
+        browser.run(
+            f"document.getElementById('text').value = {json.dumps(text)}, document.getElementById('{button}').click()"
+        )
         browser.wait("!flowroutes.state.asking", 60)
 
     try:
@@ -415,7 +434,9 @@ def test_prompts_typed_into_the_page():
 
 @pytest.mark.skipif(BINARY is None, reason="no chromium was found")
 def test_clicks_in_the_page():
-    """Roots, thresholds, measures and two prompts in a browser, against full traces; then states that are gone, and a server that is."""
+    """Roots, thresholds, measures and two prompts in a browser, against full traces; then states that are gone, and
+    a server that is.
+    """
     model, browser = Served(tokens=60, prompts=2), Chromium()
     ran, text = passes(model.tracer), SAID + " delta"
     full = {measure: fr.trace(make("llama"), Tokenizer(), text, measure=measure) for measure in ("proximity", "signed")}
@@ -442,11 +463,21 @@ def test_clicks_in_the_page():
         ran.clear()  # (the lens was fitted on the first tokens)
         for measure in ("proximity", "signed"):
             do(f"flowroutes.set({{measure: '{measure}'}})")
-            for root, threshold, renormalize in ((7, 0.04, True), (21, 0.015, True), (12, 0.003, False), (3, 0.3, True)):
-                said = do(f"flowroutes.set({{root: {root}, threshold: {threshold}, renormalize: {json.dumps(renormalize)}}})")
+            for root, threshold, renormalize in (
+                (7, 0.04, True),
+                (21, 0.015, True),
+                (12, 0.003, False),
+                (3, 0.3, True),
+            ):
+                said = do(
+                    f"flowroutes.set({{root: {root}, threshold: {threshold}, renormalize: {json.dumps(renormalize)}}})"
+                )
                 assert said.startswith(counted(full[measure].route(root, threshold, renormalize))), (measure, root)
                 assert not browser.run(notice)
-        said = do("flowroutes.set({root: 20, second: 9, compare: 'position', threshold: 0.01, measure: 'proximity', renormalize: true})")
+        said = do(
+            "flowroutes.set({root: 20, second: 9, compare: 'position', threshold: 0.01, measure: 'proximity', "
+            "renormalize: true})"
+        )
         parts = [counted(full["proximity"].route(root, 0.01)) for root in (20, 9)]
         assert said.startswith(f"A: {parts[0]}")
         assert f"B: {parts[1]}" in said
@@ -485,7 +516,9 @@ def test_open_decisions_are_settled_by_the_server(monkeypatch):
     try:
         browser.open(f"http://127.0.0.1:{model.port}/", ready="Boolean(window.flowroutes)")
         browser.run("flowroutes.set({renormalize: false})")
-        browser.run(f"document.getElementById('text').value = {json.dumps(text)}, document.getElementById('run').click()")
+        browser.run(
+            f"document.getElementById('text').value = {json.dumps(text)}, document.getElementById('run').click()"
+        )
         browser.wait("Boolean(flowroutes.scene) && !flowroutes.state.asking", 60)
         for threshold in opened:
             browser.run(f"flowroutes.set({{threshold: {threshold}, renormalize: false}})")
@@ -606,7 +639,19 @@ main()
 
 def from_the_command_line(file, handler="default_int_handler", speed=""):
     """A process that serves, its port, and a connection that stays open; its page."""
-    words = [sys.executable, "-c", SERVING, handler, os.path.dirname(__file__), speed, "view", str(file), "--serve", "--no-open", "--port"]
+    words = [
+        sys.executable,
+        "-c",
+        SERVING,
+        handler,
+        os.path.dirname(__file__),
+        speed,
+        "view",
+        str(file),
+        "--serve",
+        "--no-open",
+        "--port",
+    ]
     process = subprocess.Popen([*words, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", process.stdout.readline())[1])
     idle = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -623,7 +668,9 @@ def interrupted(process):
 
 
 def test_serving_from_the_command_line(files):
-    """A whole run: the port is said, the page answers, a second server on the port is refused, Ctrl+C ends the first beside an open connection."""
+    """A whole run: the port is said, the page answers, a second server on the port is refused, Ctrl+C ends the
+    first beside an open connection.
+    """
     process, port, idle, text = from_the_command_line(files / "a-proximity.safetensors", "SIG_IGN")
     try:
         assert json.loads(re.search(r'id="about-data">(.*?)</script>', text, re.S)[1])["prompt"] == SAID
@@ -641,7 +688,9 @@ def test_an_interrupt_does_not_wait_for_an_answer(files):
     try:
         key = re.search(r'data-key="(.*?)"', text)[1]
         asking = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        asking.request("POST", "/trace", json.dumps({"text": SAID}), {"Content-Type": "application/json", "X-Flowroutes": key})
+        asking.request(
+            "POST", "/trace", json.dumps({"text": SAID}), {"Content-Type": "application/json", "X-Flowroutes": key}
+        )
         assert process.stderr.readline() == "tracing\n"
     finally:
         code, error, seconds = interrupted(process)

@@ -1,4 +1,6 @@
-"""Set-up: compiler options that make figures wrong are refused, and a source distribution holds what building and testing take."""
+"""Set-up: compiler options that make figures wrong are refused, and a source distribution holds what building and
+testing take.
+"""
 
 import os
 import shutil
@@ -14,13 +16,21 @@ ROOT = Path(__file__).parent.parent
 
 def setup(*arguments, **environment):
     command = [sys.executable, "setup.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"FLOWROUTES_CUDA": "0"} | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"FLOWROUTES_CUDA": "0"} | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
-    "given", [{"CFLAGS": "-O2 -ffast-math"}, {"CXXFLAGS": "-Ofast"}, {"LDFLAGS": "-ffast-math"}, {"CXX": "g++ -fno-signed-zeros"}]
+    "given",
+    [
+        {"CFLAGS": "-O2 -ffast-math"},
+        {"CXXFLAGS": "-Ofast"},
+        {"LDFLAGS": "-ffast-math"},
+        {"CXX": "g++ -fno-signed-zeros"},
+    ],
 )
 def test_options_that_change_figures_are_refused(given, tmp_path):
     said = setup("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp", **given)
@@ -30,17 +40,34 @@ def test_options_that_change_figures_are_refused(given, tmp_path):
 
 
 def test_without_a_compiler_the_package_installs(tmp_path):
-    said = setup("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp", CC="/no/such/cc", CXX="/no/such/c++")
+    said = setup(
+        "build_ext",
+        "--build-lib",
+        tmp_path / "lib",
+        "--build-temp",
+        tmp_path / "temp",
+        CC="/no/such/cc",
+        CXX="/no/such/c++",
+    )
     assert "the native extension was not built" in said
     assert "'reference' backend" in said
 
 
-@pytest.mark.parametrize("option", ["-ffast-math", "-funsafe-math-optimizations", "-ffinite-math-only", "-fno-signed-zeros"])
+@pytest.mark.parametrize(
+    "option", ["-ffast-math", "-funsafe-math-optimizations", "-ffinite-math-only", "-fno-signed-zeros"]
+)
 def test_kernels_do_not_compile_with_them(option):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the CUDA headers or g++ not found")
-    command = [compiler, "-std=c++17", "-fsyntax-only", option, "-DFLOWROUTES_ISA=baseline", ROOT / "csrc/proximity_cpu.cpp"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-fsyntax-only",
+        option,
+        "-DFLOWROUTES_ISA=baseline",
+        ROOT / "csrc/proximity_cpu.cpp",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode
     assert "flowroutes_fast needs IEEE arithmetic" in done.stderr
@@ -90,12 +117,17 @@ with open({log!r}, "a") as log:
     print(*sys.argv[1:], file=log)
 open(sys.argv[sys.argv.index("-o") + 1], "w").close()
 """
-ON_MACHINE = "import platform, runpy, sys; platform.machine = lambda: {machine!r}; sys.argv = {argv!r}; runpy.run_path('setup.py')"
+ON_MACHINE = (
+    "import platform, runpy, sys; platform.machine = lambda: {machine!r}; sys.argv = {argv!r}; "
+    "runpy.run_path('setup.py')"
+)
 
 
 @pytest.mark.parametrize(("machine", "sets"), [("aarch64", {"baseline"}), ("x86_64", {"baseline", "avx2", "avx512"})])
 def test_instruction_sets_are_those_of_the_machine(machine, sets, tmp_path):
-    """A compiler that only writes down what it is asked: no option of another processor, no kernels that are asked for and not built."""
+    """A compiler that only writes down what it is asked: no option of another processor, no kernels that are asked
+    for and not built.
+    """
     log, compiler = tmp_path / "log", tmp_path / "compiler"
     compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
     compiler.chmod(0o755)
@@ -108,5 +140,7 @@ def test_instruction_sets_are_those_of_the_machine(machine, sets, tmp_path):
     assert [*(tmp_path / "lib").rglob("*.so")], done.stderr
     asked = log.read_text().split()
     assert {option.partition("=")[2] for option in asked if option.startswith("-DFLOWROUTES_ISA=")} == sets
-    assert {f"-DFLOWROUTES_{name.upper()}" for name in sets} == {o for o in asked if o.startswith("-DFLOWROUTES_") and "=" not in o}
+    assert {f"-DFLOWROUTES_{name.upper()}" for name in sets} == {
+        o for o in asked if o.startswith("-DFLOWROUTES_") and "=" not in o
+    }
     assert any(option.startswith("-mavx") for option in asked) == (machine == "x86_64")

@@ -1,4 +1,6 @@
-"""The documentation site builds without a warning and needs no network. Skipped where the extra ``docs`` is not installed."""
+"""The documentation site builds without a warning and needs no network. Skipped where the extra ``docs`` is not
+installed.
+"""
 
 import importlib.util
 import os
@@ -11,14 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NEEDS = ("mkdocs", "material", "mkdocstrings_handlers", "mkdocs_jupyter", "latex2mathml")
-pytestmark = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in NEEDS), reason="the extra 'docs' is not installed")
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in NEEDS), reason="the extra 'docs' is not installed"
+)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, timeout=280)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -34,7 +40,9 @@ def test_nothing_is_fetched_from_elsewhere(site):
             continue
         text = page.read_text(encoding="utf-8")
         fetched = re.findall(
-            r'<(?:script|img|iframe)[^>]*\ssrc="?(https?://[^" >]+)|<link[^>]*rel="?stylesheet[^>]*href="?(https?://[^" >]+)', text
+            r'<(?:script|img|iframe)[^>]*\ssrc="?(https?://[^" '
+            r'>]+)|<link[^>]*rel="?stylesheet[^>]*href="?(https?://[^" >]+)',
+            text,
         )
         assert not fetched, (page.name, fetched)
         assert "unpkg.com" not in text, page.name
@@ -58,4 +66,6 @@ def test_the_reference_documents_every_public_name(site):
 
 def test_result_files_that_pages_quote_are_part_of_it(site):
     assert (site / "benchmarks/results/amd-epyc-2-cores.json").is_file()
-    assert 'href="benchmarks/results/' in (site / "limits.html").read_text(encoding="utf-8").replace('href="./', 'href="')
+    assert 'href="benchmarks/results/' in (site / "limits.html").read_text(encoding="utf-8").replace(
+        'href="./', 'href="'
+    )

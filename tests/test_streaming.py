@@ -48,7 +48,8 @@ def same_bits(a, b):
         assert torch.equal(index, other_index)
         assert torch.equal(value, other)
     assert [text for text, _ in a.prediction] == [text for text, _ in b.prediction]
-    np.testing.assert_allclose([p for _, p in a.prediction], [p for _, p in b.prediction], rtol=1e-6)  # alignment of mapped weights
+    # alignment of mapped weights
+    np.testing.assert_allclose([p for _, p in a.prediction], [p for _, p in b.prediction], rtol=1e-6)
 
 
 @pytest.mark.demo_model
@@ -93,7 +94,9 @@ def test_temporary_files_go_with_the_model(monkeypatch, tmp_path, tmp_path_facto
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("text", "bytes_"), [("8GiB", 2**33), ("500 MB", 5 * 10**8), ("1.5g", 15 * 10**8), (1000, 1000), ("64", 64)])
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("8GiB", 2**33), ("500 MB", 5 * 10**8), ("1.5g", 15 * 10**8), (1000, 1000), ("64", 64)]
+)
 def test_memory_sizes(text, bytes_):
     assert parse_memory(text) == bytes_
 
@@ -162,11 +165,14 @@ def test_places_are_those_of_the_files(checkpoint):
     places = tensor_places(folder)
     assert set(places) == set(model.state_dict())
     place = places["model.layers.1.self_attn.o_proj.weight"]
-    stored = torch.frombuffer(bytearray(place.file.read_bytes()[place.offset : place.offset + place.count]), dtype=torch.float32)
+    stored = torch.frombuffer(
+        bytearray(place.file.read_bytes()[place.offset : place.offset + place.count]), dtype=torch.float32
+    )
     assert torch.equal(stored.view(60, -1), model.model.layers[1].self_attn.o_proj.weight)
 
 
-@pytest.mark.parametrize("name", [n for n in (*OPTIONS, *VARIANTS) if n != "falcon, sequential"])  # that one needs eager attention
+# that one needs eager attention
+@pytest.mark.parametrize("name", [n for n in (*OPTIONS, *VARIANTS) if n != "falcon, sequential"])
 def test_every_family_streams(name, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path)
@@ -226,12 +232,16 @@ def test_many_prompts_in_groups_that_fit(half, monkeypatch, tmp_path):
     streamed, _ = fr.open_streaming(folder)
     stream = stream_of(streamed)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(sys.modules["flowroutes_fast.tracing.trace"], "working_memory", lambda model, tokens, options, batch: batch)
+    monkeypatch.setattr(
+        sys.modules["flowroutes_fast.tracing.trace"], "working_memory", lambda model, tokens, options, batch: batch
+    )
     stream.budget = stream.weights + 2
     read, spilled = [], []
     load, close = stream.feed._load, by_layer.States.close
     monkeypatch.setattr(stream.feed, "_load", lambda index, **more: read.append(index) or load(index, **more))
-    monkeypatch.setattr(by_layer.States, "close", lambda self: spilled.append((self.spilled, list(tmp_path.iterdir()))) or close(self))
+    monkeypatch.setattr(
+        by_layer.States, "close", lambda self: spilled.append((self.spilled, list(tmp_path.iterdir()))) or close(self)
+    )
     found = fr.trace(streamed, None, PROMPTS)
     assert read == list(range(len(model.model.layers)))
     assert spilled[0][0] > 0

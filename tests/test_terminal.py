@@ -1,4 +1,6 @@
-"""What a terminal is given: no character of a model's name, a path or an error acts on it; hints name options of the command."""
+"""What a terminal is given: no character of a model's name, a path or an error acts on it; hints name options of
+the command.
+"""
 
 import io
 import json
@@ -55,7 +57,10 @@ def hostile_model(monkeypatch):
         is_fast = True
 
         def __call__(self, text, **_):
-            return {"input_ids": [3 + ord(c) % 90 for c in text], "offset_mapping": [(i, i + 1) for i in range(len(text))]}
+            return {
+                "input_ids": [3 + ord(c) % 90 for c in text],
+                "offset_mapping": [(i, i + 1) for i in range(len(text))],
+            }
 
         def decode(self, ids, **_):
             return " ".join(map(str, ids))
@@ -74,7 +79,9 @@ def test_a_models_name_in_the_commands(hostile_model, monkeypatch, capsys, tmp_p
     assert "[bold]\\x1b[31m/route.html" in out
     lines = tmp_path / "lines.txt"
     lines.write_text("One text.\nAnother one.\n")
-    code, out, error = run(monkeypatch, capsys, "corpus", lines, "--model", "x", "--out", tmp_path / "run", "--split", "line")
+    code, out, error = run(
+        monkeypatch, capsys, "corpus", lines, "--model", "x", "--out", tmp_path / "run", "--split", "line"
+    )
     assert (code, harmless(out)) == (0, True), error
     code, out, _ = run(monkeypatch, capsys, "trace", "Hello", "--model", "x", "--json")
     assert (code, harmless(out)) == (0, True)
@@ -86,7 +93,9 @@ def test_a_models_name_in_python(hostile_model):
     assert harmless(repr(trace) + repr(trace.route()) + trace.route().to_text())
 
 
-@pytest.mark.parametrize("words", [("trace", "x", "--model"), ("view", "--model"), ("estimate",), ("analyze", "--out", "o")])
+@pytest.mark.parametrize(
+    "words", [("trace", "x", "--model"), ("view", "--model"), ("estimate",), ("analyze", "--out", "o")]
+)
 def test_names_and_paths_in_errors(monkeypatch, capsys, tmp_path, words):
     monkeypatch.chdir(tmp_path)
     more = ("--tokens", "3") if words[0] == "estimate" else ("x.safetensors",) if words[0] == "view" else ()
@@ -114,8 +123,11 @@ def test_spinners_and_tables_take_text_as_it_is(monkeypatch):
 
 def test_logs_and_warnings_of_other_libraries(capsys):
     with terminal.readable_messages():
-        record = logging.getLogger("of a library").makeRecord("x", logging.WARNING, "f", 1, "model %s\nis new", (HOSTILE,), None)
-        assert warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "f", 1).isprintable() is False  # it ends a line
+        record = logging.getLogger("of a library").makeRecord(
+            "x", logging.WARNING, "f", 1, "model %s\nis new", (HOSTILE,), None
+        )
+        # it ends a line
+        assert warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "f", 1).isprintable() is False
         assert harmless(warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "f", 1))
     assert harmless(logging.getLogRecordFactory()("x", 30, "f", 1, "m", (), None).getMessage())
     assert record.getMessage().count("\n") == 2
@@ -127,13 +139,16 @@ def test_logs_and_warnings_of_other_libraries(capsys):
         ("trace again with floor=0.0005", "trace again with --floor 0.0005"),
         ("trace again with thresholds=[0.02], or", "trace again with --threshold 0.02, or"),
         ("trace again with precision='exact', dense=True", "trace again with --precision exact"),
-        ("ways out: fewer tokens, precision='certified', dense=False, neurons=False, positions=[...]", "ways out: fewer tokens, --precision certified"),
+        (
+            "ways out: fewer tokens, precision='certified', dense=False, neurons=False, positions=[...]",
+            "ways out: fewer tokens, --precision certified",
+        ),
         ("rule='flow' has no renormalize=False: flow", "--rule flow has no --no-renormalize: flow"),
         ("rule='flow' needs keep= (the share)", "--rule flow needs --keep (the share)"),
         ("no folder at 'a/rule=x'", "no folder at 'a/rule=x'"),
         ("seed=3 is what it is", "seed=3 is what it is"),
     ],
-)  # fmt: skip
+)
 def test_hints_are_options(said, wanted):
     options = [flag for p in cli._commands()["trace"].params for flag in (*p.opts, *p.secondary_opts)]
     assert terminal.in_options(said, options) == wanted
@@ -150,14 +165,27 @@ def test_low_thresholds_and_floors(hostile_model, monkeypatch, capsys, tmp_path)
         code, _, error = run(monkeypatch, capsys, *words, "--threshold", "0")
         assert (code, "--precision exact" in error) == (2, True)
     assert run(monkeypatch, capsys, "trace", "Hello", "--threshold", "0", "--precision", "exact")[0] == 0
-    assert run(monkeypatch, capsys, "trace", "Hello", "--floor", "0.0001", "--rule", "flow", "--threshold", "0.00001")[0] == 0
+    assert (
+        run(monkeypatch, capsys, "trace", "Hello", "--floor", "0.0001", "--rule", "flow", "--threshold", "0.00001")[0]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ValueError(), 2), (MemoryError(), 2), (OSError(), 2), (ImportError(), 2), (FileNotFoundError(2, "no such file", "x"), 2), (KeyError("x"), 1),
-     (RuntimeError("backend 'cuda' is missing"), 2), (RuntimeError("?"), 1), (AssertionError(), 1), (RecursionError(), 1)],
-)  # fmt: skip
+    [
+        (ValueError(), 2),
+        (MemoryError(), 2),
+        (OSError(), 2),
+        (ImportError(), 2),
+        (FileNotFoundError(2, "no such file", "x"), 2),
+        (KeyError("x"), 1),
+        (RuntimeError("backend 'cuda' is missing"), 2),
+        (RuntimeError("?"), 1),
+        (AssertionError(), 1),
+        (RecursionError(), 1),
+    ],
+)
 def test_every_error_is_one_sentence(error, code, monkeypatch, capsys):
     def fails(name):
         raise error
@@ -189,17 +217,31 @@ SHELL = "import sys; from flowroutes_fast.cli import main; main()"
 def test_a_reader_that_is_gone(redirect, tmp_path):
     """Quiet: no traceback, and nothing that the interpreter says at its end."""
     command = f"exec {sys.executable} -W ignore -c '{SHELL}' --help {redirect}"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command.removeprefix('exec ') if '|' in redirect else command}"],
-                          capture_output=True, text=True, timeout=100)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command.removeprefix('exec ') if '|' in redirect else command}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.stderr == ""
     assert done.returncode in (0, 1)
 
 
 def test_a_full_disk_and_a_narrow_encoding():
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -W ignore -c '{SHELL}' --version > /dev/full"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "flowroutes: cannot write to standard output: No space left on device\n")
-    code = "from flowroutes_fast.cli.terminal import open_streams, print_json, say; open_streams(); say('é 日'); print_json({'日': 1})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -W ignore -c '{SHELL}' --version > /dev/full"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "flowroutes: cannot write to standard output: No space left on device\n",
+    )
+    code = (
+        "from flowroutes_fast.cli.terminal import open_streams, print_json, say; open_streams(); say('é 日'); "
+        "print_json({'日': 1})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"}
+    )
     assert done.stdout == b'\xe9 \\u65e5\n{"\\u65e5": 1}\n', done.stderr
 
 

@@ -39,9 +39,13 @@ def test_importances_equal_an_fp64_evaluation(kind):
 
     def compare(layer):
         parts = parts_of(layer)
-        pattern = attention_pattern(layer.query.double(), layer.key.double(), scaling=layer.scaling, mask=layer.mask, window=layer.window)
+        pattern = attention_pattern(
+            layer.query.double(), layer.key.double(), scaling=layer.scaling, mask=layer.mask, window=layer.window
+        )
         group = parts.w_o.shape[0] // parts.value.shape[0]
-        z = torch.einsum("hqk,hkd,hdm->qkhm", pattern, parts.value.double().repeat_interleave(group, 0), parts.w_o.double())
+        z = torch.einsum(
+            "hqk,hkd,hdm->qkhm", pattern, parts.value.double().repeat_interleave(group, 0), parts.w_o.double()
+        )
         y = parts.whole.double()
 
         def proximity(part, whole):
@@ -98,7 +102,12 @@ def test_parity_with_the_reference_tool(demo, name, text):
         parts, i = parts_of(layer), layer.index
         pattern = attention_pattern(layer.query, layer.key, scaling=layer.scaling)
         edge, residual = ops.attention_importances(
-            pattern[None], parts.value.transpose(0, 1)[None], parts.w_o, parts.residual[None], parts.whole[None], clip=1e-5
+            pattern[None],
+            parts.value.transpose(0, 1)[None],
+            parts.w_o,
+            parts.residual[None],
+            parts.whole[None],
+            clip=1e-5,
         )
         assert (edge[0] - wanted[f"{name}.attention"][i]).abs().max() < 3e-4
         assert (residual[0] - wanted[f"{name}.attention_residual"][i]).abs().max() < 3e-4
@@ -122,7 +131,10 @@ def test_the_demo_prediction_and_route(demo):
 
 def test_dense_or_edges_say_the_same():
     model = tiny("llama")
-    dense, sparse = fr.trace(model, None, IDS, precision="exact"), fr.trace(model, None, IDS, precision="exact", dense=False, floor=0.01)
+    dense, sparse = (
+        fr.trace(model, None, IDS, precision="exact"),
+        fr.trace(model, None, IDS, precision="exact", dense=False, floor=0.01),
+    )
     for renormalize in (True, False):
         a, b = (t.route(threshold=0.02, renormalize=renormalize).edges for t in (dense, sparse))
         keys = ["layer", "kind", "target", "source", "head"]
@@ -198,7 +210,11 @@ def test_unknown_families_and_wrong_parts_are_refused():
     from transformers import BertConfig, BertModel
 
     with pytest.raises(ValueError, match="bert is an encoder"):
-        fr.trace(BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)), None, [1])
+        fr.trace(
+            BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)),
+            None,
+            [1],
+        )
     model = tiny("llama")
     model.model.layers[1].self_attn.register_forward_hook(lambda m, a, out: (out[0] * 1.5, *out[1:]))
     with pytest.raises(ValueError, match="layer 1: the captured parts miss"):
@@ -212,7 +228,9 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     if hasattr(a, "__dataclass_fields__"):
-        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "settle")
+        return type(a) is type(b) and all(
+            same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "settle"
+        )
     return a == b
 
 
@@ -318,11 +336,19 @@ def test_traces_go_to_other_processes_and_back(open_trace):
         (lambda t: t.to_html("x.html", threshold=float("nan")), ValueError, "threshold must lie in"),
         (lambda t: t.to_html("x.html", position=[1]), TypeError, "position must be an integer"),
         (lambda t: t.to_html("x.html", other=[t]), TypeError, "other must be a trace, got a list"),
-        (lambda t: t.to_html("x.html", signed=t.route(threshold=0.3)), TypeError, "signed must be a trace, got a Route"),
+        (
+            lambda t: t.to_html("x.html", signed=t.route(threshold=0.3)),
+            TypeError,
+            "signed must be a trace, got a Route",
+        ),
         (lambda t: t.save(None), TypeError, "path must be"),
         (lambda t: t.save(3), TypeError, "path must be"),
         (lambda t: t.route(threshold=0.3).to_text("wide"), TypeError, "width must be an integer"),
-        (lambda t: t.route(threshold=0.3).to_circuit_tracer("x", min_weight="0"), TypeError, "min_weight must be a number"),
+        (
+            lambda t: t.route(threshold=0.3).to_circuit_tracer("x", min_weight="0"),
+            TypeError,
+            "min_weight must be a number",
+        ),
         (lambda t: t.route(threshold=0.3).to_circuit_tracer("x", slug=3), TypeError, "slug must be a text"),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-# The interpreter must be asked for before triton is imported, and other tests must not meet it: a child process runs this file.
+# The interpreter must be asked for before triton is imported, and other tests must not meet it: a child process runs
+# this file.
 IN_CHILD = os.environ.get("TRITON_INTERPRET") != "1"
 IDS = [3, 14, 15, 92, 65, 35, 89]
 KEYS = ["layer", "kind", "source", "target", "head"]
@@ -20,7 +21,9 @@ if IN_CHILD:
 
     def test_in_the_interpreter():
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        child = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=environment, capture_output=True, text=True)
+        child = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", __file__], env=environment, capture_output=True, text=True
+        )
         assert child.returncode == 0, child.stdout[-5000:]
 
 else:
@@ -31,7 +34,13 @@ else:
 
     def tiny(name):
         """One layer of a family: the interpreter takes a second for every few programs."""
-        model = make(name, num_hidden_layers=1, num_attention_heads=4, hidden_size=36, **({} if name == "gpt_neox" else {"head_dim": 10}))
+        model = make(
+            name,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            hidden_size=36,
+            **({} if name == "gpt_neox" else {"head_dim": 10}),
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:
@@ -67,7 +76,10 @@ else:
     @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
     def test_triton_through_trace(kind, launched):
         model = tiny(kind)
-        exact, found = fr.trace(model, None, IDS, precision="exact", backend="cpu"), fr.trace(model, None, IDS, backend="triton")
+        exact, found = (
+            fr.trace(model, None, IDS, precision="exact", backend="cpu"),
+            fr.trace(model, None, IDS, backend="triton"),
+        )
         assert {"attention_rows", "bounds"} <= set(launched)
         assert found.backend == "triton"
         assert (found.heads_low <= exact.heads + 1e-5).all()
@@ -75,7 +87,9 @@ else:
         assert (found.normaliser_low <= exact.normaliser_low * (1 + 1e-5)).all()
         assert (exact.normaliser_low <= found.normaliser_high * (1 + 1e-5)).all()
         for name in ("ffn", "ffn_residual", "attention_residual", "attention_bias"):
-            torch.testing.assert_close(getattr(found, name), getattr(exact, name), rtol=0.011, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(
+                getattr(found, name), getattr(exact, name), rtol=0.011, atol=1e-5, equal_nan=True
+            )
         same_route(found, exact)
 
     @pytest.mark.parametrize("kind", ["llama"])
@@ -93,7 +107,9 @@ else:
     @pytest.mark.parametrize("kind", ["mistral"])
     def test_signed_triton_through_trace(kind, launched):
         model = tiny(kind)
-        exact, found = (fr.trace(model, None, IDS, measure="signed", floor=0.01, backend=backend) for backend in ("cpu", "triton"))
+        exact, found = (
+            fr.trace(model, None, IDS, measure="signed", floor=0.01, backend=backend) for backend in ("cpu", "triton")
+        )
         assert "bounds" in launched
         for name in ("heads", "ffn", "attention_residual", "attention_bias"):
             torch.testing.assert_close(getattr(found, name), getattr(exact, name), rtol=1e-4, atol=1e-5)

@@ -40,9 +40,20 @@ REFUSED = {
 def test_one_text_gives_one_result_and_several_a_list(tmp_path):
     (tmp_path / "use.py").write_text(CODE)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--no-error-summary", str(tmp_path / "use.py")],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            "pyproject.toml",
+            "--no-error-summary",
+            str(tmp_path / "use.py"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert not done.stderr
     lines = done.stdout.splitlines()
     revealed = [line.split('"')[1] for line in lines if "Revealed type" in line]

@@ -156,7 +156,9 @@ def test_text_shows_marks_and_heads(small):
 @pytest.mark.parametrize("shape", ["sequential", "parallel"])
 def test_text_stays_within_width(width, shape):
     for tokens in (HOSTILE, ["x"], [f" token{i}" for i in range(120)]):
-        route = make_route(tokens, full_rows(len(tokens), 3, shape), shape=shape, prediction=[(token, 0.1) for token in tokens[:9]])
+        route = make_route(
+            tokens, full_rows(len(tokens), 3, shape), shape=shape, prediction=[(token, 0.1) for token in tokens[:9]]
+        )
         lines = route_text(route, width).splitlines()
         assert max(cell_len(line) for line in lines) <= width
 
@@ -187,7 +189,9 @@ def test_every_head_is_in_the_page(small):
 def test_page_draws_what_its_data_lists(small):
     page = route_html(small)
     data = page_data(page)
-    assert page.count('<g class="edge ') - page[page.index('<dl class="legend">') :].count('<g class="edge ') == len(data["edges"])
+    assert page.count('<g class="edge ') - page[page.index('<dl class="legend">') :].count('<g class="edge ') == len(
+        data["edges"]
+    )
     assert [node["name"] for node in data["nodes"]] == ["X0_0", "X0_2", "A0_0", "A0_2", "I0_0", "I0_2", "A1_2", "I1_2"]
     edge = next(e for e in data["edges"] if e["kind"] == "attention" and e["layer"] == 1)
     assert (data["nodes"][edge["from"]]["name"], data["nodes"][edge["to"]]["name"]) == ("I0_0", "A1_2")
@@ -237,7 +241,9 @@ def test_parallel_layers_have_no_state_after_attention():
     route = make_route(["a", "b"], full_rows(2, 3, "parallel"), shape="parallel")
     page = route_html(route)
     data = page_data(page)
-    assert {node["name"] for node in data["nodes"]} == {f"{state}_{i}" for state in ("X0", "I0", "I1", "I2") for i in range(2)}
+    assert {node["name"] for node in data["nodes"]} == {
+        f"{state}_{i}" for state in ("X0", "I0", "I1", "I2") for i in range(2)
+    }
     ffn = next(e for e in data["edges"] if e["kind"] == "ffn" and e["layer"] == 1)
     assert (data["nodes"][ffn["from"]]["name"][:2], data["nodes"][ffn["to"]]["name"][:2]) == ("I0", "I1")
     assert "residual stream after attention" not in page
@@ -254,7 +260,11 @@ def test_long_prompt_keeps_every_label():
 
 
 def test_negative_and_unnamed_parts(small):
-    rows = [(0, "attention", 0, 1, 2, -0.31), (0, "attention", 0, 1, -1, 0.05), (0, "attention_residual", 1, 1, -1, 0.9)]
+    rows = [
+        (0, "attention", 0, 1, 2, -0.31),
+        (0, "attention", 0, 1, -1, 0.05),
+        (0, "attention_residual", 1, 1, -1, 0.9),
+    ]
     route = make_route(["a", "b"], rows, n_layers=1)
     route.measure = "signed"
     assert strongest_edges(route)["head"].tolist() == ["L0H2", "L0 rest"]

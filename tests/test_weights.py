@@ -1,4 +1,6 @@
-"""The weight and bias that a module really has, whatever stores it; in which numbers a block computes; why parts may not add up."""
+"""The weight and bias that a module really has, whatever stores it; in which numbers a block computes; why parts
+may not add up.
+"""
 
 import copy
 import functools
@@ -17,7 +19,13 @@ from flowroutes_fast.models.precision import coarsest_dtype, tolerance
 from flowroutes_fast.models.weights import check_adapters, effective_bias, effective_weight
 
 IDS = [3, 14, 15, 92, 65, 35, 89, 79]
-SHAPE = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+SHAPE = {
+    "hidden_size": 64,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+}
 
 
 def needs(*packages):
@@ -268,7 +276,9 @@ def adapted(kind, **options):
     torch.manual_seed(1)
     if not hasattr(peft, kind):
         pytest.skip(f"this peft has no {kind}")
-    model = peft.get_peft_model(llama(), getattr(peft, kind)(**({"target_modules": ["o_proj", "v_proj"]} | options))).eval()
+    model = peft.get_peft_model(
+        llama(), getattr(peft, kind)(**({"target_modules": ["o_proj", "v_proj"]} | options))
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -331,7 +341,9 @@ def test_a_trace_with_a_lora_bias_is_that_of_the_merged_model():
 def test_lora_on_the_fused_transposed_layers_of_gpt2(options):
     import peft
 
-    config = peft.LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False, **options)
+    config = peft.LoraConfig(
+        target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False, **options
+    )
     model = peft.get_peft_model(make("gpt2"), config).eval()
     found = fr.trace(model, None, IDS, neurons=True)
     merged = fr.trace(copy.deepcopy(model).merge_and_unload(), None, IDS, neurons=True)
@@ -361,7 +373,9 @@ def test_an_adapter_on_offloaded_weights(tmp_path):
 
     llama().save_pretrained(tmp_path / "model")
     models = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"),
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+        ),
         AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
     ]
     outputs = []
@@ -370,7 +384,8 @@ def test_an_adapter_on_offloaded_weights(tmp_path):
         adapter = get_peft_model(model.eval(), LoraConfig(target_modules=["o_proj"]))
         outputs.append(blocks_of(adapter.get_base_model())[0].output)
         if len(outputs) == 1:
-            with pytest.raises(ValueError, match="has no weights"):  # PEFT leaves the adapter of an offloaded layer without any
+            # PEFT leaves the adapter of an offloaded layer without any
+            with pytest.raises(ValueError, match="has no weights"):
                 effective_weight(outputs[0], 0)
         for part in (outputs[-1].lora_A["default"], outputs[-1].lora_B["default"]):
             nn.init.normal_(part.to_empty(device="cpu").weight)

@@ -1,4 +1,6 @@
-"""Prompts of a batch evaluated side by side: the same answers, the first error, and nothing of torch's settings changed."""
+"""Prompts of a batch evaluated side by side: the same answers, the first error, and nothing of torch's settings
+changed.
+"""
 
 import multiprocessing
 import threading
@@ -30,7 +32,10 @@ def test_side_by_side_indeed():
     meeting = threading.Barrier(2)  # two items that wait for each other
     names = workers.run_all(lambda number: (meeting.wait(10), threading.current_thread().name)[1], [(0,), (1,)], 2)
     assert len(set(names)) == 2
-    assert workers.run_all(lambda number: threading.current_thread().name, [(0,), (1,)], 1) == [threading.current_thread().name] * 2
+    assert (
+        workers.run_all(lambda number: threading.current_thread().name, [(0,), (1,)], 1)
+        == [threading.current_thread().name] * 2
+    )
 
 
 def test_results_in_order_without_gradients_and_torch_left_alone():

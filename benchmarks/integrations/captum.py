@@ -1,7 +1,8 @@
-"""Scores of prompt tokens for a given continuation: captum's methods for language models beside the token attribution of routes.
+"""Scores of prompt tokens for a given continuation: captum's methods for language models beside the token attribution
+of routes.
 
-They measure different things (a change or a derivative of the continuation's log-probability there, the make-up of the states that predict
-it here); what is compared is the price of a table [output token, input token].
+They measure different things (a change or a derivative of the continuation's log-probability there, the make-up of the
+states that predict it here); what is compared is the price of a table [output token, input token].
 
 python benchmarks/integrations/captum.py --out benchmarks/results/integrations/captum.json
 """
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 
 TEXT = (
-    "When Mary and John went to the store, John gave a drink to Mary. She thanked him and they walked home along the river, where the boats "
+    "When Mary and John went to the store, John gave a drink to Mary. She thanked him and they walked home along the "
+    "river, where the boats "
     "of the fishermen lay in the evening sun and two dogs ran after a ball that nobody had thrown. "
 )
 TARGET = " Mary because she was thirsty"
@@ -61,7 +63,8 @@ def call(side, model, tokenizer, prompt):
         return lambda: method.attribute(given, target=TARGET, n_steps=STEPS)
     if side.startswith("feature ablation"):
         method = LLMAttribution(FeatureAblation(model), tokenizer)
-        return lambda: method.attribute(given, target=TARGET, forward_in_tokens=side.endswith("token by token"))  # captum's default is True
+        # captum's default is True
+        return lambda: method.attribute(given, target=TARGET, forward_in_tokens=side.endswith("token by token"))
     method = LLMAttribution(ShapleyValueSampling(model), tokenizer)
     return lambda: method.attribute(given, target=TARGET, n_samples=SHAPLEY_SAMPLES, forward_in_tokens=False)
 
@@ -78,14 +81,17 @@ def memory(side, tokens):
     """Peak bytes of one call above the loaded, once used model, in a process of its own."""
     code = (
         f"import sys; sys.path[:] = [p for p in sys.path if p != {str(Path(__file__).parent)!r}]\n"
-        f"import importlib.util as u; s = u.spec_from_file_location('b', {str(Path(__file__))!r}); b = u.module_from_spec(s); s.loader.exec_module(b)\n"
+        f"import importlib.util as u; s = u.spec_from_file_location('b', {str(Path(__file__))!r}); b = "
+        f"u.module_from_spec(s); s.loader.exec_module(b)\n"
         "import torch, flowroutes_fast as fr, captum.attr; model, tokenizer = fr.load('demo')\n"
         f"b.call({side!r}, model, tokenizer, 'Mary')\n"
         "with torch.no_grad(): model(**tokenizer('Mary', return_tensors='pt'))\n"
         f"run = b.call({side!r}, model, tokenizer, b.prompt_of(tokenizer, {tokens}))\n"
         "before = b.peak(reset=True); run(); print(b.peak() - before)"
     )
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def main():
@@ -120,10 +126,12 @@ def main():
         seconds = {side: statistics.median(kept) for side, kept in times.items()}
         rows.append(
             {
-                "prompt tokens": tokens, "output tokens": shapes.pop()[0], "seconds": seconds,
+                "prompt tokens": tokens,
+                "output tokens": shapes.pop()[0],
+                "seconds": seconds,
                 "peak bytes": {side: memory(side, tokens) for side in sides},
             }
-        )  # fmt: skip
+        )
         print(json.dumps(rows[-1], indent=1), flush=True)
     what = {
         "model": "SmolLM2-135M, fp32",

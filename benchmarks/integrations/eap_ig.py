@@ -1,4 +1,5 @@
-"""Component-to-component scores at EAP-IG's shapes: the broadcast that it makes against component_importances, on equal activations.
+"""Component-to-component scores at EAP-IG's shapes: the broadcast that it makes against component_importances, on equal
+activations.
 
     python benchmarks/integrations/eap_ig.py --out benchmarks/results/integrations/eap_ig.json --checkout FOLDER
 
@@ -39,7 +40,8 @@ def cases(layers, heads, width, texts, tokens):
     targets = []
     for layer in range(layers):
         first = 1 + layer * (heads + 1)
-        targets += [(first, heads, 3), (first + heads, 1, 1)]  # sources before, heads that read, inputs per head (query, key, value)
+        # sources before, heads that read, inputs per head (query, key, value)
+        targets += [(first, heads, 3), (first + heads, 1, 1)]
     return outputs, [*targets, (n, 1, 1)]
 
 
@@ -78,7 +80,9 @@ def memory(side, shape):
 
 
 def whole(checkout, repeats):
-    """EAP-IG's own function against :func:`flowroutes_fast.integrations.eap_ig.scores`, on a random GPT-2 small, forward pass included."""
+    """EAP-IG's own function against :func:`flowroutes_fast.integrations.eap_ig.scores`, on a random GPT-2 small,
+    forward pass included.
+    """
     sys.path.insert(0, f"{checkout}/src")
     import transformer_lens
     from eap import attribute
@@ -88,9 +92,18 @@ def whole(checkout, repeats):
 
     layers, heads, width = MODELS["GPT-2 small"]
     torch.manual_seed(0)
-    config = {"n_ctx": 64, "d_mlp": 4 * width, "d_vocab": 1000, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu"}
+    config = {
+        "n_ctx": 64,
+        "d_mlp": 4 * width,
+        "d_vocab": 1000,
+        "act_fn": "gelu_new",
+        "normalization_type": "LN",
+        "device": "cpu",
+    }
     model = transformer_lens.HookedTransformer(
-        transformer_lens.HookedTransformerConfig(n_layers=layers, d_model=width, d_head=width // heads, n_heads=heads, **config)
+        transformer_lens.HookedTransformerConfig(
+            n_layers=layers, d_model=width, d_head=width // heads, n_heads=heads, **config
+        )
     )
     for switch in (model.set_use_attn_result, model.set_use_split_qkv_input, model.set_use_hook_mlp_in):
         switch(True)  # its own function needs them
@@ -116,9 +129,14 @@ def whole(checkout, repeats):
     medians = {name: statistics.median(kept[1:]) for name, kept in seconds.items()}
     worst = float((found["theirs"] - found["ours"]).abs().max())
     return {
-        "model": "GPT-2 small", "texts": 1, "tokens": 20, "transformer_lens": version("transformer_lens"), "seconds": medians,
-        "ratio": medians["theirs"] / medians["ours"], "largest difference": worst,
-    }  # fmt: skip
+        "model": "GPT-2 small",
+        "texts": 1,
+        "tokens": 20,
+        "transformer_lens": version("transformer_lens"),
+        "seconds": medians,
+        "ratio": medians["theirs"] / medians["ours"],
+        "largest difference": worst,
+    }
 
 
 def main():
@@ -154,14 +172,23 @@ def main():
             seconds = {side: statistics.median(kept) - shared for side, kept in times.items()}
             rows.append(
                 {
-                    "model": name, "texts": texts, "tokens": tokens, "seconds": seconds, "ratio": seconds["theirs"] / seconds["ours"],
-                    "largest difference": worst, "peak bytes": {side: memory(side, shape) for side in times},
+                    "model": name,
+                    "texts": texts,
+                    "tokens": tokens,
+                    "seconds": seconds,
+                    "ratio": seconds["theirs"] / seconds["ours"],
+                    "largest difference": worst,
+                    "peak bytes": {side: memory(side, shape) for side in times},
                 }
-            )  # fmt: skip
+            )
             print(rows[-1])
     from flowroutes_fast.bench.run import conditions
 
-    what = {"what": "component-to-component scores of one batch, all layers", "repeats": options.repeats, "statistic": "median"}
+    what = {
+        "what": "component-to-component scores of one batch, all layers",
+        "repeats": options.repeats,
+        "statistic": "median",
+    }
     found = {"conditions": conditions("cpu", "cpu") | what, "rows": rows}
     if options.checkout:
         found["whole function"] = whole(options.checkout, options.repeats)

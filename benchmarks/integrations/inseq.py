@@ -1,4 +1,5 @@
-"""Scores of source tokens for generated tokens in inseq: its own methods beside information_flow_routes, on the same text.
+"""Scores of source tokens for generated tokens in inseq: its own methods beside information_flow_routes, on the same
+text.
 
 They measure different things; what is compared is the price of a call of model.attribute with the generated text given.
 
@@ -14,7 +15,8 @@ import time
 from pathlib import Path
 
 TEXT = (
-    "When Mary and John went to the store, John gave a drink to Mary. She thanked him and they walked home along the river, where the boats "
+    "When Mary and John went to the store, John gave a drink to Mary. She thanked him and they walked home along the "
+    "river, where the boats "
     "of the fishermen lay in the evening sun and two dogs ran after a ball that nobody had thrown. "
 )
 TARGET = " Mary because she was thirsty"
@@ -68,12 +70,15 @@ def memory(side, tokens):
         f"run = b.call({side!r}, model, tokenizer, b.prompt_of(tokenizer, {tokens}))\n"
         "before = b.peak(reset=True); run(); print(b.peak() - before)"
     )
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def main():
     here = Path(__file__).parent.resolve()
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]  # this folder's inseq.py and captum.py are not the libraries
+    # this folder's inseq.py and captum.py are not the libraries
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--tokens", type=int, nargs="+", default=[14, 128, 512])
@@ -99,11 +104,12 @@ def main():
                     times[side].append(time.perf_counter() - start)
         rows.append(
             {
-                "source tokens": tokens, "generated tokens": found.attr_pos_end - found.attr_pos_start,
+                "source tokens": tokens,
+                "generated tokens": found.attr_pos_end - found.attr_pos_start,
                 "seconds": {side: statistics.median(kept) for side, kept in times.items()},
                 "peak bytes": {side: memory(side, tokens) for side in sides},
             }
-        )  # fmt: skip
+        )
         print(json.dumps(rows[-1], indent=1), flush=True)
     what = {
         "model": "SmolLM2-135M, fp32",

@@ -2,10 +2,11 @@
 
     python benchmarks/integrations/llm_transparency_tool.py --tokens 64,100,160
 
-The model has SmolLM2-135M's shape and random weights. The tool is on no package index, so its side is the double of the tests (its interface
-and arithmetic in our words), which forms the same ``[query, key, head, d_model]`` tensors and adds edges one by one. Every side and length
-runs in a fresh process. Weights must be those of the tool computed in float64 within 3e-4, or nothing is written; the tool's own float32 sums
-over thousands of clipped parts are further from that than ours.
+The model has SmolLM2-135M's shape and random weights. The tool is on no package index, so its side is the double of the
+tests (its interface and arithmetic in our words), which forms the same ``[query, key, head, d_model]`` tensors and adds
+edges one by one. Every side and length runs in a fresh process. Weights must be those of the tool computed in float64
+within 3e-4, or nothing is written; the tool's own float32 sums over thousands of clipped parts are further from that
+than ours.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ def peak_kib(reset: bool = False) -> int:
     """Largest resident KiB of this process since the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
 
 
 def side(name: str, tokens: int, repeats: int, weights: str) -> dict:
-    """Figures of one side, in this process: seconds of the graph and of the routes of all tokens, memory above that of the finished run."""
+    """Figures of one side, in this process: seconds of the graph and of the routes of all tokens, memory above that
+    of the finished run.
+    """
     from flowroutes_fast.integrations import llm_transparency_tool as integration
 
     sys.path.insert(0, str(ROOT / "tests/integrations/transparency_double"))
@@ -91,8 +96,19 @@ def main() -> None:
         for tokens in map(int, given.tokens.split(",")):
             row: dict = {"tokens": tokens}
             for name in SIDES:
-                command = [sys.executable, __file__, "--side", name, "--tokens", str(tokens), "--repeats", str(given.repeats)]
-                done = subprocess.run([*command, "--weights", f"{folder}/{name}.npy"], stdout=subprocess.PIPE, text=True, check=True)
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--side",
+                    name,
+                    "--tokens",
+                    str(tokens),
+                    "--repeats",
+                    str(given.repeats),
+                ]
+                done = subprocess.run(
+                    [*command, "--weights", f"{folder}/{name}.npy"], stdout=subprocess.PIPE, text=True, check=True
+                )
                 row[name] = json.loads(done.stdout)
             tool, ours, true = (np.load(f"{folder}/{name}.npy") for name in SIDES)
             del row["float64"]
@@ -107,7 +123,12 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     import networkx
 
-    found = conditions("cpu", "cpu") | {"networkx": networkx.__version__, "shape": SHAPE, "repeats": given.repeats, "statistic": "median"}
+    found = conditions("cpu", "cpu") | {
+        "networkx": networkx.__version__,
+        "shape": SHAPE,
+        "repeats": given.repeats,
+        "statistic": "median",
+    }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({"conditions": found, "rows": rows}, indent=1) + "\n")
 

@@ -1,4 +1,5 @@
-"""Importance of every head for every state after attention: an nnsight trace with eager weights against one call of fr.trace.
+"""Importance of every head for every state after attention: an nnsight trace with eager weights against one call of
+fr.trace.
 
 python benchmarks/integrations/nnsight.py --out benchmarks/results/integrations/nnsight.json
 """
@@ -19,7 +20,10 @@ import torch
 
 import flowroutes_fast as fr
 
-TEXT = "When Mary and John went to the store, John gave a drink to Mary, and then they walked home along the river in the rain. "
+TEXT = (
+    "When Mary and John went to the store, John gave a drink to Mary, and then they walked home along the river in "
+    "the rain. "
+)
 TOKENS = (64, 128)
 SIDES = ("nnsight", "certified", "exact")
 
@@ -66,7 +70,9 @@ def run(side, model, ids):
 
 
 def peak(reset=False):
-    """Largest resident bytes of this process since the last reset (Linux); memory that loading left free is given back before."""
+    """Largest resident bytes of this process since the last reset (Linux); memory that loading left free is given
+    back before.
+    """
     if reset:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
@@ -83,7 +89,9 @@ def memory(side, tokens):
         f"model, ids = b.prepared({side!r}, {tokens}); b.run({side!r}, model, ids[:8]); before = b.peak(reset=True)\n"
         f"b.run({side!r}, model, ids); print(b.peak() - before)"
     )
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def main():
@@ -107,22 +115,32 @@ def main():
         difference = float((found["exact"].heads - theirs).abs().max())
         outside = float(torch.maximum(certified.heads_low - theirs, theirs - certified.heads_high).max())
         if not (difference < 1e-4 and outside < 1e-4):
-            raise SystemExit(f"{tokens} tokens: the sides differ (exact by {difference:.1e}, certified intervals missed by {outside:.1e})")
+            raise SystemExit(
+                f"{tokens} tokens: the sides differ (exact by {difference:.1e}, certified intervals "
+                f"missed by {outside:.1e})"
+            )
         row = {
-            "tokens": tokens, "seconds": {side: statistics.median(kept) for side, kept in times.items()},
-            "of these in the system (pages of large tensors)": {side: statistics.median(kept) for side, kept in system.items()},
-            "peak bytes": {side: memory(side, tokens) for side in SIDES}, "largest difference of exact heads": difference,
+            "tokens": tokens,
+            "seconds": {side: statistics.median(kept) for side, kept in times.items()},
+            "of these in the system (pages of large tensors)": {
+                side: statistics.median(kept) for side, kept in system.items()
+            },
+            "peak bytes": {side: memory(side, tokens) for side in SIDES},
+            "largest difference of exact heads": difference,
             "farthest outside a certified interval": outside,
-        }  # fmt: skip
+        }
         row["ratio"] = {side: row["seconds"]["nnsight"] / row["seconds"][side] for side in SIDES[1:]}
         rows.append(row)
         print(row)
     from flowroutes_fast.bench.run import conditions
 
     what = {
-        "what": "head importances of one prompt, SmolLM2-135M, float32, all layers", "repeats": options.repeats, "statistic": "median",
-        "nnsight": version("nnsight"), "transformers": version("transformers"),
-    }  # fmt: skip
+        "what": "head importances of one prompt, SmolLM2-135M, float32, all layers",
+        "repeats": options.repeats,
+        "statistic": "median",
+        "nnsight": version("nnsight"),
+        "transformers": version("transformers"),
+    }
     found = {"conditions": conditions("cpu", "cpu") | what, "rows": rows}
     if options.out:
         with open(options.out, "w", encoding="utf-8") as file:

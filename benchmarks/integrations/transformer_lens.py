@@ -1,4 +1,5 @@
-"""Head importances of one prompt: a TransformerLens cache and the full decomposition against one call of fr.trace; head results likewise.
+"""Head importances of one prompt: a TransformerLens cache and the full decomposition against one call of fr.trace; head
+results likewise.
 
 python benchmarks/integrations/transformer_lens.py --out benchmarks/results/integrations/transformer_lens.json
 
@@ -21,7 +22,10 @@ import torch
 
 import flowroutes_fast as fr
 
-TEXT = "When Mary and John went to the store, John gave a drink to Mary, and then they walked home along the river in the rain. "
+TEXT = (
+    "When Mary and John went to the store, John gave a drink to Mary, and then they walked home along the river in "
+    "the rain. "
+)
 TRACES = {"tokens": (64, 128), "sides": ("transformer_lens", "certified", "exact", "cache")}
 HEADS = {"tokens": (64, 256), "sides": ("cache.stack_head_results", "ours")}
 
@@ -87,7 +91,9 @@ def run(side, given, ids):
 
 
 def peak(reset=False):
-    """Largest resident bytes of this process since the last reset (Linux); memory that loading left free is given back before."""
+    """Largest resident bytes of this process since the last reset (Linux); memory that loading left free is given
+    back before.
+    """
     if reset:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
@@ -102,9 +108,12 @@ def memory(side, tokens):
         f"import sys, importlib.util as u; s = u.spec_from_file_location('benchmark', {os.path.abspath(__file__)!r})\n"
         f"b = u.module_from_spec(s); s.loader.exec_module(b); b.torch.set_num_threads({torch.get_num_threads()})\n"
         f"model, ids = b.prepared({tokens}); b.run({side!r}, b.needs({side!r}, model, ids[:8]), ids[:8])\n"
-        f"given = b.needs({side!r}, model, ids); before = b.peak(reset=True); b.run({side!r}, given, ids); print(b.peak() - before)"
+        f"given = b.needs({side!r}, model, ids); before = b.peak(reset=True); b.run({side!r}, given, ids); "
+        f"print(b.peak() - before)"
     )
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def measured(what, repeats, check):
@@ -124,9 +133,12 @@ def measured(what, repeats, check):
                 times[side].append(time.perf_counter() - start)
                 system[side].append(resource.getrusage(resource.RUSAGE_SELF).ru_stime - before)
         row = {
-            "tokens": tokens, "seconds": {side: statistics.median(kept) for side, kept in times.items()},
-            "of these in the system (pages of large tensors)": {side: statistics.median(kept) for side, kept in system.items()},
-        } | check(tokens, found)  # fmt: skip
+            "tokens": tokens,
+            "seconds": {side: statistics.median(kept) for side, kept in times.items()},
+            "of these in the system (pages of large tensors)": {
+                side: statistics.median(kept) for side, kept in system.items()
+            },
+        } | check(tokens, found)
         row["ratio"] = {side: row["seconds"][sides[0]] / row["seconds"][side] for side in sides[1:]}
         found.clear()
         given.clear()
@@ -139,9 +151,14 @@ def measured(what, repeats, check):
 def same_heads(tokens, found):
     theirs, certified = found["transformer_lens"], found["certified"]
     difference = float((found["exact"].heads - theirs).abs().max())
-    outside = max(float(torch.maximum(t.heads_low - theirs, theirs - t.heads_high).max()) for t in (certified, found["cache"]))
+    outside = max(
+        float(torch.maximum(t.heads_low - theirs, theirs - t.heads_high).max()) for t in (certified, found["cache"])
+    )
     if not (difference < 1e-4 and outside < 1e-4):
-        raise SystemExit(f"{tokens} tokens: the sides differ (exact by {difference:.1e}, certified intervals missed by {outside:.1e})")
+        raise SystemExit(
+            f"{tokens} tokens: the sides differ (exact by {difference:.1e}, certified intervals missed "
+            f"by {outside:.1e})"
+        )
     return {"largest difference of exact heads": difference, "farthest outside a certified interval": outside}
 
 
@@ -163,9 +180,12 @@ def main():
     from flowroutes_fast.bench.run import conditions
 
     what = {
-        "what": "SmolLM2-135M as a TransformerBridge, float32, all layers", "repeats": options.repeats, "statistic": "median",
-        "transformer_lens": version("transformer-lens"), "transformers": version("transformers"),
-    }  # fmt: skip
+        "what": "SmolLM2-135M as a TransformerBridge, float32, all layers",
+        "repeats": options.repeats,
+        "statistic": "median",
+        "transformer_lens": version("transformer-lens"),
+        "transformers": version("transformers"),
+    }
     found = {
         "conditions": conditions("cpu", "cpu") | what,
         "head importances": measured(TRACES, options.repeats, same_heads),

@@ -1,4 +1,6 @@
-"""What a corpus run says about a model: the findings of the paper's section 5, as tables with numbers behind every claim."""
+"""What a corpus run says about a model: the findings of the paper's section 5, as tables with numbers behind every
+claim.
+"""
 
 from flowroutes_fast.analysis.bos import attention_on, untouched
 from flowroutes_fast.analysis.clusters import Clusters, clusters

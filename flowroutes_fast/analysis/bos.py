@@ -17,11 +17,13 @@ SENTENCE_ENDS = ".。！？!?"
 
 @dataclass
 class Untouched:
-    """``positions``: those that are left untouched, with their token and place; ``by_token``: per token, how many and which share of them.
+    """``positions``: those that are left untouched, with their token and place; ``by_token``: per token, how many and
+    which share of them.
 
-    ``first_period``: of the untouched positions that are not the text's first, the share that is its first period; ``expected``: the same
-    share if untouched positions were drawn from all positions. ``beginnings``: untouched positions that begin their text, and their share of all
-    that do. ``first_periods``: all of them. ``received``: mean influence on later positions, of the untouched and of all.
+    ``first_period``: of the untouched positions that are not the text's first, the share that is its first period;
+    ``expected``: the same share if untouched positions were drawn from all positions. ``beginnings``: untouched
+    positions that begin their text, and their share of all that do. ``first_periods``: all of them. ``received``: mean
+    influence on later positions, of the untouched and of all.
     """
 
     positions: pd.DataFrame
@@ -38,9 +40,13 @@ class Untouched:
 
     def __str__(self) -> str:
         if not self.count:
-            return f"None of {self.others} positions is left untouched between the first and last layers: heads or FFNs add more than the limit to each."
+            return (
+                f"None of {self.others} positions is left untouched between the first and last layers: heads or "
+                f"FFNs add more than the limit to each."
+            )
         inside = (
-            f"Of the other {self.count - self.beginnings}, {self.first_period:.0%} are their text's first period (all positions: {self.expected:.0%})."
+            f"Of the other {self.count - self.beginnings}, {self.first_period:.0%} are their text's first period (all "
+            f"positions: {self.expected:.0%})."
             if self.count > self.beginnings
             else "There is no other."
         )
@@ -50,18 +56,23 @@ class Untouched:
             else f"{self.periods_untouched:.1%} of all first periods are untouched."
         )
         return (
-            f"{self.count} of {self.count + self.others} positions are left untouched between the first and last layers; {self.beginnings} of them "
-            f"begin their text, which is {self.beginnings_share:.1%} of all beginnings. {inside} An untouched position gives {self.received[0]:.4f} of "
+            f"{self.count} of {self.count + self.others} positions are left untouched between the first and last "
+            f"layers; {self.beginnings} of them "
+            f"begin their text, which is {self.beginnings_share:.1%} of all beginnings. {inside} An untouched "
+            f"position gives {self.received[0]:.4f} of "
             f"importance to each later one, summed over layers, an average position {self.received[1]:.4f}. {periods}"
         )
 
 
-def untouched(corpus: Corpus, limit: float = LIMIT, most: float = MOST, skip: tuple[float, float] = (FIRST, LAST)) -> Untouched:
-    """Positions whose residual connections carry at least ``1 - limit`` in nearly every layer between the first and the last ones.
+def untouched(
+    corpus: Corpus, limit: float = LIMIT, most: float = MOST, skip: tuple[float, float] = (FIRST, LAST)
+) -> Untouched:
+    """Positions whose residual connections carry at least ``1 - limit`` in nearly every layer between the first and the
+    last ones.
 
-    The importance of all heads together, and that of the FFN, is at most ``limit`` in the share ``most`` of those layers: not in all, for the
-    layers that write and erase a massive activation (in SmolLM2 the 12th FFN) take the whole state of just these positions. ``skip`` is the
-    share of layers left out at the bottom and at the top.
+    The importance of all heads together, and that of the FFN, is at most ``limit`` in the share ``most`` of those
+    layers: not in all, for the layers that write and erase a massive activation (in SmolLM2 the 12th FFN) take the
+    whole state of just these positions. ``skip`` is the share of layers left out at the bottom and at the top.
 
     Raises:
         ValueError: the run kept no positions; no layer is left; a share outside [0, 1].
@@ -97,18 +108,22 @@ def untouched(corpus: Corpus, limit: float = LIMIT, most: float = MOST, skip: tu
     return Untouched(
         table[table["untouched"]].drop(columns=["untouched"]).reset_index(drop=True),
         by_token[by_token["untouched"] > 0].sort_values("untouched", ascending=False, ignore_index=True),
-        float(outliers["first period"].mean()) if len(outliers) else float("nan"), float(inside["first period"].mean()), count, len(table) - count,
+        float(outliers["first period"].mean()) if len(outliers) else float("nan"),
+        float(inside["first period"].mean()),
+        count,
+        len(table) - count,
         (float(table.loc[table["untouched"], "received"].mean()), float(table["received"].mean())),
         float(table.loc[first, "untouched"].mean()) if first.any() else float("nan"),
-        count - len(outliers), float(table.loc[table["position"] == 0, "untouched"].mean()),
+        count - len(outliers),
+        float(table.loc[table["position"] == 0, "untouched"].mean()),
         table.loc[first, ["number", "piece", "position", "untouched"]].reset_index(drop=True),
-    )  # fmt: skip
+    )
 
 
 @dataclass
 class Attention:
-    """``untouched, first_periods, others``: attention weight that a position gets from each later one, mean over those, all heads and layers
-    and the positions of a kind (NaN: there are none); ``texts``: how many were run."""
+    """``untouched, first_periods, others``: attention weight that a position gets from each later one, mean over those,
+    all heads and layers and the positions of a kind (NaN: there are none); ``texts``: how many were run."""
 
     untouched: float
     first_periods: float
@@ -116,15 +131,23 @@ class Attention:
     texts: int
 
     def __str__(self) -> str:
-        parts = {"untouched positions": self.untouched, "first periods": self.first_periods, "other positions": self.others}
+        parts = {
+            "untouched positions": self.untouched,
+            "first periods": self.first_periods,
+            "other positions": self.others,
+        }
         said = ", ".join(f"{name} {value:.4f}" for name, value in parts.items() if not np.isnan(value))
-        return f"Mean attention weight from each later position, in {self.texts} texts with untouched positions: {said}."
+        return (
+            f"Mean attention weight from each later position, in {self.texts} texts with untouched positions: {said}."
+        )
 
 
 def attention_on(corpus: Corpus, model: Any, found: Untouched, texts: int = 50) -> Attention:
-    """The attention that lands on untouched positions, on first periods and on all others, from new forward passes over some of the texts.
+    """The attention that lands on untouched positions, on first periods and on all others, from new forward passes over
+    some of the texts.
 
-    Texts are spread evenly over those with an untouched position; the last position, with none after it, does not count.
+    Texts are spread evenly over those with an untouched position; the last position, with none after it, does not
+    count.
 
     Raises:
         ValueError: the model is not that of the run.
@@ -134,7 +157,11 @@ def attention_on(corpus: Corpus, model: Any, found: Untouched, texts: int = 50) 
     corpus.check_model(model)
     keys = found.positions[["number", "piece"]].drop_duplicates()
     keys = keys.iloc[np.unique(np.linspace(0, len(keys) - 1, min(texts, len(keys))).astype(int))]
-    wanted, kinds, names = pd.MultiIndex.from_frame(keys), ("untouched", "first_periods", "others"), ["number", "piece", "position"]
+    wanted, kinds, names = (
+        pd.MultiIndex.from_frame(keys),
+        ("untouched", "first_periods", "others"),
+        ["number", "piece", "position"],
+    )
     special = {
         "untouched": set(found.positions[names].itertuples(index=False, name=None)),
         "first_periods": set(found.first_periods[names].itertuples(index=False, name=None)),

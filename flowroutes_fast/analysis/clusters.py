@@ -1,4 +1,6 @@
-"""Do component vectors tell what kind of token stands at a position? PCA, t-SNE, and a silhouette score against shuffled labels."""
+"""Do component vectors tell what kind of token stands at a position? PCA, t-SNE, and a silhouette score against
+shuffled labels.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,53 @@ from flowroutes_fast.corpora.results import Corpus, vectors
 from flowroutes_fast.corpora.words import later
 
 LEAST_POSITIONS = 50
-FUNCTION = {"ADP": "function", "DET": "function", "PRON": "function", "CONJ": "function", "PRT": "function", "AUX": "function"}
+FUNCTION = {
+    "ADP": "function",
+    "DET": "function",
+    "PRON": "function",
+    "CONJ": "function",
+    "PRT": "function",
+    "AUX": "function",
+}
 CONTENT = {"NOUN": "content", "VERB": "content", "ADJ": "content", "ADV": "content"}
 PENN = {  # Penn treebank -> universal tagset
-    "CC": "CONJ", "CD": "NUM", "DT": "DET", "EX": "DET", "FW": "X", "IN": "ADP", "JJ": "ADJ", "JJR": "ADJ", "JJS": "ADJ", "LS": "X", "MD": "VERB",
-    "NN": "NOUN", "NNS": "NOUN", "NNP": "NOUN", "NNPS": "NOUN", "PDT": "DET", "POS": "PRT", "PRP": "PRON", "PRP$": "PRON", "RB": "ADV", "RBR": "ADV",
-    "RBS": "ADV", "RP": "PRT", "SYM": "X", "TO": "PRT", "UH": "X", "VB": "VERB", "VBD": "VERB", "VBG": "VERB", "VBN": "VERB", "VBP": "VERB",
-    "VBZ": "VERB", "WDT": "DET", "WP": "PRON", "WP$": "PRON", "WRB": "ADV",
-}  # fmt: skip
+    "CC": "CONJ",
+    "CD": "NUM",
+    "DT": "DET",
+    "EX": "DET",
+    "FW": "X",
+    "IN": "ADP",
+    "JJ": "ADJ",
+    "JJR": "ADJ",
+    "JJS": "ADJ",
+    "LS": "X",
+    "MD": "VERB",
+    "NN": "NOUN",
+    "NNS": "NOUN",
+    "NNP": "NOUN",
+    "NNPS": "NOUN",
+    "PDT": "DET",
+    "POS": "PRT",
+    "PRP": "PRON",
+    "PRP$": "PRON",
+    "RB": "ADV",
+    "RBR": "ADV",
+    "RBS": "ADV",
+    "RP": "PRT",
+    "SYM": "X",
+    "TO": "PRT",
+    "UH": "X",
+    "VB": "VERB",
+    "VBD": "VERB",
+    "VBG": "VERB",
+    "VBN": "VERB",
+    "VBP": "VERB",
+    "VBZ": "VERB",
+    "WDT": "DET",
+    "WP": "PRON",
+    "WP$": "PRON",
+    "WRB": "ADV",
+}
 Tagger = Callable[[str], list[tuple[int, int, str]]]  # a text -> (begin, end, tag) of its words
 
 
@@ -29,7 +70,9 @@ def textblob_tagger(text: str) -> list[tuple[int, int, str]]:
     try:
         from textblob.en.taggers import PatternTagger
     except ImportError as error:
-        raise ImportError("part-of-speech tags need TextBlob: pip install 'flowroutes_fast[analysis]', or pass your own tagger") from error
+        raise ImportError(
+            "part-of-speech tags need TextBlob: pip install 'flowroutes_fast[analysis]', or pass your own tagger"
+        ) from error
     found, place = [], 0
     for word, tag in PatternTagger().tag(text):
         begin = text.find(word, place)
@@ -43,9 +86,10 @@ def textblob_tagger(text: str) -> list[tuple[int, int, str]]:
 class Clusters:
     """A sample of positions in the plane, with labels.
 
-    ``points``: ``number, piece, position, token, tag, subword`` (``"whole"``, ``"first"``, ``"later"``), ``digits`` and coordinates ``pca_x``,
-    ``pca_y``, ``x``, ``y``. ``scores``: per labelling the silhouette of the component vectors, its mean and largest value over shuffled
-    labels, and the number of points. ``variance``: explained by the first principal components.
+    ``points``: ``number, piece, position, token, tag, subword`` (``"whole"``, ``"first"``, ``"later"``), ``digits`` and
+    coordinates ``pca_x``, ``pca_y``, ``x``, ``y``. ``scores``: per labelling the silhouette of the component vectors,
+    its mean and largest value over shuffled labels, and the number of points. ``variance``: explained by the first
+    principal components.
     """
 
     points: pd.DataFrame
@@ -67,8 +111,10 @@ def clusters(
     """Sample positions, project their component vectors, and score how well labels separate them.
 
     Args:
-        tagger: gives ``(begin, end, tag)`` for the words of a text; every subword gets its word's tag. None: English by TextBlob.
-        domain: take this domain's positions alone. sample: positions. method: ``"tsne"``, ``"umap"`` (needs umap-learn) or ``"pca"``.
+        tagger: gives ``(begin, end, tag)`` for the words of a text; every subword gets its word's tag. None: English by
+            TextBlob.
+        domain: take this domain's positions alone. sample: positions. method: ``"tsne"``, ``"umap"`` (needs umap-learn)
+            or ``"pca"``.
         shuffles: labels are shuffled so often for comparison.
 
     Raises:
@@ -143,7 +189,12 @@ def _label(points: pd.DataFrame, texts: dict[tuple[int, int], str], tagger: Tagg
 
 
 def _labellings(points: pd.DataFrame) -> dict[str, str]:
-    return {"part of speech": "tag", "function or content word": "class", "first or later subword": "subword", "digits": "digits"}
+    return {
+        "part of speech": "tag",
+        "function or content word": "class",
+        "first or later subword": "subword",
+        "digits": "digits",
+    }
 
 
 def _plane(reduced: np.ndarray, method: str, seed: int) -> np.ndarray:
@@ -175,6 +226,10 @@ def _score(reduced: np.ndarray, labels: pd.Series, name: str, shuffles: int, see
     rng = np.random.default_rng(seed)
     shuffled = [silhouette_score(points, rng.permutation(chosen)) for _ in range(shuffles)]
     return {
-        "labels": name, "silhouette": silhouette_score(points, chosen), "shuffled mean": float(np.mean(shuffled)),
-        "shuffled largest": float(np.max(shuffled)), "points": len(chosen), "classes": len(set(chosen)),
-    }  # fmt: skip
+        "labels": name,
+        "silhouette": silhouette_score(points, chosen),
+        "shuffled mean": float(np.mean(shuffled)),
+        "shuffled largest": float(np.max(shuffled)),
+        "points": len(chosen),
+        "classes": len(set(chosen)),
+    }

@@ -30,26 +30,36 @@ class Concepts:
     def search(self, text: str, heads: list[tuple[int, int]] | None = None) -> pd.DataFrame:
         """Rows with a top token that contains ``text`` (any case), of these heads alone if given."""
         found = self.table[[any(text.lower() in token.lower() for token in tokens) for tokens in self.table["tokens"]]]
-        return found if heads is None else found[[key in heads for key in zip(found["layer"], found["head"], strict=True)]]
+        return (
+            found if heads is None else found[[key in heads for key in zip(found["layer"], found["head"], strict=True)]]
+        )
 
     def of(self, layer: int, head: int) -> pd.DataFrame:
         return self.table[(self.table["layer"] == layer) & (self.table["head"] == head)]
 
 
 def concepts(
-    model: Any, tokenizer: Any, *, rank: int = 5, top: int = 10, heads: list[tuple[int, int]] | None = None, progress: bool = False
+    model: Any,
+    tokenizer: Any,
+    *,
+    rank: int = 5,
+    top: int = 10,
+    heads: list[tuple[int, int]] | None = None,
+    progress: bool = False,
 ) -> Concepts:
-    """Singular value decomposition of every head's W_OV = W_V W_O = U Σ Vᵀ, and the tokens its right singular vectors promote.
+    """Singular value decomposition of every head's W_OV = W_V W_O = U Σ Vᵀ, and the tokens its right singular vectors
+    promote.
 
-    W_OV is never formed: with W_V = Q_V R_V and W_Oᵀ = Q_O R_O (d_model × d_head), R_V R_Oᵀ (d_head × d_head) has the same singular values,
-    and V = Q_O V'. Each vector, with both signs, goes through the final norm's gain and the unembedding. Gains of norms after
-    attention are part of W_O; norms before it are not part of W_V.
+    W_OV is never formed: with W_V = Q_V R_V and W_Oᵀ = Q_O R_O (d_model × d_head), R_V R_Oᵀ (d_head × d_head) has the
+    same singular values, and V = Q_O V'. Each vector, with both signs, goes through the final norm's gain and the
+    unembedding. Gains of norms after attention are part of W_O; norms before it are not part of W_V.
 
     Args:
         rank: singular vectors per head. top: tokens per vector. heads: ``(layer, head)`` pairs; None for all.
 
     Raises:
-        ValueError: a model without an unembedding, or without plain value projections (latent attention); a head that is not there.
+        ValueError: a model without an unembedding, or without plain value projections (latent attention); a head that
+            is not there.
     """
     model = unwrap(model)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -85,7 +95,9 @@ def concepts(
 def _decomposed(block: Block, rank: int) -> Any:
     """Per head: its number, all singular values, and the first right singular vectors ``[rank, d_model]``."""
     if block.values is None or block.output is None:
-        raise ValueError(f"layer {block.index} of this {block.family.name} model has no plain value projection (latent attention)")
+        raise ValueError(
+            f"layer {block.index} of this {block.family.name} model has no plain value projection (latent attention)"
+        )
     read = effective_weight(block.values, block.index).T  # [d_model, out]
     attention: Any = block.attention
     w_v = block.family.value_of(attention, read[None])[0]  # [kv_head, d_model, d_head]
@@ -102,7 +114,9 @@ def _decomposed(block: Block, rank: int) -> Any:
     return zip(range(count), sigma, first, strict=True)
 
 
-def _tokens(layer: int, head: int, sigma: Tensor, logits: Tensor, tokenizer: Any, rank: int, top: int) -> list[dict[str, Any]]:
+def _tokens(
+    layer: int, head: int, sigma: Tensor, logits: Tensor, tokenizer: Any, rank: int, top: int
+) -> list[dict[str, Any]]:
     """Rows of a head, of ``logits [rank, token]``."""
     share = sigma.square() / sigma.square().sum()
     found = []
@@ -110,7 +124,14 @@ def _tokens(layer: int, head: int, sigma: Tensor, logits: Tensor, tokenizer: Any
         for sign in (1, -1):
             best = (sign * logits[place]).topk(min(top, logits.shape[-1])).indices.tolist()
             tokens = token_texts(tokenizer, best)
-            row = {"layer": layer, "head": head, "rank": place, "sign": sign, "sigma": float(sigma[place]), "share": float(share[place])}
+            row = {
+                "layer": layer,
+                "head": head,
+                "rank": place,
+                "sign": sign,
+                "sigma": float(sigma[place]),
+                "share": float(share[place]),
+            }
             found.append(row | {"tokens": tokens})
     return found
 

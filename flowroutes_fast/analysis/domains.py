@@ -1,4 +1,6 @@
-"""Domains: what heads and FFNs weigh in each, with intervals; heads that belong to a domain, by the paper's cut and by a test."""
+"""Domains: what heads and FFNs weigh in each, with intervals; heads that belong to a domain, by the paper's cut and
+by a test.
+"""
 
 from __future__ import annotations
 
@@ -35,23 +37,34 @@ def domain_means(corpus: Corpus, draws: int = 1000, level: float = 0.95, seed: i
         own = means[domains == domain]
         counts = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=draws)
         low, high = np.quantile(counts @ own / len(own), [(1 - level) / 2, (1 + level) / 2], axis=0)
-        rows.append(pd.DataFrame({"domain": domain, "component": names, "mean": own.mean(0), "low": low, "high": high, "texts": len(own)}))
+        rows.append(
+            pd.DataFrame(
+                {"domain": domain, "component": names, "mean": own.mean(0), "low": low, "high": high, "texts": len(own)}
+            )
+        )
     return pd.concat(rows, ignore_index=True)
 
 
 def domain_heads(
-    corpus: Corpus, general: str | None = None, cut: float = CUT, low: float = GENERAL, permutations: int = 2000, seed: int = 0
+    corpus: Corpus,
+    general: str | None = None,
+    cut: float = CUT,
+    low: float = GENERAL,
+    permutations: int = 2000,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Heads whose importance in a domain is above ``cut`` while it is at most ``low`` in general text, and how sure that is.
+    """Heads whose importance in a domain is above ``cut`` while it is at most ``low`` in general text, and how sure
+    that is.
 
     Args:
         general: the domain that stands for general text; None for all other domains together.
-        permutations: of texts between the domain and general text. ``p`` is the share of permutations (one-sided, the observed one
-            counted) with a difference of means as large; ``q`` is p after Benjamini and Hochberg over all heads and domains.
+        permutations: of texts between the domain and general text. ``p`` is the share of permutations (one-sided, the
+            observed one counted) with a difference of means as large; ``q`` is p after Benjamini and Hochberg over all
+            heads and domains.
 
     Returns:
-        Columns ``domain, layer, head, importance, elsewhere, difference, p, q, specific`` (above the cut, low elsewhere), every head of every
-        domain; domains with fewer than 20 texts have no p.
+        Columns ``domain, layer, head, importance, elsewhere, difference, p, q, specific`` (above the cut, low
+        elsewhere), every head of every domain; domains with fewer than 20 texts have no p.
 
     Raises:
         ValueError: fewer than two domains, an unknown one.
@@ -70,7 +83,10 @@ def domain_heads(
     for domain in known:
         if domain == general:
             continue
-        own, rest = means[domains == domain], means[domains == general] if general is not None else means[domains != domain]
+        own, rest = (
+            means[domains == domain],
+            means[domains == general] if general is not None else means[domains != domain],
+        )
         difference = own.mean(0) - rest.mean(0)
         p = np.full(layers * heads, np.nan)
         if min(len(own), len(rest)) >= LEAST_TEXTS:
@@ -78,11 +94,16 @@ def domain_heads(
         rows.append(
             pd.DataFrame(
                 {
-                    "domain": domain, "layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers),
-                    "importance": own.mean(0), "elsewhere": rest.mean(0), "difference": difference, "p": p,
+                    "domain": domain,
+                    "layer": np.repeat(np.arange(layers), heads),
+                    "head": np.tile(np.arange(heads), layers),
+                    "importance": own.mean(0),
+                    "elsewhere": rest.mean(0),
+                    "difference": difference,
+                    "p": p,
                 }
             )
-        )  # fmt: skip
+        )
     table = pd.concat(rows, ignore_index=True)
     tested = table["p"].notna()
     table["q"] = np.nan
@@ -92,7 +113,9 @@ def domain_heads(
     return table
 
 
-def _permuted(own: np.ndarray, rest: np.ndarray, difference: np.ndarray, permutations: int, rng: np.random.Generator) -> np.ndarray:
+def _permuted(
+    own: np.ndarray, rest: np.ndarray, difference: np.ndarray, permutations: int, rng: np.random.Generator
+) -> np.ndarray:
     pooled = np.concatenate([own, rest])
     total, n = pooled.sum(0), len(own)
     larger = np.ones(len(difference))
@@ -107,7 +130,9 @@ def _permuted(own: np.ndarray, rest: np.ndarray, difference: np.ndarray, permuta
 
 
 def domain_overlap(table: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
-    """Shared heads of every two domains: ``|A ∩ B| / |A ∪ B|`` of those that are specific and have q at most ``level`` (NaN: neither has any)."""
+    """Shared heads of every two domains: ``|A ∩ B| / |A ∪ B|`` of those that are specific and have q at most
+    ``level`` (NaN: neither has any).
+    """
     keep = table[table["specific"] & (table["q"] <= level)]
     sets = {domain: set(zip(rows["layer"], rows["head"], strict=True)) for domain, rows in keep.groupby("domain")}
     names = sorted(table["domain"].unique())

@@ -47,8 +47,12 @@ def save(figure: Any, stem: Path) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def _heat(axes: Any, values: np.ndarray, title: str, figure: Any, largest: float | None = None, map_: str = "viridis") -> None:
-    picture = axes.imshow(values, aspect="auto", origin="lower", cmap=map_, vmin=0, vmax=largest, interpolation="nearest")
+def _heat(
+    axes: Any, values: np.ndarray, title: str, figure: Any, largest: float | None = None, map_: str = "viridis"
+) -> None:
+    picture = axes.imshow(
+        values, aspect="auto", origin="lower", cmap=map_, vmin=0, vmax=largest, interpolation="nearest"
+    )
     axes.set(title=title, xlabel="head", ylabel="layer")
     if values.shape[1] <= 16:
         axes.set_xticks(range(values.shape[1]))
@@ -56,7 +60,9 @@ def _heat(axes: Any, values: np.ndarray, title: str, figure: Any, largest: float
 
 
 def components(statistics: Statistics) -> Any:
-    """Heads and FFNs by layer (the paper's figure 9): importance, activation, and what heads and FFNs weigh together."""
+    """Heads and FFNs by layer (the paper's figure 9): importance, activation, and what heads and FFNs weigh
+    together.
+    """
     figure = _new(12, 4.6)
     left, middle, right = figure.subplots(1, 3)
     heads, ffn = statistics.heads(), statistics.ffn()
@@ -72,7 +78,9 @@ def components(statistics: Statistics) -> Any:
 
 
 def positional(table: pd.DataFrame, shape: tuple[int, int]) -> Any:
-    """Share of positions where more than half of a head's influence is on one place; heads with that role are framed."""
+    """Share of positions where more than half of a head's influence is on one place; heads with that role are
+    framed.
+    """
     from matplotlib.patches import Rectangle
 
     names = ["previous token", "same word", "first token", "same token"]
@@ -87,7 +95,9 @@ def positional(table: pd.DataFrame, shape: tuple[int, int]) -> Any:
 
 
 def planes(found: Clusters) -> Any:
-    """Positions in the plane, coloured by part of speech and by place in the word: principal components, and below them the other method."""
+    """Positions in the plane, coloured by part of speech and by place in the word: principal components, and below
+    them the other method.
+    """
     points = found.points
     counts = points["tag"].value_counts()
     tags = [t for t in counts.index if counts[t] >= 10][: len(COLOURS)]
@@ -103,10 +113,14 @@ def planes(found: Clusters) -> Any:
 METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
-def _scatter(axes: Any, points: pd.DataFrame, column: str, values: Sequence[str], plane: tuple[str, str], title: str) -> None:
+def _scatter(
+    axes: Any, points: pd.DataFrame, column: str, values: Sequence[str], plane: tuple[str, str], title: str
+) -> None:
     for value, colour in zip(values, COLOURS, strict=False):
         chosen = points[points[column] == value]
-        axes.scatter(chosen[plane[0]], chosen[plane[1]], s=5, color=colour, label=f"{value} ({len(chosen)})", linewidths=0)
+        axes.scatter(
+            chosen[plane[0]], chosen[plane[1]], s=5, color=colour, label=f"{value} ({len(chosen)})", linewidths=0
+        )
     axes.set(title=title, xticks=[], yticks=[])
     axes.legend(frameon=False, fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -125,7 +139,9 @@ def domain_figure(means: pd.DataFrame, heads: pd.DataFrame, count: int = 24) -> 
         rows = means[means["domain"] == domain].set_index("component").loc[names]
         y = np.arange(len(names)) + (n - (len(domains) - 1) / 2) * 0.8 / len(domains)
         spread = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
-        axes.errorbar(rows["mean"], y, xerr=spread, fmt="o", ms=3, lw=1, color=COLOURS[n % len(COLOURS)], label=domain or "(none)")
+        axes.errorbar(
+            rows["mean"], y, xerr=spread, fmt="o", ms=3, lw=1, color=COLOURS[n % len(COLOURS)], label=domain or "(none)"
+        )
     axes.set_yticks(range(len(names)), names)
     axes.grid(axis="y", alpha=0.25)
     axes.invert_yaxis()

@@ -13,10 +13,11 @@ PLACES = tuple(name for name in PATTERNS if name != "same word")
 def positional_heads(statistics: Statistics, share: float = SHARE) -> pd.DataFrame:
     """One row per head: its importance and activation, the share of positions of every pattern, and its ``role``.
 
-    A *positional* head has more than half of its influence on one place (previous token, two or three before, same token, first token) in at
-    least ``share`` of the positions. A *subword-merging* head is not a previous-token head; more than half of its influence is on earlier
-    subwords of the same word in at least ``share`` of the later subwords, and its influence is at most 0.005 in at least ``share`` of the
-    first subwords. ``largest`` says whether it is the most important head of its layer. Roles are empty for heads with none.
+    A *positional* head has more than half of its influence on one place (previous token, two or three before, same
+    token, first token) in at least ``share`` of the positions. A *subword-merging* head is not a previous-token head;
+    more than half of its influence is on earlier subwords of the same word in at least ``share`` of the later subwords,
+    and its influence is at most 0.005 in at least ``share`` of the first subwords. ``largest`` says whether it is the
+    most important head of its layer. Roles are empty for heads with none.
 
     Raises:
         ValueError: share outside (0, 1].

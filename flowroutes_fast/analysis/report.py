@@ -1,4 +1,6 @@
-"""``analyze()``: a corpus run in, a page with figures, their data as CSV, and every finding as a sentence with its numbers out."""
+"""``analyze()``: a corpus run in, a page with figures, their data as CSV, and every finding as a sentence with its
+numbers out.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +58,14 @@ def analyze(
         corpus: a finished run; its parts that were not kept are left out, and the page says so.
         out: a folder. model, tokenizer: for the concepts that heads write; without a model they are left out.
         general: the domain that stands for general text; None for all others together.
-        tagger, tagged_domain: for the clusters, see :func:`flowroutes_fast.analysis.clusters`. method, sample: likewise.
-        permutations: of the domain test. limit: of what an untouched position may take in, see :func:`flowroutes_fast.analysis.untouched`.
+        tagger, tagged_domain: for the clusters, see :func:`flowroutes_fast.analysis.clusters`. method, sample:
+            likewise.
+        permutations: of the domain test. limit: of what an untouched position may take in, see
+            :func:`flowroutes_fast.analysis.untouched`.
 
     Raises:
-        ValueError: a run without a text or of routes alone, an unknown domain, a model or tokenizer that is not the run's (by content). OSError: a folder that cannot be written to.
+        ValueError: a run without a text or of routes alone, an unknown domain, a model or tokenizer that is not the
+            run's (by content). OSError: a folder that cannot be written to.
     """
     corpus.check_all_rows("means over positions, which a report is about")
     folder = Path(out)
@@ -88,7 +93,12 @@ def analyze(
     left_out += [] if len(corpus.domains) > 1 else ["The run has one domain: nothing is compared."]
     left_out += [] if model is not None else ["No model was given: no concepts."]
     left_out += (
-        [] if known else ["The run is of version 1, which noted no digest of its model: whether the model given is its own is not known."]
+        []
+        if known
+        else [
+            "The run is of version 1, which noted no digest of its model: whether the model given is "
+            "its own is not known."
+        ]
     )
     left_out += [] if corpus.finished else ["The run is not finished: these are its texts so far."]
     return write_page(corpus, folder, sections, left_out)
@@ -101,13 +111,23 @@ def write_page(corpus: Corpus, folder: Path, sections: list[Section], left_out: 
             lists = [c for c in table if len(table) and isinstance(table[c].iloc[0], list)]
             shown = table.assign(**{str(c): table[c].map(" ".join) for c in lists})
             write_text(folder / f"{name}.csv", shown.to_csv(index=False, float_format="%.6g"))
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True
+    )
     page = environment.get_template("report.html.j2").render(
-        corpus=corpus, statistics=corpus.all_domains(), sections=sections, left_out=left_out, cell=_cell, rows=_rows, shown=SHOWN,
-        tokens=sum(p.tokens for p in corpus.progress), truncated=sum(p.truncated for p in corpus.progress),
+        corpus=corpus,
+        statistics=corpus.all_domains(),
+        sections=sections,
+        left_out=left_out,
+        cell=_cell,
+        rows=_rows,
+        shown=SHOWN,
+        tokens=sum(p.tokens for p in corpus.progress),
+        truncated=sum(p.truncated for p in corpus.progress),
         skipped=sum(sum(p.skipped.values()) for p in corpus.progress),
-        traced_with=[_versions(one) for one in corpus.software], written_with=_versions(software()),
-    )  # fmt: skip
+        traced_with=[_versions(one) for one in corpus.software],
+        written_with=_versions(software()),
+    )
     return write_text(folder / "report.html", page)
 
 
@@ -134,14 +154,21 @@ def _components(corpus: Corpus, folder: Path) -> Section:
     above, middle = values[1 : max(ends, 2)], values[ends : max(layers - 1, ends + 1)]
     best = heads.sort_values("importance", ascending=False).iloc[0]
     sentences = [
-        f"FFN importance: {values[0]:.3f} in layer 0, {_mean(above):.3f} on average in layers 1 to {max(ends, 2) - 1}, {_mean(middle):.3f} "
-        f"from there to the last but one (at most {middle.max():.3f}, in layer {ends + int(middle.argmax())}), {values[-1]:.3f} in the last.",
-        f"The head with the largest mean importance is L{best['layer']:.0f}H{best['head']:.0f} ({best['importance']:.3f}); "
-        f"{(heads['active'] > 0.5).sum()} of {len(heads)} heads are active (a sub-edge above {corpus.settings['threshold']}) in more than half of the positions, "
+        f"FFN importance: {values[0]:.3f} in layer 0, {_mean(above):.3f} on average in layers 1 to "
+        f"{max(ends, 2) - 1}, {_mean(middle):.3f} "
+        f"from there to the last but one (at most {middle.max():.3f}, in layer {ends + int(middle.argmax())}), "
+        f"{values[-1]:.3f} in the last.",
+        f"The head with the largest mean importance is L{best['layer']:.0f}H{best['head']:.0f} "
+        f"({best['importance']:.3f}); "
+        f"{(heads['active'] > 0.5).sum()} of {len(heads)} heads are active (a sub-edge above "
+        f"{corpus.settings['threshold']}) in more than half of the positions, "
         f"{(heads['active'] < 0.01).sum()} in less than one in a hundred.",
     ]
     return Section(
-        "Components by layer", sentences, figures.save(figures.components(statistics), folder / "components"), {"heads": heads, "ffn": ffn}
+        "Components by layer",
+        sentences,
+        figures.save(figures.components(statistics), folder / "components"),
+        {"heads": heads, "ffn": ffn},
     )
 
 
@@ -150,22 +177,28 @@ def _positional(corpus: Corpus, folder: Path) -> Section:
     table = positional_heads(statistics)
     counts = table["role"].value_counts()
     sentences = [
-        f"Counted in {statistics.after_first} positions (the first of a text left out); subwords of a word in {statistics.later} later and "
+        f"Counted in {statistics.after_first} positions (the first of a text left out); subwords of a word in "
+        f"{statistics.later} later and "
         f"{statistics.first} first ones."
     ]
     for role in [r for r in counts.index if r]:
         rows = table[table["role"] == role]
-        names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(12).itertuples()) + (", …" if len(rows) > 12 else "")
+        names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(12).itertuples()) + (
+            ", …" if len(rows) > 12 else ""
+        )
         sentences.append(
-            f"{len(rows)} {role} head{'s' * (len(rows) > 1)} ({rows['largest'].sum()} of them the most important of their layer): {names}."
+            f"{len(rows)} {role} head{'s' * (len(rows) > 1)} ({rows['largest'].sum()} of them the most important of "
+            f"their layer): {names}."
         )
     near = table.sort_values("same word", ascending=False).iloc[0]
     if not statistics.later:
         sentences.append("No word has several tokens: nothing can be said of subword-merging heads.")
     elif "subword merging" not in counts:
         sentences.append(
-            f"No head is a subword-merging head by the paper's criteria. The nearest is L{near['layer']:.0f}H{near['head']:.0f}: more than half of its "
-            f"influence on earlier subwords in {near['same word']:.0%} of later subwords, quiet in {near['quiet']:.0%} of first subwords."
+            f"No head is a subword-merging head by the paper's criteria. The nearest is "
+            f"L{near['layer']:.0f}H{near['head']:.0f}: more than half of its "
+            f"influence on earlier subwords in {near['same word']:.0%} of later subwords, quiet in "
+            f"{near['quiet']:.0%} of first subwords."
         )
     figure = figures.save(figures.positional(table, corpus.shape), folder / "positional")
     return Section(
@@ -176,20 +209,25 @@ def _positional(corpus: Corpus, folder: Path) -> Section:
     )
 
 
-def _clusters(corpus: Corpus, folder: Path, tagger: Tagger | None, domain: str | None, method: str, sample: int, seed: int) -> Section:
+def _clusters(
+    corpus: Corpus, folder: Path, tagger: Tagger | None, domain: str | None, method: str, sample: int, seed: int
+) -> Section:
     found = clusters(corpus, tagger, domain=domain, method=method, sample=sample, seed=seed)
     sentences = [
-        f"{row['labels']}: silhouette {row['silhouette']:.3f}, with shuffled labels at most {row['shuffled largest']:.3f} ({row['points']} positions)."
+        f"{row['labels']}: silhouette {row['silhouette']:.3f}, with shuffled labels at most "
+        f"{row['shuffled largest']:.3f} ({row['points']} positions)."
         for row in found.scores.to_dict("records")
     ]
     where = f" of {domain!r}" if domain else ""
     if tagger is None and domain is None and len(corpus.domains) > 1:
         sentences.append(
-            "The tagger knows English, and these positions are of all domains: choose one with tagged_domain (--tagged-domain)."
+            "The tagger knows English, and these positions are of all domains: choose one with tagged_domain "
+            "(--tagged-domain)."
         )
     sentences.insert(
         0,
-        f"{len(found.points)} positions{where}; the first two principal components explain {found.variance[:2].sum():.0%} of the variance.",
+        f"{len(found.points)} positions{where}; the first two principal components explain "
+        f"{found.variance[:2].sum():.0%} of the variance.",
     )
     return Section(
         "Clusters of positions",
@@ -207,26 +245,37 @@ def _bos(corpus: Corpus, limit: float, model: Any) -> Section:
     return Section("Periods as BOS", sentences, "", {"untouched": found.by_token})
 
 
-def _domains(corpus: Corpus, folder: Path, general: str | None, permutations: int, seed: int) -> tuple[Section, pd.DataFrame]:
+def _domains(
+    corpus: Corpus, folder: Path, general: str | None, permutations: int, seed: int
+) -> tuple[Section, pd.DataFrame]:
     means = domain_means(corpus, seed=seed)
     heads = domain_heads(corpus, general, permutations=permutations, seed=seed)
-    specific = heads[heads["specific"] & (heads["q"] <= 0.05)].sort_values(["domain", "difference"], ascending=[True, False])
+    specific = heads[heads["specific"] & (heads["q"] <= 0.05)].sort_values(
+        ["domain", "difference"], ascending=[True, False]
+    )
     against = f"{general!r}" if general is not None else "all other domains"
     sentences = [f"Compared with {against}; {permutations} permutations of texts, q after Benjamini and Hochberg."]
     for domain in sorted(heads["domain"].unique()):
         rows = specific[specific["domain"] == domain]
-        names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(8).itertuples()) + (", …" if len(rows) > 8 else "")
+        names = ", ".join(f"L{row.layer}H{row.head}" for row in rows.head(8).itertuples()) + (
+            ", …" if len(rows) > 8 else ""
+        )
         tested = heads.loc[heads["domain"] == domain, "q"].notna().any()
         if tested:
-            sentences.append(f"{domain or '(none)'}: {len(rows)} specific heads" + (f": {names}." if len(rows) else "."))
+            sentences.append(
+                f"{domain or '(none)'}: {len(rows)} specific heads" + (f": {names}." if len(rows) else ".")
+            )
         else:
             cut = int(heads.loc[heads["domain"] == domain, "specific"].sum())
             sentences.append(
-                f"{domain or '(none)'}: not tested, for a test takes {LEAST_TEXTS} texts on either side; {cut} heads pass the paper's cut alone."
+                f"{domain or '(none)'}: not tested, for a test takes {LEAST_TEXTS} texts on either side; {cut} heads "
+                f"pass the paper's cut alone."
             )
     overlap = domain_overlap(heads).reset_index(names="domain")
     figure = figures.save(figures.domain_figure(means, heads), folder / "domains")
-    return Section("Domains", sentences, figure, {"domain_heads": specific, "domain_overlap": overlap, "domain_means": means}), specific
+    return Section(
+        "Domains", sentences, figure, {"domain_heads": specific, "domain_overlap": overlap, "domain_means": means}
+    ), specific
 
 
 def _concepts(model: Any, tokenizer: Any, specific: pd.DataFrame | None) -> Section:
@@ -239,7 +288,8 @@ def _concepts(model: Any, tokenizer: Any, specific: pd.DataFrame | None) -> Sect
     table = table.sort_values("domains", key=lambda names: names == "", kind="stable", ignore_index=True)
     heads = len(table[["layer", "head"]].drop_duplicates())
     sentences = [
-        f"Top tokens of the first three right singular vectors of W_V W_O, both signs, for all {heads} heads; those specific to a domain come first."
+        f"Top tokens of the first three right singular vectors of W_V W_O, both signs, for all {heads} heads; those "
+        f"specific to a domain come first."
     ]
     return Section("What heads write", sentences, "", {"concepts": table}, searchable=True)
 

@@ -1,4 +1,6 @@
-"""Layers to measure: real activations of the demo model, and random ones at the shapes of larger models; what a kernel must at least cost."""
+"""Layers to measure: real activations of the demo model, and random ones at the shapes of larger models; what a
+kernel must at least cost.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Case:
         return self.attention.n_query
 
     def flops(self, kernel: str) -> float:
-        """Floating point operations that a kernel cannot do without: a multiply-add counts two, causal halves are halves."""
+        """Floating point operations that a kernel cannot do without: a multiply-add counts two, causal halves are
+        halves.
+        """
         s, t = self.shape, self.tokens
         gemm = 2.0 * t * s.heads * s.d_head * s.d_model  # sign(Y) W_O
         attention = 2.0 * t * t / 2 * s.heads * 2 * s.d_head  # q k and g v
@@ -69,7 +73,11 @@ def random_case(name: str, tokens: int, device: str, dtype: torch.dtype) -> Case
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).to(device, dtype)
 
-    query, key, value = normal(s.heads, tokens, s.d_head), normal(s.kv_heads, tokens, s.d_head), normal(s.kv_heads, tokens, s.d_head)
+    query, key, value = (
+        normal(s.heads, tokens, s.d_head),
+        normal(s.kv_heads, tokens, s.d_head),
+        normal(s.kv_heads, tokens, s.d_head),
+    )
     w_o = (normal(s.d_model, s.heads * s.d_head) / s.d_model**0.5).view(s.d_model, s.heads, s.d_head).permute(1, 2, 0)
     whole = normal(tokens, s.d_model).float()
     attention = Attention(query, key, value, w_o, whole, s.d_head**-0.5)
@@ -88,7 +96,9 @@ def real_cases(tokens: int, path: Path) -> list[Case]:
         query, key, value = (t[name][:, :tokens] for name in ("query", "key", "value"))
         w_o = t["w_o"].view(576, 9, 64).permute(1, 2, 0)
         attention = Attention(query, key, value, w_o, t["whole"][:tokens], 64**-0.5)
-        found.append(Case(f"smollm2-135m, layer {layer}", SHAPES["smollm2-135m"], attention, t["others"][None, :tokens]))
+        found.append(
+            Case(f"smollm2-135m, layer {layer}", SHAPES["smollm2-135m"], attention, t["others"][None, :tokens])
+        )
     return found
 
 
@@ -110,9 +120,13 @@ def save_activations(path: Path) -> None:
             parts = parts_of(layer)
             assert parts.w_o is not None
             tensors: dict[str, Any] = {
-                "query": layer.query, "key": layer.key, "value": parts.value, "w_o": parts.w_o.permute(2, 0, 1).reshape(576, -1),
-                "whole": parts.whole, "others": reference.proximity(parts.residual, parts.whole),
-            }  # fmt: skip
+                "query": layer.query,
+                "key": layer.key,
+                "value": parts.value,
+                "w_o": parts.w_o.permute(2, 0, 1).reshape(576, -1),
+                "whole": parts.whole,
+                "others": reference.proximity(parts.residual, parts.whole),
+            }
             stored.update({f"{layer.index}.{name}": t.contiguous() for name, t in tensors.items()})
 
     capture(model, torch.tensor([long_prompt(tokenizer, REAL_TOKENS)]), keep)

@@ -24,7 +24,8 @@ def tables(report: dict[str, Any]) -> list[Any]:
             mine = [f"{row[k]['seconds'] * 1e3:.1f} ({row[k]['roofline']:.0%})" if k in row else "–" for k in KERNELS]
             rivals = {n: r for n, r in row.items() if isinstance(r, dict) and "certified_is_faster" in r}
             cells = [
-                "\n".join(f"{n} {r[key]:.0f}×" for n, r in rivals.items() if key in r) for key in ("certified_is_faster", "exact_is_faster")
+                "\n".join(f"{n} {r[key]:.0f}×" for n, r in rivals.items() if key in r)
+                for key in ("certified_is_faster", "exact_is_faster")
             ]
             table.add_row(row["layer"], str(row["tokens"]), *mine, *cells)
         found.append(table)
@@ -80,9 +81,19 @@ def _kernels(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def _end_to_end(axes: Any, rows: list[dict[str, Any]]) -> None:
     for name in ("certified", "signed", "exact"):
-        axes.plot([row["tokens"] for row in rows], [row["ratios"][f"{name} / forward"] for row in rows], marker="o", label=name)
+        axes.plot(
+            [row["tokens"] for row in rows],
+            [row["ratios"][f"{name} / forward"] for row in rows],
+            marker="o",
+            label=name,
+        )
     axes.axhline(1, color="0.6", lw=1)
-    axes.set(xscale="log", xlabel="tokens", ylabel="traced pass / plain forward", title="cost of a trace (demo model, all logits)")
+    axes.set(
+        xscale="log",
+        xlabel="tokens",
+        ylabel="traced pass / plain forward",
+        title="cost of a trace (demo model, all logits)",
+    )
     axes.set_ylim(bottom=0.9)
     _finish(axes, rows)
 

@@ -41,7 +41,12 @@ def kernels(case: Case, backend: str) -> dict[str, Callable[[], Any]]:
     def fresh(measure: str) -> Any:
         a.__dict__.pop("gradient", None)
         return certified(
-            a, o, floor=1e-3, thresholds=(0.01, 0.03, 0.04) if measure == "proximity" else (), backend=backend, measure=measure
+            a,
+            o,
+            floor=1e-3,
+            thresholds=(0.01, 0.03, 0.04) if measure == "proximity" else (),
+            backend=backend,
+            measure=measure,
         )
 
     def bounds() -> Any:
@@ -70,7 +75,9 @@ def kernels(case: Case, backend: str) -> dict[str, Callable[[], Any]]:
 
 
 def gate(case: Case, backend: str, rows: int = 3) -> float:
-    """Largest error of the exact kernel over its normaliser in the last rows, against float64; intervals must hold the truth."""
+    """Largest error of the exact kernel over its normaliser in the last rows, against float64; intervals must hold
+    the truth.
+    """
     a = case.attention.float()
     last = slice(a.n_query - rows, None) if a.n_query > rows else slice(None)
     pattern = reference.attention_pattern(a.query.double()[:, last], a.key.double(), scaling=a.scaling)
@@ -83,13 +90,18 @@ def gate(case: Case, backend: str, rows: int = 3) -> float:
     first = a.n_query - near.shape[1]
     mine = (query >= first) & (head >= 0)
     wanted = near[head[mine], query[mine] - first, key[mine]].cpu()
-    error = float(((found.value.cpu()[mine] - wanted).abs() / total.cpu()[query[mine] - first]).max()) if bool(mine.any()) else 0.0
+    error = (
+        float(((found.value.cpu()[mine] - wanted).abs() / total.cpu()[query[mine] - first]).max())
+        if bool(mine.any())
+        else 0.0
+    )
     if case.tokens <= 2048 and "reference" not in backend:
         error = max(error, float((todo["exact"]()[0][:, last].double() - near / total[:, None]).abs().max()))
     worst = max(error, outside)
     if not worst <= GATE:
         raise GateError(
-            f"{case.name} at {case.tokens} tokens: an error of {worst:.1e} of the normaliser (allowed {GATE:.0e}); no speed is reported"
+            f"{case.name} at {case.tokens} tokens: an error of {worst:.1e} of the normaliser (allowed {GATE:.0e}); no "
+            f"speed is reported"
         )
     return worst
 
@@ -120,13 +132,19 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
     return {"bytes_per_second": 2 * big.nbytes / copy, "flops_per_second": 2 * n**3 / product}
 
 
-def measure_layer(case: Case, backend: str, rivals: list[str], ceiling: dict[str, float], device: str) -> dict[str, Any]:
+def measure_layer(
+    case: Case, backend: str, rivals: list[str], ceiling: dict[str, float], device: str
+) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": case.name, "tokens": case.tokens, "gate": gate(case, backend)}
     for name, function in kernels(case, backend).items():
         if name == "exact" and case.tokens**2 * case.shape.heads * 4 > RIVAL_BYTES:
             continue
         seconds, count = median(function, device)
-        row[name] = {"seconds": seconds, "repetitions": count, "roofline": case.flops(name) / ceiling["flops_per_second"] / seconds}
+        row[name] = {
+            "seconds": seconds,
+            "repetitions": count,
+            "roofline": case.flops(name) / ceiling["flops_per_second"] / seconds,
+        }
     for name in rivals:
         elements = case.tokens**2 * case.shape.heads * case.shape.d_model
         need = 8 * elements if name == "materialised" else 12 * case.tokens**2 * case.shape.heads
@@ -146,10 +164,14 @@ def measure_layer(case: Case, backend: str, rivals: list[str], ceiling: dict[str
         except Exception as error:  # a rival that this machine cannot run is a fact to report
             row[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
             continue
-        difference = float((result[:, -2:].sum((0, 2)) + case.others[0, -2:] - kernels(case, backend)["certified"]().high[-2:]).max())
+        difference = float(
+            (result[:, -2:].sum((0, 2)) + case.others[0, -2:] - kernels(case, backend)["certified"]().high[-2:]).max()
+        )
         row[name] = {
-            "seconds": seconds, "certified_is_faster": seconds / row["certified"]["seconds"], "above_our_upper_bound": difference,
-        }  # fmt: skip
+            "seconds": seconds,
+            "certified_is_faster": seconds / row["certified"]["seconds"],
+            "above_our_upper_bound": difference,
+        }
         if "exact" in row:
             row[name]["exact_is_faster"] = seconds / row["exact"]["seconds"]
     return row
@@ -196,7 +218,9 @@ print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHW
 """
 _CALLS = {
     "forward": "torch.no_grad().__enter__(); model(torch.tensor([ids]), use_cache=False)",
-    "forward, last logits": "torch.no_grad().__enter__(); model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)",
+    "forward, last logits": (
+        "torch.no_grad().__enter__(); model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)"
+    ),
     "certified": "fr.trace(model, None, ids)",
 }
 
@@ -232,12 +256,21 @@ def conditions(device: str, backend: str) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     found = {
-        "device": name, "backend": backend, "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "date": date.today().isoformat(), "load_average": os.getloadavg()[0], "statistic": "median, warm",
-    }  # fmt: skip
+        "device": name,
+        "backend": backend,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+        "load_average": os.getloadavg()[0],
+        "statistic": "median, warm",
+    }
     if backend == "cpu":
         found["isa"] = native.extension().isa()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return found | {"commit": commit.stdout.strip() or "unknown"}
 
 
@@ -261,7 +294,8 @@ def run(
 ) -> Path:
     """Measure and write ``<out>/<device>.json`` and plots; returns the JSON's path.
 
-    ``what`` may hold ``"kernels"``, ``"end-to-end"`` and ``"memory"``. ``ValueError`` for unknown names, :class:`GateError` for a wrong kernel.
+    ``what`` may hold ``"kernels"``, ``"end-to-end"`` and ``"memory"``. ``ValueError`` for unknown names,
+    :class:`GateError` for a wrong kernel.
     """
     for name, chosen, known in (("shape", shapes, tuple(SHAPES)), ("part", what, ("kernels", "end-to-end", "memory"))):
         if unknown := [c for c in chosen if c not in known]:
@@ -271,7 +305,11 @@ def run(
     backend = ops.choose_backend(backend, torch.empty(0, device=device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     report: dict[str, Any] = {"conditions": conditions(device, backend)}
-    label = f"{report['conditions']['device']}-{torch.get_num_threads()}-cores" if device == "cpu" else report["conditions"]["device"]
+    label = (
+        f"{report['conditions']['device']}-{torch.get_num_threads()}-cores"
+        if device == "cpu"
+        else report["conditions"]["device"]
+    )
     path = out / f"{label.replace(' ', '-').lower()}.json"
 
     def save() -> None:  # after every length: an interrupted run leaves what it measured
@@ -285,7 +323,11 @@ def run(
             cases = []
             if device == "cpu" and "smollm2-135m" in shapes and n <= 1024:
                 cases += real_cases(n, cache_folder() / "activations" / "smollm2.safetensors")[: 1 if quick else None]
-            cases += [random_case(s, n, device, dtype) for s in shapes if device == "cuda" or SHAPES[s].d_model * n <= 4096 * 512]
+            cases += [
+                random_case(s, n, device, dtype)
+                for s in shapes
+                if device == "cuda" or SHAPES[s].d_model * n <= 4096 * 512
+            ]
             for place, case in enumerate(cases):
                 step(f"{case.name}, {n} tokens")
                 rivals = [] if quick or place != 1 else list(RIVALS)

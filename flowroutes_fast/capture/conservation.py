@@ -1,9 +1,10 @@
 """Do a layer's captured parts add up to what the model computed? Asked on every pass, of every layer.
 
-The parts of a node must add up to its state, x_i + Σ_h z_ih W_O[h] + rest_i = y_i, with z_ih what the attention function returned; z_ih must
-be Σ_j α_hij v_hj with the α that importances are made of; and the state that enters a layer must be the one that left the layer before.
-A plain model does alike at all positions: a few positions and channels are looked at, the first and the last position among them. Where
-something may act on single ones (hooks, replaced forwards, foreign attention functions, a model seen for the first time), all are.
+The parts of a node must add up to its state, x_i + Σ_h z_ih W_O[h] + rest_i = y_i, with z_ih what the attention
+function returned; z_ih must be Σ_j α_hij v_hj with the α that importances are made of; and the state that enters a
+layer must be the one that left the layer before. A plain model does alike at all positions: a few positions and
+channels are looked at, the first and the last position among them. Where something may act on single ones (hooks,
+replaced forwards, foreign attention functions, a model seen for the first time), all are.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ PATTERN_BYTES = 64 * 2**20  # of attention weights at a time, where all rows are
 KNOWN = ("", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 SMALLEST = 1e-3  # sizes of channels are told apart down to this share of the largest
 TOLERANCE = {  # int8 and float8 stand for layers that round their inputs to so many bits
-    torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.int8: 3e-2, torch.float8_e4m3fn: 5e-2
-}  # fmt: skip
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.5e-2,
+    torch.int8: 3e-2,
+    torch.float8_e4m3fn: 5e-2,
+}
 Explain = Callable[["Block"], "list[str]"]
 Coarsest = Callable[["Block", torch.dtype], torch.dtype]
 
@@ -43,7 +49,9 @@ class _Places(NamedTuple):
 
 @dataclass
 class _Sample:
-    """Parts and states of one layer at some positions and channels, to be compared later; ``weights``: see :func:`weights_error`."""
+    """Parts and states of one layer at some positions and channels, to be compared later; ``weights``: see
+    :func:`weights_error`.
+    """
 
     block: Block
     dtype: torch.dtype
@@ -58,7 +66,8 @@ class Conservation:
     def __init__(self, layers: int, coarsest: Coarsest, explain: Explain, thorough: bool) -> None:
         self.layers, self.coarsest, self.explain, self.thorough = layers, coarsest, explain, thorough
         self.seen: set[int] = set()
-        self.left: dict[Any, tuple[Tensor, int]] = {}  # batch -> the state that left its last layer, and how often it had been written to
+        # batch -> the state that left its last layer, and how often it had been written to
+        self.left: dict[Any, tuple[Tensor, int]] = {}
         self.open: list[_Sample] = []
         self.chosen: dict[tuple[Any, ...], _Places] = {}
 
@@ -102,7 +111,11 @@ class Conservation:
         before = self.left.pop(sequence, None)
         if before is None or (state is before[0] and state._version == before[1]):
             return  # (a copy is never the state itself)
-        if state.shape == before[0].shape and (state is not before[0]) and torch.equal(state, before[0].to(state.device, state.dtype)):
+        if (
+            state.shape == before[0].shape
+            and (state is not before[0])
+            and torch.equal(state, before[0].to(state.device, state.dtype))
+        ):
             return
         raise ValueError(_message(block, "entered", 1.0, 0.0, state.dtype, self.explain(block)))
 
@@ -133,9 +146,12 @@ class Conservation:
                     continue
                 if layer is not None:
                     check_finite(layer)
-                dtype = self.coarsest(sample.block, sample.dtype)  # looked for where it matters: it may be a coarser one that computes
+                # looked for where it matters: it may be a coarser one that computes
+                dtype = self.coarsest(sample.block, sample.dtype)
                 if not error <= TOLERANCE[dtype]:
-                    raise ValueError(_message(sample.block, where, error, TOLERANCE[dtype], dtype, self.explain(sample.block)))
+                    raise ValueError(
+                        _message(sample.block, where, error, TOLERANCE[dtype], dtype, self.explain(sample.block))
+                    )
 
 
 def _sums(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, Tensor]]:
@@ -158,7 +174,8 @@ def _sums(layer: Layer, rows: Tensor, channels: Tensor) -> list[tuple[str, Tenso
 
 
 def _miss(parts: Tensor) -> Tensor:
-    """Largest ‖Σ part_i − state_i‖ / (‖state_i‖ + Σ ‖part_i‖) over positions, of ``[layer, 1 + part, row, channel]`` -> ``[layer]``.
+    """Largest ‖Σ part_i − state_i‖ / (‖state_i‖ + Σ ‖part_i‖) over positions, of ``[layer, 1 + part, row, channel]`` ->
+    ``[layer]``.
 
     Channels count in units of their size in the state, so that outliers hide nothing.
     """
@@ -177,7 +194,8 @@ def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
         mixed = mixed * layer.gate[rows].flatten(1)
     if layer.in_scale is not None:
         mixed = mixed * layer.in_scale
-    weight = layer.output_weight().permute(2, 0, 1).reshape(layer.resid_post.shape[1], -1)  # a view where W_O views a linear layer
+    # a view where W_O views a linear layer
+    weight = layer.output_weight().permute(2, 0, 1).reshape(layer.resid_post.shape[1], -1)
     added = mixed @ weight.index_select(0, channels.to(weight.device)).to(mixed.device).T
     scale = 1.0 if layer.row_scale is None else layer.row_scale[rows, None]
     bias = block.output_bias
@@ -188,8 +206,22 @@ def _attention(layer: Layer, rows: Tensor, channels: Tensor) -> Tensor:
 
 def _native_errors(layer: Layer, places: _Places) -> list[tuple[str, float]] | None:
     """What :func:`weights_error` and :func:`_miss` say of a float32 layer on the CPU, in one call; None for others."""
-    state, query, key, value, mixed, mask = layer.resid_post, layer.query, layer.key, layer.value, layer.mixed, layer.mask
-    if state.dtype is not torch.float32 or not state.is_cpu or mixed is None or query is None or key is None or value is None:
+    state, query, key, value, mixed, mask = (
+        layer.resid_post,
+        layer.query,
+        layer.key,
+        layer.value,
+        layer.mixed,
+        layer.mask,
+    )
+    if (
+        state.dtype is not torch.float32
+        or not state.is_cpu
+        or mixed is None
+        or query is None
+        or key is None
+        or value is None
+    ):
         return None
     if layer.attention_function not in KNOWN or native.load()[0] is None:
         return None
@@ -198,10 +230,22 @@ def _native_errors(layer: Layer, places: _Places) -> list[tuple[str, float]] | N
     kv_heads, _, d_v = value.shape
     block, mid, through = layer.block, layer.resid_mid, layer.through
     a = native.Arguments(
-        tokens=tokens, heads=heads, group=heads // kv_heads, d_v=d_v, d_model=width, d_qk=d_qk, kv_head=block.index % kv_heads,
-        scale=layer.scaling, softcap=layer.softcap, window=layer.window, scale_out=layer.scale, smallest=SMALLEST,
-        bias_is_scaled=block.post_norm is not None, n_rows=len(places.rows), n_channels=len(places.channels),
-    )  # fmt: skip
+        tokens=tokens,
+        heads=heads,
+        group=heads // kv_heads,
+        d_v=d_v,
+        d_model=width,
+        d_qk=d_qk,
+        kv_head=block.index % kv_heads,
+        scale=layer.scaling,
+        softcap=layer.softcap,
+        window=layer.window,
+        scale_out=layer.scale,
+        smallest=SMALLEST,
+        bias_is_scaled=block.post_norm is not None,
+        n_rows=len(places.rows),
+        n_channels=len(places.channels),
+    )
     try:
         a.take_rows("query", query, (heads, tokens, d_qk), ("q_head", "q_row"), where="q")
         a.take_rows("key", key, (kv_heads, tokens, d_qk), ("k_head", "k_row"), where="k")
@@ -211,7 +255,11 @@ def _native_errors(layer: Layer, places: _Places) -> list[tuple[str, float]] | N
         if weight.stride()[1:] != (d_v, 1):
             weight, a["w_is_sampled"] = weight.index_select(0, places.channels.to(weight.device)), True
         a.take_rows(
-            "the output projection", weight, (len(places.channels) if a.get("w_is_sampled") else width, heads, d_v), ("w_row",), where="w_o"
+            "the output projection",
+            weight,
+            (len(places.channels) if a.get("w_is_sampled") else width, heads, d_v),
+            ("w_row",),
+            where="w_o",
         )
         a.take("residual", layer.residual, tokens, width)
         a.take("ffn_out", layer.ffn_out, tokens, width)
@@ -240,12 +288,16 @@ def _native_errors(layer: Layer, places: _Places) -> list[tuple[str, float]] | N
 
 
 def recomputes(layer: Layer) -> bool:
-    """Whether attention weights computed again from queries and keys are all those of the model, up to the rounding of their type."""
+    """Whether attention weights computed again from queries and keys are all those of the model, up to the rounding
+    of their type.
+    """
     return float(weights_error(layer, None)) <= TOLERANCE[layer.query.dtype]  # type: ignore[union-attr]
 
 
 def weights_error(layer: Layer, rows: Tensor | None) -> Tensor:
-    """Largest |Σ_j α_hij v_hj − z_ih| over some rows and the heads of one key-value head, relative to the largest value; rows None: over all."""
+    """Largest |Σ_j α_hij v_hj − z_ih| over some rows and the heads of one key-value head, relative to the largest
+    value; rows None: over all.
+    """
     if rows is not None:
         kv = layer.index % len(layer.key)  # type: ignore[arg-type]
         return _weights_error(layer, rows, slice(kv, kv + 1))
@@ -287,7 +339,10 @@ def check_finite(layer: Layer) -> None:
             return
     for name, tensor in tensors:
         if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
-            raise ValueError(f"layer {layer.index}: {name} holds NaN or infinite numbers; nothing can be said about this forward pass")
+            raise ValueError(
+                f"layer {layer.index}: {name} holds NaN or infinite numbers; nothing can be said about "
+                f"this forward pass"
+            )
 
 
 def _spread(count: int, most: int, device: torch.device) -> Tensor:
@@ -304,7 +359,9 @@ def _drawn(count: int, most: int, device: torch.device) -> Tensor:
 
 def _message(block: Any, where: str, error: float, allowed: float, dtype: torch.dtype, causes: list[str]) -> str:
     if not math.isfinite(error):
-        return f"layer {block.index}: its states hold NaN or infinite numbers; nothing can be said about this forward pass"
+        return (
+            f"layer {block.index}: its states hold NaN or infinite numbers; nothing can be said about this forward pass"
+        )
     says = {
         "weights": "the attention weights that are recomputed are not those that the model used",
         "attention": "the captured parts miss the state after attention",
@@ -312,5 +369,9 @@ def _message(block: Any, where: str, error: float, allowed: float, dtype: torch.
         "entered": "the state that enters it is not the one that left the layer before",
     }[where]
     by = f" by {error:.1e} relative (allowed for {str(dtype).removeprefix('torch.')}: {allowed:.0e})" if allowed else ""
-    why = "; ".join(causes) if causes else f"this model does something that the adapter of the {block.family.name} family does not know"
+    why = (
+        "; ".join(causes)
+        if causes
+        else (f"this model does something that the adapter of the {block.family.name} family does not know")
+    )
     return f"layer {block.index}: {says}{by}, so its routes would be wrong: {why}"

@@ -1,7 +1,7 @@
 """How activations leave a model: layer by layer, through transformers' attention interface and a few forward hooks.
 
-The model's own attention function (sdpa, flash, eager) stays in use; a wrapper keeps its queries, keys, values and mask.
-Each layer is handed on when its block has finished, and then released.
+The model's own attention function (sdpa, flash, eager) stays in use; a wrapper keeps its queries, keys, values and
+mask. Each layer is handed on when its block has finished, and then released.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.implementation: dict[int, str] = {}  # id(config) -> name of its attention function
         self.kept: dict[int, dict[str, Any]] = {}  # id(attention module) -> what its current call leaves
-        self.masks: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}  # masks of this pass, read once for all layers
-        self.stored: dict[int, Stored] = {}  # id(attention module) -> keys and values that its queries meet instead of their own
+        # masks of this pass, read once for all layers
+        self.masks: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}
+        # id(attention module) -> keys and values that its queries meet instead of their own
+        self.stored: dict[int, Stored] = {}
         self.depth = 0  # passes that are watched: a hook of the user's may start one within another
 
 
@@ -53,9 +55,11 @@ class Stored:
 
     key: Tensor  # [kv_head, key, d_qk]
     value: Tensor  # [kv_head, key, d_head]
-    mask: Tensor | None  # additive [query, key] or [head, query, key], for the rows that run; None: causal at ``positions``
+    # additive [query, key] or [head, query, key], for the rows that run; None: causal at ``positions``
+    mask: Tensor | None
     positions: Tensor  # [query]
-    found: Callable[[Tensor, Tensor], None] | None = None  # called with the rows' own keys and values ``[batch, kv_head, query, d]`` first
+    # called with the rows' own keys and values ``[batch, kv_head, query, d]`` first
+    found: Callable[[Tensor, Tensor], None] | None = None
 
 
 @dataclass
@@ -74,8 +78,9 @@ class Call:
 class Layer:
     """Activations of one layer for one sequence, as the model computed them (its dtype, its device), without padding.
 
-    Every part of a sum is as it was added: ``residual`` and ``through`` are the state as it passes attention and the FFN by, ``ffn_out``
-    and ``mixer_out`` include norms and multipliers. A layer without attention weights has no query, key and value.
+    Every part of a sum is as it was added: ``residual`` and ``through`` are the state as it passes attention and the
+    FFN by, ``ffn_out`` and ``mixer_out`` include norms and multipliers. A layer without attention weights has no query,
+    key and value.
     """
 
     block: Block
@@ -101,12 +106,14 @@ class Layer:
     neurons: Tensor | None = None  # what the FFN's down projection multiplies [token, neuron], if asked for
     neuron_rows: Tensor | None = None  # [token]: frozen divisor of a norm after the FFN, inverted, and multipliers
     neuron_gain: Tensor | None = None  # [d_model]: gain of a norm after the FFN
-    mixed: Tensor | None = None  # [token, head * d_head]: what the attention function returned, before gates, norms and W_O
+    # [token, head * d_head]: what the attention function returned, before gates, norms and W_O
+    mixed: Tensor | None = None
     attention_function: str = ""  # its name; "" where the attention module gave its weights itself
     weight: Callable[[], Tensor] | None = None  # W_O, read once for all sequences of a batch
     state: Tensor | None = None  # [token, d_model], what entered the block; None where that has another shape
     call: Call | None = None
-    positions: Tensor | None = None  # [query], where the rows of a causal layer stand among its keys, None: the last ones
+    # [query], where the rows of a causal layer stand among its keys, None: the last ones
+    positions: Tensor | None = None
 
     def output_weight(self) -> Tensor:
         """W_O ``[head, d_head, d_model]``, float32."""
@@ -120,7 +127,9 @@ class Layer:
 def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """An attention function that keeps its inputs and calls the one the model would have called."""
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):  # type: ignore[no-untyped-def]
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
@@ -139,14 +148,20 @@ def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             kept["calls"] = kept.get("calls", 0) + 1
             kept.update(query=query, key=key, value=value, mask=attention_mask, options=kwargs, mixed=found[0])
             kept.update(function=implementation, foreign=written_elsewhere(original), stored=stored)
-            if implementation == "eager" and query.dtype in (torch.bfloat16, torch.float16) and isinstance(found[1], Tensor):
+            if (
+                implementation == "eager"
+                and query.dtype in (torch.bfloat16, torch.float16)
+                and isinstance(found[1], Tensor)
+            ):
                 kept["weights"] = found[1]  # of scores rounded to few bits: where they are large, no one else has these
         return found
 
     return attention
 
 
-def _attend(original: Any, eager: Any, name: str, module: nn.Module, query: Tensor, stored: Stored, kwargs: dict[str, Any]) -> Any:
+def _attend(
+    original: Any, eager: Any, name: str, module: nn.Module, query: Tensor, stored: Stored, kwargs: dict[str, Any]
+) -> Any:
     """Attention of some rows to stored keys and values, by the model's own function where that takes a mask."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -165,7 +180,9 @@ def _attend(original: Any, eager: Any, name: str, module: nn.Module, query: Tens
 
 @contextmanager
 def attention_functions(names: dict[int, str]) -> Iterator[None]:
-    """On this thread alone the configs ``{id(config): name}`` say these attention functions; the configs themselves are not changed."""
+    """On this thread alone the configs ``{id(config): name}`` say these attention functions; the configs themselves
+    are not changed.
+    """
     from transformers import PreTrainedConfig
 
     own = PreTrainedConfig.__dict__["_attn_implementation"]
@@ -221,10 +238,11 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _as_written() -> Iterator[None]:
-    """Whatever torch.compile has made of the model or its parts runs as it was written, so that hooks are called and attention is asked for.
+    """Whatever torch.compile has made of the model or its parts runs as it was written, so that hooks are called and
+    attention is asked for.
 
-    Process-wide while it lasts: compiled functions of other threads run uncompiled meanwhile, with the same results, and what they compile
-    waits, so that no hook of ours gets into it.
+    Process-wide while it lasts: compiled functions of other threads run uncompiled meanwhile, with the same results,
+    and what they compile waits, so that no hook of ours gets into it.
     """
     if "torch._dynamo" not in sys.modules:
         yield
@@ -253,7 +271,8 @@ def unwrap(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 raise ValueError(
-                    "this adapter learns virtual tokens, which have no text to route from; only adapters of weights (LoRA) are traced"
+                    "this adapter learns virtual tokens, which have no text to route from; only adapters of weights "
+                    "(LoRA) are traced"
                 )
             model = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -271,13 +290,15 @@ def _tensor(output: Any) -> Tensor:
 
 
 def _additive(kept: dict[str, Any], block: Block, item: int, span: slice) -> Tensor | None:
-    """The pass's attention mask as an additive one ``[query, key]`` or ``[head, query, key]`` of one sequence; None where it is plainly causal.
+    """The pass's attention mask as an additive one ``[query, key]`` or ``[head, query, key]`` of one sequence; None
+    where it is plainly causal.
 
     Read once for all layers that were given the same mask. ``ValueError`` where a position sees later ones.
     """
     mask, tokens = kept["mask"], kept["query"].shape[-2]
     blockwise = type(mask).__name__ == "BlockMask"
-    if not blockwise and not (isinstance(mask, Tensor) and mask.dim() == 4):  # none, or flash attention's padding: perhaps windowed
+    # none, or flash attention's padding: perhaps windowed
+    if not blockwise and not (isinstance(mask, Tensor) and mask.dim() == 4):
         causal = kept["options"].get("is_causal")
         causal = getattr(block.attention, "is_causal", True) if causal is None else causal
         if tokens > 1 and (not causal or (mask is None and kept["function"] in ("eager", "flex_attention"))):
@@ -285,14 +306,18 @@ def _additive(kept: dict[str, Any], block: Block, item: int, span: slice) -> Ten
         return None
     if not blockwise and mask.is_inference():
         return _read_mask(mask, block, item, span, tokens, blockwise)
-    key = (id(mask), 0 if blockwise else mask._version, item, span.start, span.stop)  # a hook may write to it between layers
+    # a hook may write to it between layers
+    key = (id(mask), 0 if blockwise else mask._version, item, span.start, span.stop)
     if key not in _here.masks:
-        _here.masks[key] = (mask, _read_mask(mask, block, item, span, tokens, blockwise))  # the mask stays alive: its id is its own
+        # the mask stays alive: its id is its own
+        _here.masks[key] = (mask, _read_mask(mask, block, item, span, tokens, blockwise))
     return _here.masks[key][1]
 
 
 def _later_mask(kept: dict[str, Any], item: int) -> Tensor | None:
-    """The additive mask of tokens that follow those of a cache ``[query, key]`` or ``[head, query, key]``; None where they see all."""
+    """The additive mask of tokens that follow those of a cache ``[query, key]`` or ``[head, query, key]``; None
+    where they see all.
+    """
     mask = kept["mask"]
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return None
@@ -318,7 +343,11 @@ def _read_mask(mask: Any, block: Block, item: int, span: slice, tokens: int, blo
         raise TwoSided(block)
     if mask.shape[0] > 1:
         return mask  # type: ignore[no-any-return]
-    return None if torch.equal(seen[0], torch.ones_like(seen[0]).tril()) and bool((mask[0][seen[0]] == 0).all()) else mask[0]
+    return (
+        None
+        if torch.equal(seen[0], torch.ones_like(seen[0]).tril()) and bool((mask[0][seen[0]] == 0).all())
+        else mask[0]
+    )
 
 
 class TwoSided(ValueError):
@@ -326,7 +355,8 @@ class TwoSided(ValueError):
 
     def __init__(self, block: Block) -> None:
         super().__init__(
-            f"layer {block.index}: the attention of this {block.family.name} model is two-sided (positions see later ones); information flow "
+            f"layer {block.index}: the attention of this {block.family.name} model is two-sided (positions see later "
+            f"ones); information flow "
             "routes are defined for decoders, where positions see only what came before"
         )
 
@@ -336,7 +366,8 @@ class RanAgain(ValueError):
 
     def __init__(self, block: Block) -> None:
         super().__init__(
-            f"layer {block.index} runs more than once in this forward pass, or on other tokens than the prompt's: a hook or replaced forward "
+            f"layer {block.index} runs more than once in this forward pass, or on other tokens than the prompt's: a "
+            f"hook or replaced forward "
             "that runs the model again cannot be traced; remove it, or let it run a copy of the model"
         )
 
@@ -344,7 +375,8 @@ class RanAgain(ValueError):
 def _norm_scales(norm: nn.Module, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """A norm at one input as ``after = row[..., None] * gain * before``: row ``[token]`` and gain ``[d]``, float32.
 
-    The gain is what the norm makes of ones (up to a factor that the rows absorb); the rows are fitted over all channels.
+    The gain is what the norm makes of ones (up to a factor that the rows absorb); the rows are fitted over all
+    channels.
     """
     gain = norm.forward(torch.ones(1, before.shape[-1], dtype=before.dtype, device=before.device))[0].float()
     scaled = before.float() * gain
@@ -380,11 +412,21 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
                 "this model computes attention in a way that cannot be captured"
             )
         options = kept["options"]
-        later = kept["key"].shape[-2] > kept["query"].shape[-2] and kept["stored"] is None  # tokens that follow those of a cache
-        query, key, value = kept["query"][item, :, span], *(kept[n][item, :, slice(None) if later else span] for n in ("key", "value"))
+        # tokens that follow those of a cache
+        later = kept["key"].shape[-2] > kept["query"].shape[-2] and kept["stored"] is None
+        query, key, value = (
+            kept["query"][item, :, span],
+            *(kept[n][item, :, slice(None) if later else span] for n in ("key", "value")),
+        )
         scaling = options.get("scaling")
         scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        mask = None if kept["stored"] is not None else _later_mask(kept, item) if later else _additive(kept, block, item, span)
+        mask = (
+            None
+            if kept["stored"] is not None
+            else _later_mask(kept, item)
+            if later
+            else _additive(kept, block, item, span)
+        )
         mixed, function = row("mixed").flatten(1), kept["function"] + (" (replaced)" if kept["foreign"] else "")
         softcap = float(options.get("softcap") or 0.0)
         window = int(options.get("sliding_window") or 0) if mask is None else 0
@@ -397,7 +439,9 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
         if neurons is not None:
             neuron_rows, neuron_gain = _norm_scales(block.ffn_norm, row("ffn_norm in"), ffn[0])
     if neurons is not None and (factor := family.ffn_scale(block.module) * passed) != 1:
-        neuron_rows = torch.full((len(neurons),), factor, device=neurons.device) if neuron_rows is None else neuron_rows * factor
+        neuron_rows = (
+            torch.full((len(neurons),), factor, device=neurons.device) if neuron_rows is None else neuron_rows * factor
+        )
     if block.post_norm is not None and block.attention is not None:
         row_scale, out_scale = _norm_scales(block.post_norm, row("post_norm in"), row("post_norm out"))
     if block.inner_norm is not None:
@@ -406,30 +450,51 @@ def _finish(block: Block, kept: dict[str, Any], item: int, span: slice) -> Layer
     gate = None
     if block.gate is not None:
         gate = family.gate_of(block.attention, kept["gate"])[item, span].float()  # type: ignore[arg-type]
-    source = row("state" if family.residual == "block" else "argument" if family.residual == "argument" else "attention in")
+    source = row(
+        "state" if family.residual == "block" else "argument" if family.residual == "argument" else "attention in"
+    )
     mid = None if block.parallel else row("mid")
     through = None if mid is None else row("through") if block.through is not None else mid
     added = ffn[0] if len(ffn) == 1 else sum(ffn)
     mixer = row("mixer") if block.mixer is not None else None
     return Layer(
-        block, query, key, value, scaling, mask, softcap, window, sinks,
+        block,
+        query,
+        key,
+        value,
+        scaling,
+        mask,
+        softcap,
+        window,
+        sinks,
         residual=_times(source, family.residual_scale(block.module) * (passed if mid is None else 1.0)),
         resid_mid=mid,
         through=None if through is None else _times(through, family.through_scale(block.module) * passed),
         ffn_out=_times(added, family.ffn_scale(block.module) * passed),
         resid_post=row("post"),
         mixer_out=None if mixer is None else _times(mixer, family.mixer_scale(block.module)),
-        row_scale=row_scale, out_scale=out_scale, in_scale=in_scale, gate=gate,
+        row_scale=row_scale,
+        out_scale=out_scale,
+        in_scale=in_scale,
+        gate=gate,
         scale=family.attention_scale(block.module) if block.attention is not None else 1.0,
-        neurons=neurons, neuron_rows=neuron_rows, neuron_gain=neuron_gain, mixed=mixed, attention_function=function,
-        weight=kept.get("weight"), state=state[item, span] if state.dim() == 3 else None,
+        neurons=neurons,
+        neuron_rows=neuron_rows,
+        neuron_gain=neuron_gain,
+        mixed=mixed,
+        attention_function=function,
+        weight=kept.get("weight"),
+        state=state[item, span] if state.dim() == 3 else None,
         call=Call(kept["call"][0], kept["call"][1], item, len(state), span.start, state.shape[1]),
-    )  # fmt: skip
+    )
 
 
 def _given_weights(layer: Layer, pattern: Tensor) -> Layer:
     """The layer with attention weights ``[head, query, key]`` that the model gave, instead of queries and keys."""
-    query, key = (pattern.new_zeros((n, pattern.shape[1], 1), dtype=torch.float32) for n in (len(pattern), len(layer.value)))  # type: ignore[arg-type]
+    assert layer.value is not None
+    query, key = (
+        pattern.new_zeros((n, pattern.shape[1], 1), dtype=torch.float32) for n in (len(pattern), len(layer.value))
+    )
     return replace(layer, query=query, key=key, mask=pattern.float().log(), scaling=1.0, softcap=0.0, window=0)
 
 
@@ -475,13 +540,16 @@ def _times(x: Tensor, factor: float) -> Tensor:
 
 def _watch(
     block: Block, kept: dict[str, Any], neurons: bool, done: Callable[[], None], handles: list[Any], ran: set[int]
-) -> None:  # fmt: skip
-    """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished; ``ran``: the blocks that have in this pass."""
+) -> None:
+    """Hooks that fill ``kept`` while a block runs, and call ``done`` when it has finished; ``ran``: the blocks that
+    have in this pass.
+    """
     family, depth = block.family, _here.depth
 
     def here(hook: Callable[..., Any]) -> Callable[..., Any]:
         hook = only_here(hook)
-        return lambda *args: hook(*args) if _here.depth == depth else None  # not in a pass that a hook of the user's starts
+        # not in a pass that a hook of the user's starts
+        return lambda *args: hook(*args) if _here.depth == depth else None
 
     def put(name: str, found: Tensor) -> None:
         if found.dim() == 2:  # [batch * token, d]
@@ -523,7 +591,9 @@ def _watch(
             after(block.attention, attended)
             enters(block.output, "mixed")
             if block.values is None:
-                raise ValueError(f"this {family.name} model is not built as expected: layer {block.index} has no {family.values!r}")
+                raise ValueError(
+                    f"this {family.name} model is not built as expected: layer {block.index} has no {family.values!r}"
+                )
             after(block.values, lambda m, args, output: kept.update(value=family.value_of(block.attention, output)))  # type: ignore[arg-type]
     if family.residual == "attention":
         enters(block.attention if block.attention is not None else block.mixer, "attention in")
@@ -538,7 +608,9 @@ def _watch(
         leaves(module, f"ffn {n}", copy=block.parallel)
     if neurons:
         if block.down is None:
-            raise ValueError(f"layer {block.index}: the FFN of {family.name} has no down projection whose neurons could be read")
+            raise ValueError(
+                f"layer {block.index}: the FFN of {family.name} has no down projection whose neurons could be read"
+            )
         enters(block.down, "neurons")
     enters(block.post, "post")
 
@@ -562,16 +634,22 @@ def capture(
     check: Conservation | None = None,
     inputs: dict[str, Tensor] | None = None,
 ) -> Any:
-    """Run the model once on ``input_ids [batch, token]``; call ``on_layer(layer)`` or ``on_item(item, layer)`` as each block finishes.
+    """Run the model once on ``input_ids [batch, token]``; call ``on_layer(layer)`` or ``on_item(item, layer)`` as each
+    block finishes.
 
-    ``inputs``: what else the model is given (images). Every layer is checked first (``check``): ``ValueError`` if its parts do not add up to the states.
-    ``logits_to_keep``: how many last positions, or which, the model computes logits of, where it can choose.
-    ``attention_mask [batch, token]``: 1 for tokens, 0 for padding (left or right); layers come without the padding. Returns the
-    model's output. The model is left as it was, also after an exception: attention implementation, hooks, training mode.
+    ``inputs``: what else the model is given (images). Every layer is checked first (``check``): ``ValueError`` if its
+    parts do not add up to the states. ``logits_to_keep``: how many last positions, or which, the model computes logits
+    of, where it can choose. ``attention_mask [batch, token]``: 1 for tokens, 0 for padding (left or right); layers come
+    without the padding. Returns the model's output. The model is left as it was, also after an exception: attention
+    implementation, hooks, training mode.
     """
     model = unwrap(model)
     blocks = blocks_of(model)
-    spans = [slice(0, input_ids.shape[1])] * len(input_ids) if attention_mask is None else [span_of(row) for row in attention_mask]
+    spans = (
+        [slice(0, input_ids.shape[1])] * len(input_ids)
+        if attention_mask is None
+        else [span_of(row) for row in attention_mask]
+    )
 
     def give(item: int, layer: Layer) -> None:
         if on_layer is not None:
@@ -582,7 +660,11 @@ def capture(
     check = checker(model, blocks) if check is None else check
     options = forward_options(model, attention_mask, logits_to_keep, blocks[0].family.last_logits)
     for name, tensor in (inputs or {}).items():
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point()) if tensor.is_floating_point() else tensor.dtype
+        dtype = (
+            next(p.dtype for p in model.parameters() if p.is_floating_point())
+            if tensor.is_floating_point()
+            else tensor.dtype
+        )
         options[name] = tensor.to(input_ids.device, dtype)
     with prepared(model, blocks), ExitStack() as stack:
         for block in blocks:
@@ -600,11 +682,15 @@ def _called(model: nn.Module, input_ids: Tensor, options: dict[str, Any], inputs
         if not inputs or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise
         given = ", ".join(f"{name!r} {list(tensor.shape)}" for name, tensor in inputs.items())
-        raise ValueError(f"{type(model).__name__} fails with {given}: {(str(error).splitlines() or [''])[0]}") from error
+        raise ValueError(
+            f"{type(model).__name__} fails with {given}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
 
 
 def checker(model: nn.Module, blocks: list[Block]) -> Conservation:
-    """The check of one forward pass through all blocks; thorough where something may act on single positions, and for a model's first."""
+    """The check of one forward pass through all blocks; thorough where something may act on single positions, and
+    for a model's first.
+    """
     _check_distinct(blocks)
     foreign = foreign_classes(blocks)
     thorough = (
@@ -621,13 +707,16 @@ _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _check_distinct(blocks: list[Block]) -> None:
-    """``ValueError`` where two layers are one module, or share their attention: what each did could not be told apart."""
+    """``ValueError`` where two layers are one module, or share their attention: what each did could not be told
+    apart.
+    """
     owner: dict[int, int] = {}
     for block in blocks:
         for module in {id(m): m for m in (block.module, block.attention) if m is not None}.values():
             if (first := owner.setdefault(id(module), block.index)) != block.index:
                 raise ValueError(
-                    f"layers {first} and {block.index} share one {type(module).__name__}, which runs more than once in a forward pass: give each "
+                    f"layers {first} and {block.index} share one {type(module).__name__}, which runs more than once "
+                    f"in a forward pass: give each "
                     "its own module (copy.deepcopy) to trace this model"
                 )
 
@@ -638,13 +727,17 @@ def _meddled(block: nn.Module, foreign: set[type]) -> bool:
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return True
     return any(
-        m._forward_hooks or m._forward_pre_hooks or type(m) in foreign or ("forward" in m.__dict__ and not hasattr(m, "_hf_hook"))
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or type(m) in foreign
+        or ("forward" in m.__dict__ and not hasattr(m, "_hf_hook"))
         for m in modules_of(block)
     )
 
 
 def last_logits(output: Any, kept: list[int], lasts: list[int]) -> dict[int, Tensor]:
-    """Per sequence the logits after its last position ``lasts``, from a model's output; a classifier's are those of its classes.
+    """Per sequence the logits after its last position ``lasts``, from a model's output; a classifier's are those of its
+    classes.
 
     ``kept``: the positions, sorted, that the model was asked for; it may have computed all.
     """
@@ -656,7 +749,9 @@ def last_logits(output: Any, kept: list[int], lasts: list[int]) -> dict[int, Ten
     return {i: logits[i, kept.index(last) if logits.shape[1] == len(kept) else last] for i, last in enumerate(lasts)}
 
 
-def forward_options(model: nn.Module, attention_mask: Tensor | None, logits_to_keep: int | Tensor, last_logits: bool) -> dict[str, Any]:
+def forward_options(
+    model: nn.Module, attention_mask: Tensor | None, logits_to_keep: int | Tensor, last_logits: bool
+) -> dict[str, Any]:
     """What a model's forward pass is called with, beside the ids."""
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False}
@@ -680,9 +775,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _rotations_of_their_own(model: nn.Module) -> Iterator[None]:
-    """Every pass is rotated as in a fresh model: dynamic rotary embeddings otherwise keep the frequencies of the longest prompt so far."""
-    rotary = [m for m in modules_of(model) if hasattr(m, "max_seq_len_cached") and "dynamic" in str(getattr(m, "rope_type", ""))]
-    before = [(m, dict(m._buffers), {n: v for n, v in vars(m).items() if n.endswith("max_seq_len_cached")}) for m in rotary]
+    """Every pass is rotated as in a fresh model: dynamic rotary embeddings otherwise keep the frequencies of the
+    longest prompt so far.
+    """
+    rotary = [
+        m
+        for m in modules_of(model)
+        if hasattr(m, "max_seq_len_cached") and "dynamic" in str(getattr(m, "rope_type", ""))
+    ]
+    before = [
+        (m, dict(m._buffers), {n: v for n, v in vars(m).items() if n.endswith("max_seq_len_cached")}) for m in rotary
+    ]
     handles = [m.register_forward_pre_hook(only_here(lambda module, args: _reset(module))) for m in rotary]
     try:
         yield
@@ -696,7 +799,11 @@ def _rotations_of_their_own(model: nn.Module) -> Iterator[None]:
 
 def _reset(rotary: Any) -> None:
     for name, buffer in list(rotary._buffers.items()):
-        first = getattr(rotary, name.removesuffix("inv_freq") + "original_inv_freq", None) if name.endswith("inv_freq") else None
+        first = (
+            getattr(rotary, name.removesuffix("inv_freq") + "original_inv_freq", None)
+            if name.endswith("inv_freq")
+            else None
+        )
         if first is not None and buffer is not None:
             rotary._buffers[name] = first.to(buffer.device)
     for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
@@ -727,10 +834,11 @@ def watched(
     group: int = 0,
     ran: set[int] | None = None,
 ) -> Iterator[None]:
-    """While this lasts, every call of the block (within :func:`prepared`) hands on its layer, sequence by sequence; see :func:`capture`.
+    """While this lasts, every call of the block (within :func:`prepared`) hands on its layer, sequence by sequence; see
+    :func:`capture`.
 
-    ``group``: which of several batches that pass the layers side by side. ``ran``: blocks that have run in this pass; who lets several
-    passes follow one another empties it between them.
+    ``group``: which of several batches that pass the layers side by side. ``ran``: blocks that have run in this pass;
+    who lets several passes follow one another empties it between them.
     """
     kept: dict[str, Any] = {}
 
@@ -743,7 +851,9 @@ def watched(
 
     def hand_on(computing: torch.dtype | None) -> None:
         check.enters(group, block, kept["state"])
-        kept["weight"] = functools.cache(lambda: block.w_o(len(kept["query"][0]) if "query" in kept else len(kept["pattern"][0])))
+        kept["weight"] = functools.cache(
+            lambda: block.w_o(len(kept["query"][0]) if "query" in kept else len(kept["pattern"][0]))
+        )
         for item, span in enumerate(spans):
             layer = _finish(block, kept, item, span)
             if "weights" in kept and layer.sinks is None and not recomputes(layer):
@@ -777,5 +887,7 @@ def span_of(mask: Tensor) -> slice:
         raise ValueError("a sequence of the batch is padding only")
     first, last = int(found[0]), int(found[-1])
     if last - first + 1 != len(found):
-        raise ValueError("the attention mask has holes: padding may stand before or after the tokens of a sequence, not between them")
+        raise ValueError(
+            "the attention mask has holes: padding may stand before or after the tokens of a sequence, not between them"
+        )
     return slice(first, last + 1)

@@ -1,6 +1,8 @@
-"""What is kept of a pass, so that rows of its layers can be had afterwards: everything by reference, or block inputs, keys and values alone.
+"""What is kept of a pass, so that rows of its layers can be had afterwards: everything by reference, or block inputs,
+keys and values alone.
 
-In the second case the rows that are asked for run once more through their block's own modules, their queries meeting the stored keys.
+In the second case the rows that are asked for run once more through their block's own modules, their queries meeting
+the stored keys.
 """
 
 from __future__ import annotations
@@ -21,10 +23,20 @@ from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.ops.bounds import causal_mask
 
 ROW_WISE = (
-    "residual", "resid_mid", "through", "ffn_out", "resid_post", "mixer_out", "row_scale", "gate", "neurons", "neuron_rows"
-)  # fmt: skip
+    "residual",
+    "resid_mid",
+    "through",
+    "ffn_out",
+    "resid_post",
+    "mixer_out",
+    "row_scale",
+    "gate",
+    "neurons",
+    "neuron_rows",
+)
 MANY = 32  # spans, before all but the first are joined
-SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # of a row that ran twice, relative
+# of a row that ran twice, relative
+SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 class Changed(ValueError):
@@ -32,7 +44,8 @@ class Changed(ValueError):
 
     def __init__(self, layer: int, what: str) -> None:
         super().__init__(
-            f"layer {layer}: {what} differ from those of the traced pass: the model, or a hook on it, has changed since; trace again"
+            f"layer {layer}: {what} differ from those of the traced pass: the model, or a hook on it, has changed "
+            f"since; trace again"
         )
 
 
@@ -51,7 +64,8 @@ class KeptLayer:
     """One layer of a pass, of which rows are taken; more rows may be appended.
 
     Args:
-        layer: as captured; lean: keep ``state``, keys and values alone (see :func:`can_be_lean`). neurons: of the FFN will be asked for.
+        layer: as captured; lean: keep ``state``, keys and values alone (see :func:`can_be_lean`). neurons: of the FFN
+            will be asked for.
     """
 
     def __init__(self, layer: Layer, lean: bool, neurons: bool = False) -> None:
@@ -74,7 +88,9 @@ class KeptLayer:
         return made
 
     def append(self, layer: Layer) -> None:
-        """The layer of the tokens that follow; its keys and values are those of all tokens, or of the new ones alone."""
+        """The layer of the tokens that follow; its keys and values are those of all tokens, or of the new ones
+        alone.
+        """
         if layer.key is not None and layer.value is not None:
             assert self.key is not None
             assert self.value is not None
@@ -96,7 +112,9 @@ class KeptLayer:
             return
         if self.lean:
             assert layer.state is not None
-            empty: dict[str, Any] = dict.fromkeys((*ROW_WISE, "query", "key", "value", "mask", "mixed", "weight", "sinks"))
+            empty: dict[str, Any] = dict.fromkeys(
+                (*ROW_WISE, "query", "key", "value", "mask", "mixed", "weight", "sinks")
+            )
             kept = replace(layer, **empty, state=_own(layer.state))
         else:
             kept = replace(layer, key=None, value=None, mask=None, mixed=None, weight=None, call=None)
@@ -160,7 +178,8 @@ class KeptLayer:
         """``ValueError`` if something that is kept has been written to."""
         if any(t._version != version for t, version in self.written):
             raise ValueError(
-                f"layer {self.block.index}: states of the traced pass were written to after it (by the model, or a hook on it): trace without lazy=True"
+                f"layer {self.block.index}: states of the traced pass were written to after it (by the model, or a "
+                f"hook on it): trace without lazy=True"
             )
 
     def known(self, positions: Tensor) -> Tensor:
@@ -170,10 +189,16 @@ class KeptLayer:
     def _of_span(self, span: Span, positions: Tensor, at: Tensor, neurons: bool) -> Layer:
         n_key = 0 if self.key is None else self.key.shape[1]
         mask = None if span.mask is None else _padded(span.mask[..., at.to(span.mask.device), :], n_key)
-        layer = self._again(span, positions, at, mask, neurons) if span.lean else replace(some_rows(span.layer, at), state=None)
+        layer = (
+            self._again(span, positions, at, mask, neurons)
+            if span.lean
+            else replace(some_rows(span.layer, at), state=None)
+        )
         alone = None if mask is not None or self.key is None else positions
         key, value = (None if t is None else t.to(self.device) for t in (self.key, self.value))
-        return replace(layer, key=key, value=value, mask=mask, positions=alone, window=self.window if mask is None else 0)
+        return replace(
+            layer, key=key, value=value, mask=mask, positions=alone, window=self.window if mask is None else 0
+        )
 
     def _again(self, span: Span, positions: Tensor, at: Tensor, mask: Tensor | None, neurons: bool) -> Layer:
         state, call = span.layer.state, span.layer.call
@@ -191,7 +216,9 @@ class KeptLayer:
         return layer
 
     def expect(self, output: Tensor, after: KeptLayer | None, follows: bool) -> None:
-        """What the newest rows gave: by reference where the next layer (``after``) ``follows``, has it for its input."""
+        """What the newest rows gave: by reference where the next layer (``after``) ``follows``, has it for its
+        input.
+        """
         if self.lean:
             span = self.spans[-1]
             span.output = after.spans[-1].layer.state if after is not None and after.lean and follows else _own(output)
@@ -206,8 +233,15 @@ def some_rows(layer: Layer, rows: Tensor) -> Layer:
 
 
 def can_be_lean(layer: Layer) -> bool:
-    """Can rows of this layer run alone? Not those of mixers, which carry a state along, nor where attention gave its weights itself."""
-    return layer.query is not None and layer.block.mixer is None and layer.attention_function != "" and layer.state is not None
+    """Can rows of this layer run alone? Not those of mixers, which carry a state along, nor where attention gave
+    its weights itself.
+    """
+    return (
+        layer.query is not None
+        and layer.block.mixer is None
+        and layer.attention_function != ""
+        and layer.state is not None
+    )
 
 
 def check_own(layer: int, key: Tensor, value: Tensor, stored: Stored) -> None:
@@ -229,7 +263,8 @@ def probe(size: int, device: torch.device) -> Tensor:
 
 
 def weights_of(layer: Layer, neurons: bool, product: Tensor | None = None) -> list[Tensor | None]:
-    """What rows of a layer are evaluated with beside what is kept of it, to be known again: products of matrices with a probe, and biases.
+    """What rows of a layer are evaluated with beside what is kept of it, to be known again: products of matrices with a
+    probe, and biases.
 
     ``product``: that of W_O ``[head * d_head]``, where it is compared elsewhere.
     """
@@ -255,13 +290,17 @@ def same_weights(found: Tensor | None, wanted: Tensor | None) -> bool:
         return True
     if found is None or wanted is None or found.shape != wanted.shape:
         return False
-    return bool((found.float() - wanted.to(found.device).float()).abs().max() <= SAME_WEIGHTS * wanted.float().abs().max())
+    return bool(
+        (found.float() - wanted.to(found.device).float()).abs().max() <= SAME_WEIGHTS * wanted.float().abs().max()
+    )
 
 
 def close_rows(found: Tensor, wanted: Tensor) -> bool:
     """Equal up to what another order of sums does in this type, row by row ``[row, d]``."""
     off = (found.float() - wanted.to(found.device).float()).abs().amax(1)
-    return bool((off <= SAME.get(found.dtype, 1e-3) * wanted.to(found.device).float().abs().amax(1).clamp_min(1e-6)).all())
+    return bool(
+        (off <= SAME.get(found.dtype, 1e-3) * wanted.to(found.device).float().abs().amax(1).clamp_min(1e-6)).all()
+    )
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
@@ -277,8 +316,12 @@ def running(model: nn.Module, blocks: list[Block]) -> Iterator[None]:
         yield
 
 
-def run_rows(block: Block, state: Tensor, call: Call, at: Tensor, stored: Stored, neurons: bool) -> tuple[Layer, Tensor, Tensor]:
-    """A block, run on the rows ``at`` of a sequence, whose inputs are ``state``: their layer, and their own keys and values."""
+def run_rows(
+    block: Block, state: Tensor, call: Call, at: Tensor, stored: Stored, neurons: bool
+) -> tuple[Layer, Tensor, Tensor]:
+    """A block, run on the rows ``at`` of a sequence, whose inputs are ``state``: their layer, and their own keys
+    and values.
+    """
     found: list[Layer] = []
     spans = [slice(0, len(state))]
     here = (at + call.first).to(state.device)
@@ -301,7 +344,9 @@ def run_rows(block: Block, state: Tensor, call: Call, at: Tensor, stored: Stored
 
 
 class _Unchecked:
-    """In the place of the check that parts add up, which the pass went through; rows that run again are compared with it."""
+    """In the place of the check that parts add up, which the pass went through; rows that run again are compared
+    with it.
+    """
 
     def enters(self, *_: Any) -> None: ...
     def leaves(self, *_: Any) -> None: ...
@@ -342,7 +387,11 @@ def _of_item(value: Any, call: Call) -> Any:
 
 def _own(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where it is a part of something larger."""
-    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone(memory_format=torch.contiguous_format)
+    return (
+        tensor
+        if tensor.untyped_storage().nbytes() <= tensor.nbytes
+        else tensor.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _last_keys(layer: Layer, tokens: int) -> Tensor:
@@ -383,11 +432,15 @@ def _joined(parts: list[Layer], places: list[Tensor]) -> Layer:
     positions = None if mask is not None or first.key is None else torch.cat(places)[order]
     rows = {name: cat(name) for name in ROW_WISE}
     query = None if first.query is None else cat("query", 1)
-    return replace(first, query=query, mask=mask, positions=positions, window=0 if mask is not None else first.window, **rows)
+    return replace(
+        first, query=query, mask=mask, positions=positions, window=0 if mask is not None else first.window, **rows
+    )
 
 
 def check_first_keys(model: nn.Module, ids: Tensor, cache: list[tuple[Tensor, Tensor]]) -> None:
-    """:class:`Changed` unless the first layer's keys and values of all tokens are those of a cache; nothing behind them is computed."""
+    """:class:`Changed` unless the first layer's keys and values of all tokens are those of a cache; nothing behind
+    them is computed.
+    """
     blocks = blocks_of(model)[:1]
     positions = torch.arange(len(ids), dtype=torch.int64, device="cpu")
 
@@ -395,7 +448,9 @@ def check_first_keys(model: nn.Module, ids: Tensor, cache: list[tuple[Tensor, Te
         check_own(0, key[0], value[0], Stored(*cache[0], None, positions))
         raise Enough
 
-    options = forward_options(model, None, 1, blocks[0].family.last_logits) | {"position_ids": positions[None].to(cache[0][0].device)}
+    options = forward_options(model, None, 1, blocks[0].family.last_logits) | {
+        "position_ids": positions[None].to(cache[0][0].device)
+    }
     with prepared(model, blocks):
         _here.kept[id(blocks[0].attention)] = {}
         _here.stored[id(blocks[0].attention)] = Stored(*cache[0], None, positions, compare)
@@ -412,13 +467,19 @@ class Enough(Exception):
 
 
 def run_positions(
-    model: nn.Module, blocks: list[Block], ids: Tensor, positions: Tensor, cache: list[tuple[Tensor, Tensor]], neurons: bool
+    model: nn.Module,
+    blocks: list[Block],
+    ids: Tensor,
+    positions: Tensor,
+    cache: list[tuple[Tensor, Tensor]],
+    neurons: bool,
 ) -> tuple[list[Layer], Any]:
-    """The first ``blocks`` of a model at some positions of a prompt, whose keys and values ``cache`` has: their layers, the model's output.
+    """The first ``blocks`` of a model at some positions of a prompt, whose keys and values ``cache`` has: their layers,
+    the model's output.
 
     Args:
-        ids: ``[token]``; positions: ``[row]``, rising; cache: per layer keys and values ``[kv_head, token, d]``. The output is None where
-            not all blocks run.
+        ids: ``[token]``; positions: ``[row]``, rising; cache: per layer keys and values ``[kv_head, token, d]``. The
+            output is None where not all blocks run.
 
     Raises:
         Changed: keys or values of these rows are not those of the cache.
@@ -435,12 +496,15 @@ def run_positions(
         if len(found) == len(blocks) < len(every):
             raise Enough
 
-    options = forward_options(model, None, 1, blocks[0].family.last_logits) | {"position_ids": positions[None].to(device)}
+    options = forward_options(model, None, 1, blocks[0].family.last_logits) | {
+        "position_ids": positions[None].to(device)
+    }
     with prepared(model, blocks), ExitStack() as stack:
         for block in blocks:
             if found_on := put_on(model, block):
                 raise ValueError(
-                    f"layer {block.index}: {found_on} would act on other rows than in the pass that filled past_key_values: remove them, or "
+                    f"layer {block.index}: {found_on} would act on other rows than in the pass that filled "
+                    f"past_key_values: remove them, or "
                     "leave past_key_values out"
                 )
             stack.enter_context(watched(block, [slice(0, len(positions))], neurons, take, _Unchecked()))  # type: ignore[arg-type]

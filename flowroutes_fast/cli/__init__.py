@@ -1,4 +1,6 @@
-"""The command line: ``flowroutes trace``, ``view``, ``estimate``, ``corpus``, ``analyze``, ``bench``, ``models`` and ``doctor``."""
+"""The command line: ``flowroutes trace``, ``view``, ``estimate``, ``corpus``, ``analyze``, ``bench``, ``models``
+and ``doctor``.
+"""
 
 # ruff: noqa: E402  (an interrupt is watched for before what takes long to import)
 from __future__ import annotations
@@ -41,7 +43,11 @@ def _version(asked: bool) -> None:
     )
     + f"\n\n{terminal.EXIT_CODES}"
 )
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """See how information flows through a language model to one of its predictions, from a single forward pass."""
 
 
@@ -56,13 +62,20 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 )
 def trace(
     text: Annotated[str, typer.Argument(help="The prompt to explain.")],
-    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)] = "demo",
+    model: Annotated[
+        str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)
+    ] = "demo",
     position: Annotated[
         list[int] | None,
-        typer.Option(help="Token position whose prediction is explained; negative from the end. May be repeated. \\[default: -1]"),
+        typer.Option(
+            help="Token position whose prediction is explained; negative from the end. May be repeated. \\[default: -1]"
+        ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Edges above this importance (--rule flow: flow) are followed. \\[default: 0.04 without --keep]")
+        float | None,
+        typer.Option(
+            help="Edges above this importance (--rule flow: flow) are followed. \\[default: 0.04 without --keep]"
+        ),
     ] = None,
     rule: Annotated[
         str,
@@ -71,11 +84,16 @@ def trace(
             autocompletion=terminal.one_of("importance", "flow"),
         ),
     ] = "importance",
-    keep: Annotated[float | None, typer.Option(help="With --rule flow, instead of a threshold: share of the edges to keep.")] = None,
-    renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
+    keep: Annotated[
+        float | None, typer.Option(help="With --rule flow, instead of a threshold: share of the edges to keep.")
+    ] = None,
+    renormalize: Annotated[
+        bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")
+    ] = True,
     floor: Annotated[float | None, typer.Option(help=terminal.FLOOR_HELP)] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for route.html, route.json and trace.safetensors (for 'flowroutes view').")
+        Path | None,
+        typer.Option(help="Folder for route.html, route.json and trace.safetensors (for 'flowroutes view')."),
     ] = None,
     backend: Annotated[
         str, typer.Option(help="'auto', 'cpu', 'triton', 'cuda' or 'reference'.", autocompletion=terminal.backends)
@@ -87,10 +105,16 @@ def trace(
         str, typer.Option(help="'proximity' or 'signed'.", autocompletion=terminal.one_of("proximity", "signed"))
     ] = "proximity",
     memory: Annotated[
-        str | None, typer.Option(help="Leave the weights on disk and read them while running: most memory they may take, like 8GiB.")
+        str | None,
+        typer.Option(
+            help="Leave the weights on disk and read them while running: most memory they may take, like 8GiB."
+        ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="A new folder that keeps every finished layer; the same command after a kill goes on from there.")
+        Path | None,
+        typer.Option(
+            help="A new folder that keeps every finished layer; the same command after a kill goes on from there."
+        ),
     ] = None,
     chat: Chat = False,
     json: Json = False,
@@ -135,28 +159,43 @@ def trace(
     route = result.route(position or -1, threshold, renormalize, rule=rule, keep=keep)
     extracted = time.perf_counter()
     written = (
-        [] if out is None else [route.to_html(out / "route.html"), route.save(out / "route.json"), result.save(out / "trace.safetensors")]
+        []
+        if out is None
+        else [route.to_html(out / "route.html"), route.save(out / "route.json"), result.save(out / "trace.safetensors")]
     )
     if json:
-        terminal.print_json({
-            "model": result.model, "tokens": result.tokens, "prediction": [{"token": t, "probability": p} for t, p in result.prediction],
-            "route": route.to_dict(), "certificate": result.certificate, "seconds": result.timings, "files": written,
-        })  # fmt: skip
+        terminal.print_json(
+            {
+                "model": result.model,
+                "tokens": result.tokens,
+                "prediction": [{"token": t, "probability": p} for t, p in result.prediction],
+                "route": route.to_dict(),
+                "certificate": result.certificate,
+                "seconds": result.timings,
+                "files": written,
+            }
+        )
     else:
         _report(result, route)
-        sizes = f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.n_heads} heads · backend {result.backend} · {result.precision}"
+        sizes = (
+            f"{len(result.tokens)} tokens · {result.n_layers} layers × {result.n_heads} heads · backend "
+            f"{result.backend} · {result.precision}"
+        )
         share = result.timings["importances"] / max(result.timings["total"] - result.timings["importances"], 1e-9)
         typer.echo(f"\n{sizes}")
         if lazy:
             rows, every = result.certificate["rows"], result.n_layers * len(result.tokens)
             typer.echo(
-                f"loading {opened - start:.1f} s · forward pass {result.timings['total'] * 1e3:.0f} ms · route {(extracted - opened - result.timings['total']) * 1e3:.0f} ms, "
+                f"loading {opened - start:.1f} s · forward pass {result.timings['total'] * 1e3:.0f} ms · route "
+                f"{(extracted - opened - result.timings['total']) * 1e3:.0f} ms, "
                 f"for which {rows} of {every} rows were evaluated (--out writes a trace of all)"
             )
             return
         typer.echo(
-            f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which importances "
-            f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the route, {extracted - opened:.2f} s"
+            f"loading {opened - start:.1f} s · traced forward pass {result.timings['total'] * 1e3:.0f} ms, of which "
+            f"importances "
+            f"{result.timings['importances'] * 1e3:.0f} ms ({share:.0%} over the plain pass) · in all, with the "
+            f"route, {extracted - opened:.2f} s"
         )
         if written:
             terminal.say("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
@@ -176,7 +215,8 @@ def _line_of(route: Any, found: Any) -> str:
     edges = route.edges
     moved = edges[(edges["kind"] == "attention") & (edges["source"] != edges["target"])].nlargest(3, "importance")
     strongest = "  ".join(
-        f"L{row.layer}H{row.head} {show_token(found.tokens[row.source])}@{row.source} {row.importance:.2f}" for row in moved.itertuples()
+        f"L{row.layer}H{row.head} {show_token(found.tokens[row.source])}@{row.source} {row.importance:.2f}"
+        for row in moved.itertuples()
     )
     return f"{len(edges)} sub-edges   {strongest}"
 
@@ -190,13 +230,21 @@ def _line_of(route: Any, found: Any) -> str:
 )
 def generate(
     text: Annotated[str, typer.Argument(help="The prompt to continue.")],
-    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)] = "demo",
+    model: Annotated[
+        str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)
+    ] = "demo",
     tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 20,
     threshold: Annotated[float, typer.Option(help="Edges above this importance are followed.")] = 0.04,
-    renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
-    sample: Annotated[bool, typer.Option("--sample/--greedy", help="Sample instead of taking the most probable token.")] = False,
+    renormalize: Annotated[
+        bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")
+    ] = True,
+    sample: Annotated[
+        bool, typer.Option("--sample/--greedy", help="Sample instead of taking the most probable token.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for a page of the whole (trace.html) and a trace of all rows.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a page of the whole (trace.html) and a trace of all rows.")
+    ] = None,
     chat: Chat = False,
     json: Json = False,
 ) -> None:
@@ -214,7 +262,9 @@ def generate(
     import torch
 
     torch.manual_seed(seed)
-    running = fr.generate(loaded, tokenizer, _messages(text) if chat else text, tokens, threshold, renormalize, do_sample=sample)
+    running = fr.generate(
+        loaded, tokenizer, _messages(text) if chat else text, tokens, threshold, renormalize, do_sample=sample
+    )
     steps = []
     with running:
         for token, route in running:
@@ -224,29 +274,42 @@ def generate(
     written = (
         []
         if out is None
-        else [running.trace.to_html(out / "trace.html", threshold=threshold), running.trace.save(out / "trace.safetensors")]
+        else [
+            running.trace.to_html(out / "trace.html", threshold=threshold),
+            running.trace.save(out / "trace.safetensors"),
+        ]
     )
     if json:
         terminal.print_json(
-            {"model": running.trace.model, "tokens": running.trace.tokens, "text": running.text, "steps": steps, "files": written}
+            {
+                "model": running.trace.model,
+                "tokens": running.trace.tokens,
+                "text": running.text,
+                "steps": steps,
+                "files": written,
+            }
         )
         return
     rows = running.trace.certificate["rows"]
     typer.echo(
-        f"\n{len(steps)} tokens, each with its route · {rows} of {running.trace.n_layers * len(running.trace.tokens)} rows evaluated"
+        f"\n{len(steps)} tokens, each with its route · {rows} of {running.trace.n_layers * len(running.trace.tokens)} "
+        f"rows evaluated"
     )
     if written:
         terminal.say("wrote " + ", ".join(f"{path} ({path.stat().st_size / 1e3:.0f} kB)" for path in written))
 
 
 def _package() -> Any:
-    """``flowroutes_fast`` and what opens a model, imported: up to here an interrupt ends the process at once, from here on it cleans up."""
+    """``flowroutes_fast`` and what opens a model, imported: up to here an interrupt ends the process at once, from
+    here on it cleans up.
+    """
     terminal.check_room()
     import transformers
 
     import flowroutes_fast as fr
 
-    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):  # transformers imports its parts when they are asked for
+    # transformers imports its parts when they are asked for
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
         getattr(transformers, name)
     _ = fr.trace
     interrupt.tidily()
@@ -259,7 +322,9 @@ def _report(result, route) -> None:  # type: ignore[no-untyped-def]
     from flowroutes_fast.view.text import rule_text, show_token
 
     for text, probability in result.prediction[:1]:
-        terminal.console().print(Text.assemble("prediction  ", (repr(text), "bold green"), f" with probability {probability:.2f}"))
+        terminal.console().print(
+            Text.assemble("prediction  ", (repr(text), "bold green"), f" with probability {probability:.2f}")
+        )
     typer.echo("tokens      " + " ".join(f"{i}:{show_token(token)}" for i, token in enumerate(result.tokens)) + "\n")
     typer.echo(route.to_text())
     typer.echo(f"\n{len(route.edges)} sub-edges, {len(route.token_edges)} token edges: {rule_text(route)}")
@@ -275,7 +340,10 @@ def _report(result, route) -> None:  # type: ignore[no-untyped-def]
 def view(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="A trace file; a second one to compare with; for each, if there is one, its trace with the other measure."),
+        typer.Argument(
+            help="A trace file; a second one to compare with; for each, if there is one, its trace with "
+            "the other measure."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The page. (default: the first file's name with .html)")] = None,
     open_page: Annotated[
@@ -284,19 +352,25 @@ def view(
     model: Annotated[
         str | None,
         typer.Option(
-            help="'demo', a local folder, a .gguf file or a hub id. Adds what each state predicts (logit lens), where heads attend and the "
+            help="'demo', a local folder, a .gguf file or a hub id. Adds what each state predicts (logit lens), where "
+            "heads attend and the "
             "signed view; with --serve, the model that traces prompts. (default with --serve: demo)",
             autocompletion=terminal.models,
         ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Where the slider starts.")] = 0.04,
     position: Annotated[int, typer.Option(help="The root that the page opens with; negative from the end.")] = -1,
-    renormalize: Annotated[bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")] = True,
-    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 and trace prompts that are typed into it.")] = False,
+    renormalize: Annotated[
+        bool, typer.Option(help="Drop sub-edges below the threshold before heads are summed.")
+    ] = True,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 and trace prompts that are typed into it.")
+    ] = False,
     port: Annotated[int, typer.Option(help="With --serve; 0 takes a free one.")] = 8765,
     max_tokens: Annotated[int | None, typer.Option(help="With --serve: longest prompt. (default: 2048)")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="With --serve: most that the kept states of the last prompts take. (default: 2GiB)")
+        str | None,
+        typer.Option(help="With --serve: most that the kept states of the last prompts take. (default: 2GiB)"),
     ] = None,
 ) -> None:
     """Show traces in an interactive page: routes at every threshold, from every token, of two prompts side by side."""
@@ -306,12 +380,21 @@ def view(
     from flowroutes_fast.view import command
 
     options: dict[str, Any] = {
-        "open_page": sys.stdout.isatty() if open_page is None else open_page, "threshold": threshold, "position": position,
-        "renormalize": renormalize, "say": terminal.say,
-    }  # fmt: skip
+        "open_page": sys.stdout.isatty() if open_page is None else open_page,
+        "threshold": threshold,
+        "position": position,
+        "renormalize": renormalize,
+        "say": terminal.say,
+    }
     if serve:
         command.serve(
-            files or [], port=port, model=model or "demo", max_tokens=max_tokens, memory=memory, ready=interrupt.serving, **options
+            files or [],
+            port=port,
+            model=model or "demo",
+            max_tokens=max_tokens,
+            memory=memory,
+            ready=interrupt.serving,
+            **options,
         )
     else:
         command.view(files or [], out=out, model=model, **options)
@@ -328,7 +411,8 @@ def estimate(
     model: Annotated[
         str,
         typer.Argument(
-            help="'demo', a local folder, a .gguf file or a hub id; its configuration alone is read.", autocompletion=terminal.models
+            help="'demo', a local folder, a .gguf file or a hub id; its configuration alone is read.",
+            autocompletion=terminal.models,
         ),
     ],
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")],
@@ -341,13 +425,18 @@ def estimate(
     backend: Annotated[
         str,
         typer.Option(
-            help="'auto', 'cpu', 'triton', 'cuda' or 'reference'; it need not be available here.", autocompletion=terminal.backends
+            help="'auto', 'cpu', 'triton', 'cuda' or 'reference'; it need not be available here.",
+            autocompletion=terminal.backends,
         ),
     ] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Type of the weights, say bfloat16; as loading gives it by default.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights, say bfloat16; as loading gives it by default.")
+    ] = None,
     neurons: Annotated[bool, typer.Option(help="Also split FFNs into neurons.")] = False,
     batch: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
-    memory: Annotated[str | None, typer.Option(help="As for trace: weights stay on disk, this much may be in memory, like 8GiB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="As for trace: weights stay on disk, this much may be in memory, like 8GiB.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Peak memory and duration of a trace, before anything is loaded."""
@@ -358,7 +447,15 @@ def estimate(
     from flowroutes_fast.system.escape import printable
 
     found = fr.estimate(
-        model, tokens, precision=precision, measure=measure, backend=backend, dtype=dtype, neurons=neurons, batch=batch, memory=memory
+        model,
+        tokens,
+        precision=precision,
+        measure=measure,
+        backend=backend,
+        dtype=dtype,
+        neurons=neurons,
+        batch=batch,
+        memory=memory,
     )
     if json:
         terminal.print_json({**asdict(found), "additional": found.additional, "total": found.total})
@@ -371,7 +468,11 @@ def estimate(
     table.add_column("how it is known", overflow="fold")
     for name, size, how in found.rows():
         table.add_row(
-            name, size_text(size), printable(how), style="bold" if name == "total" else None, end_section=name in ("allocator", "total")
+            name,
+            size_text(size),
+            printable(how),
+            style="bold" if name == "total" else None,
+            end_section=name in ("allocator", "total"),
         )
     table.add_row("time", _duration(found.seconds), found.time_source)
     console = terminal.console()
@@ -392,21 +493,33 @@ def estimate(
 def corpus(
     texts: Annotated[
         list[str],
-        typer.Argument(help="Files or folders (text, .jsonl, .parquet), or '-' for lines of standard input; DOMAIN=PATH names a domain."),
+        typer.Argument(
+            help="Files or folders (text, .jsonl, .parquet), or '-' for lines of standard input; "
+            "DOMAIN=PATH names a domain."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="A new folder for the results; that of a killed run, to go on with it.")],
-    model: Annotated[str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)] = "demo",
-    threshold: Annotated[float, typer.Option(help="Importance above which a sub-edge is active and a route's edges are kept.")] = 0.04,
+    model: Annotated[
+        str, typer.Option(help="'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models)
+    ] = "demo",
+    threshold: Annotated[
+        float, typer.Option(help="Importance above which a sub-edge is active and a route's edges are kept.")
+    ] = 0.04,
     precision: Annotated[
         str, typer.Option(help="'certified' or 'exact'.", autocompletion=terminal.one_of("certified", "exact"))
     ] = "certified",
     floor: Annotated[float | None, typer.Option(help=terminal.FLOOR_HELP)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest piece of a text. \\[default: the model's context, at most 1024]")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest piece of a text. \\[default: the model's context, at most 1024]")
+    ] = None,
     overflow: Annotated[str, typer.Option(help="Longer texts: 'truncate' or 'split' into pieces.")] = "truncate",
-    split: Annotated[str, typer.Option(help="What of a text file is one text: 'file', 'paragraph' or 'line'.")] = "file",
+    split: Annotated[
+        str, typer.Option(help="What of a text file is one text: 'file', 'paragraph' or 'line'.")
+    ] = "file",
     field: Annotated[str, typer.Option(help="Where JSONL and Parquet have the text.")] = "text",
     positions: Annotated[
-        bool | None, typer.Option(help="Write the component vector of every position. \\[default: yes, unless --routes-only]")
+        bool | None,
+        typer.Option(help="Write the component vector of every position. \\[default: yes, unless --routes-only]"),
     ] = None,
     edges: Annotated[bool, typer.Option(help="Write the route of every text.")] = True,
     routes_only: Annotated[
@@ -415,10 +528,16 @@ def corpus(
     shard: Annotated[str, typer.Option(help="i/K: trace the texts with number ≡ i modulo K alone.")] = "0/1",
     window: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 2048,
-    memory: Annotated[str | None, typer.Option(help="Leave the weights on disk: most memory they may take, like 8GiB.")] = None,
-    workers: Annotated[int, typer.Option(help="Trace with so many Ray workers (the extra 'ray'); 0 for this process alone.")] = 0,
+    memory: Annotated[
+        str | None, typer.Option(help="Leave the weights on disk: most memory they may take, like 8GiB.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Trace with so many Ray workers (the extra 'ray'); 0 for this process alone.")
+    ] = 0,
     cpus: Annotated[float, typer.Option(help="Processors of each worker.")] = 1,
-    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster, or 'auto'. \\[default: this machine]")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running Ray cluster, or 'auto'. \\[default: this machine]")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Trace many texts: component vectors and routes as Parquet files, means and frequencies per domain."""
@@ -439,16 +558,31 @@ def corpus(
         if not path.exists():
             raise FileNotFoundError(f"no file or folder at '{path}'")
     options: dict[str, Any] = {
-        "threshold": threshold, "precision": precision, "floor": floor, "max_tokens": max_tokens, "overflow": overflow, "split": split, "field": field,
-        "positions": positions, "edges": edges, "routes_only": routes_only, "shard": (index, count), "window": window, "batch_tokens": batch_tokens, "progress": terminal.progress_wanted(),
-    }  # fmt: skip
+        "threshold": threshold,
+        "precision": precision,
+        "floor": floor,
+        "max_tokens": max_tokens,
+        "overflow": overflow,
+        "split": split,
+        "field": field,
+        "positions": positions,
+        "edges": edges,
+        "routes_only": routes_only,
+        "shard": (index, count),
+        "window": window,
+        "batch_tokens": batch_tokens,
+        "progress": terminal.progress_wanted(),
+    }
     if workers:
         if memory is not None:
             raise ValueError("--memory and --workers exclude one another: a worker holds the whole model")
         found = fr.corpus_on_ray(model, source, out, workers=workers, cpus=cpus, address=ray_address, **options)
     else:
         if memory is not None and routes_only:
-            raise ValueError("--memory and --routes-only exclude one another: rows are evaluated after the pass, with the weights at hand")
+            raise ValueError(
+                "--memory and --routes-only exclude one another: rows are evaluated after the pass, with "
+                "the weights at hand"
+            )
         with terminal.busy(f"loading {model}"):
             loaded, tokenizer = fr.load(model) if memory is None else fr.open_streaming(model, memory)
         found = fr.corpus(loaded, tokenizer, source, out, **options)
@@ -468,15 +602,20 @@ def corpus(
     )
 )
 def analyze(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that 'flowroutes corpus' wrote; several shards of one run together.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders that 'flowroutes corpus' wrote; several shards of one run together.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for report.html, its figures and tables.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="For the concepts that heads write: 'demo', a local folder, a .gguf file or a hub id.", autocompletion=terminal.models
+            help="For the concepts that heads write: 'demo', a local folder, a .gguf file or a hub id.",
+            autocompletion=terminal.models,
         ),
     ] = None,
-    general: Annotated[str | None, typer.Option(help="The domain that stands for general text. \\[default: all others]")] = None,
+    general: Annotated[
+        str | None, typer.Option(help="The domain that stands for general text. \\[default: all others]")
+    ] = None,
     tagged_domain: Annotated[
         str | None, typer.Option(help="Take the clusters' positions from this domain (the tagger knows English).")
     ] = None,
@@ -492,9 +631,16 @@ def analyze(
     run = fr.open_corpus(*folders)
     loaded, tokenizer = fr.load(model) if model else (None, None)
     page = write_report(
-        run, out, model=loaded, tokenizer=tokenizer, general=general, tagged_domain=tagged_domain, method=method, sample=sample,
+        run,
+        out,
+        model=loaded,
+        tokenizer=tokenizer,
+        general=general,
+        tagged_domain=tagged_domain,
+        method=method,
+        sample=sample,
         permutations=permutations,
-    )  # fmt: skip
+    )
     if json:
         terminal.print_json({"report": page, "files": sorted(path for path in out.iterdir() if path != page)})
         return
@@ -509,23 +655,30 @@ def _left_out(done: object) -> list[str]:
     if done.split:  # type: ignore[attr-defined]
         found.append(f"{done.split} texts were traced in pieces")  # type: ignore[attr-defined]
     if done.skipped:  # type: ignore[attr-defined]
-        found.append("left out or decoded: " + ", ".join(f"{count} {reason}" for reason, count in sorted(done.skipped.items())))  # type: ignore[attr-defined]
+        reasons = sorted(done.skipped.items())  # type: ignore[attr-defined]
+        found.append("left out or decoded: " + ", ".join(f"{count} {reason}" for reason, count in reasons))
     return found
 
 
 @app.command(
-    epilog=examples("flowroutes bench --quick --tokens 256 --out bench", "flowroutes bench --what end-to-end --tokens 256,512"),
+    epilog=examples(
+        "flowroutes bench --quick --tokens 256 --out bench", "flowroutes bench --what end-to-end --tokens 256,512"
+    ),
 )
 def bench(
     tokens: Annotated[str, typer.Option(help="Lengths, comma separated.")] = "256,512,1024",
-    shapes: Annotated[str, typer.Option(help="Layer shapes: smollm2-135m, llama-2-7b, llama-3-8b, llama-70b.")] = "smollm2-135m,llama-2-7b",
+    shapes: Annotated[
+        str, typer.Option(help="Layer shapes: smollm2-135m, llama-2-7b, llama-3-8b, llama-70b.")
+    ] = "smollm2-135m,llama-2-7b",
     what: Annotated[str, typer.Option(help="Any of kernels, end-to-end, memory.")] = "kernels,end-to-end,memory",
     out: Annotated[Path, typer.Option(help="Folder for <device>.json and plots.")] = Path("benchmarks/results"),
     backend: Annotated[str, typer.Option(help="Backend of the kernels.")] = "auto",
     quick: Annotated[bool, typer.Option(help="Fewer layers, no rivals, fewer repetitions.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Also write a Chrome trace of one traced pass.")] = None,
 ) -> None:
-    """Correctness first, then speed: kernels against plain PyTorch and the roofline, traces against the forward pass."""
+    """Correctness first, then speed: kernels against plain PyTorch and the roofline, traces against the forward
+    pass.
+    """
     _package()
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -544,9 +697,14 @@ def bench(
     with Progress(*columns, console=terminal.console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting")
         path = run(
-            tokens=lengths, shapes=tuple(shapes.split(",")), what=tuple(what.split(",")), out=out, backend=backend, quick=quick,
+            tokens=lengths,
+            shapes=tuple(shapes.split(",")),
+            what=tuple(what.split(",")),
+            out=out,
+            backend=backend,
+            quick=quick,
             step=lambda text: progress.update(task, description=printable(text)),
-        )  # fmt: skip
+        )
         if profile is not None:
             progress.update(task, description="profile")
             write_profile(profile, min(lengths))
@@ -560,7 +718,9 @@ def bench(
 
 
 @app.command(epilog=examples("flowroutes models", "flowroutes models --json | jq -r '.[].family'"))
-def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False, json: Json = False) -> None:
+def models(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False, json: Json = False
+) -> None:
     """The model families that can be traced, and what is particular about each."""
     terminal.check_room()
     from rich.table import Table
@@ -581,7 +741,9 @@ def models(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markd
 
 @app.command(epilog=examples("flowroutes doctor", "flowroutes doctor --json | jq .backends.cpu"))
 def doctor(json: Json = False) -> None:
-    """Which backends are available and, for each that is not, why; and whether the native kernels compute what they should here."""
+    """Which backends are available and, for each that is not, why; and whether the native kernels compute what they
+    should here.
+    """
     terminal.check_room()
     import torch
     import transformers
@@ -597,13 +759,25 @@ def doctor(json: Json = False) -> None:
             name: {"available": reason is None, "reason": reason} for name, reason in ops.backend_status().items()
         }
         if backends["cpu"]["available"]:
-            backends["cpu"] |= {"isa": native.extension().isa(), "threads": torch.get_num_threads(), "self_test": wrong or "ok"}
-        versions = {"flowroutes_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+            backends["cpu"] |= {
+                "isa": native.extension().isa(),
+                "threads": torch.get_num_threads(),
+                "self_test": wrong or "ok",
+            }
+        versions = {
+            "flowroutes_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         terminal.print_json({"versions": versions, "backends": backends})
         raise typer.Exit(1 if wrong else 0)
     typer.echo(f"flowroutes_fast {__version__} · torch {torch.__version__} · transformers {transformers.__version__}")
     for name, reason in ops.backend_status().items():
-        detail = f" ({native.extension().isa()}, {torch.get_num_threads()} threads)" if name == "cpu" and reason is None else ""
+        detail = (
+            f" ({native.extension().isa()}, {torch.get_num_threads()} threads)"
+            if name == "cpu" and reason is None
+            else ""
+        )
         typer.echo(f"{name:10} " + (f"available{detail}" if reason is None else f"missing: {reason}"))
     sets = native.instruction_sets()
     if sets and not wrong:
@@ -615,7 +789,9 @@ def doctor(json: Json = False) -> None:
 
 
 def main() -> None:
-    """Entry point: one sentence for whatever goes wrong. ``FLOWROUTES_DEBUG=1`` in the environment shows the traceback too."""
+    """Entry point: one sentence for whatever goes wrong. ``FLOWROUTES_DEBUG=1`` in the environment shows the
+    traceback too.
+    """
     with interrupt.watched(), terminal.readable_messages():
         terminal.open_streams()
         try:
@@ -635,7 +811,9 @@ def main() -> None:
 
 def _refused(error: Exception) -> bool:
     """Can the user mend it? (Else it is our mistake.)"""
-    if isinstance(error, (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError)) or terminal.is_memory(error):
+    if isinstance(error, (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError)) or terminal.is_memory(
+        error
+    ):
         return True
     if type(error).__name__ == "SafetensorError":
         return True
@@ -644,7 +822,10 @@ def _refused(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     """The error in one sentence that names options of the command that was typed."""
-    options = {name: [flag for p in command.params for flag in (*p.opts, *p.secondary_opts)] for name, command in _commands().items()}
+    options = {
+        name: [flag for p in command.params for flag in (*p.opts, *p.secondary_opts)]
+        for name, command in _commands().items()
+    }
     typed = next((word for word in sys.argv[1:] if word in options), "trace")
     said = terminal.in_options(terminal.sentence(error), options[typed], options["trace"])
     if _refused(error):

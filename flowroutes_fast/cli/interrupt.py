@@ -1,8 +1,8 @@
 """Ctrl+C on the command line: one sentence and exit code 130 whenever it comes, also while modules are being imported.
 
-Up to :func:`tidily` there is nothing to clean up, and an interrupt ends the process at once: raised in the middle of an import it could be
-swallowed, or be reported as an error of the module. From there on it is a ``KeyboardInterrupt`` like any other, on which files that are not
-whole are removed.
+Up to :func:`tidily` there is nothing to clean up, and an interrupt ends the process at once: raised in the middle of an
+import it could be swallowed, or be reported as an error of the module. From there on it is a ``KeyboardInterrupt`` like
+any other, on which files that are not whole are removed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ class _State:
 
 
 def leave_at_once() -> None:
-    """From here on an interrupt ends the process; nothing changes where interrupts are ignored, or where somebody else takes them."""
+    """From here on an interrupt ends the process; nothing changes where interrupts are ignored, or where somebody
+    else takes them.
+    """
     _State.tidy, _State.raised = False, None
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
         _State.before = signal.signal(signal.SIGINT, _on_interrupt)
 
 
@@ -45,8 +50,8 @@ def tidily() -> None:
 
 
 def serving() -> None:
-    """From here on an interrupt ends the process at once, whatever its threads are at and also where interrupts are ignored: a server has
-    nothing to clean up."""
+    """From here on an interrupt ends the process at once, whatever its threads are at and also where interrupts are
+    ignored: a server has nothing to clean up."""
     _State.tidy = False
     signal.signal(signal.SIGINT, _on_interrupt)
 

@@ -1,4 +1,6 @@
-"""What the commands share: examples in their help, completion, JSON for pipes, colours and progress on terminals alone."""
+"""What the commands share: examples in their help, completion, JSON for pipes, colours and progress on terminals
+alone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
 ROOM = 1_700_000_000  # bytes of address space, measured with PyTorch for CPUs
 DEFAULT_FLOOR = 1e-3  # as in trace()
 PIPE_WIDTH = 200  # columns of a table that no terminal shows
-EXIT_CODES = "Exit codes: 0 done · 1 failed · 2 refused (bad usage or input; one sentence on standard error says why) · 130 interrupted."
+EXIT_CODES = (
+    "Exit codes: 0 done · 1 failed · 2 refused (bad usage or input; one sentence on standard error says why) "
+    "· 130 interrupted."
+)
 FLOOR_HELP = "Smallest importance that is stored. \\[default: 0.001, or a lower --threshold]"
 DEBUG = "FLOWROUTES_DEBUG"  # set in the environment, errors come with their traceback
 JSON_HELP = "Print one JSON document to standard output; everything else goes to standard error."
@@ -42,7 +47,9 @@ def one_of(*values: str) -> Callable[[str], list[str]]:
 
 
 def models(incomplete: str) -> list[str]:
-    """Completion of a model: the demo, folders with a config.json and .gguf files here, models of the local hub cache."""
+    """Completion of a model: the demo, folders with a config.json and .gguf files here, models of the local hub
+    cache.
+    """
     home = Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")))
     cached = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     names = ["demo", *(p.name.removeprefix("models--").replace("--", "/") for p in sorted(cached.glob("models--*")))]
@@ -51,7 +58,11 @@ def models(incomplete: str) -> list[str]:
     place = Path(folder or ("/" if prefix else "."))
     for path in sorted(place.iterdir()) if place.is_dir() else ():
         if path.suffix == ".gguf" or (path.is_dir() and not path.name.startswith(".")):
-            names.append(f"{prefix}{path.name}" if path.suffix == ".gguf" or (path / "config.json").is_file() else f"{prefix}{path.name}/")
+            names.append(
+                f"{prefix}{path.name}"
+                if path.suffix == ".gguf" or (path / "config.json").is_file()
+                else f"{prefix}{path.name}/"
+            )
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -75,7 +86,9 @@ def sentence(error: BaseException) -> str:
 
 
 def check_room() -> None:
-    """``MemoryError`` where the address space is too small (ulimit -v) for PyTorch and transformers: some of their parts would crash."""
+    """``MemoryError`` where the address space is too small (ulimit -v) for PyTorch and transformers: some of their
+    parts would crash.
+    """
     try:
         import resource
 
@@ -84,7 +97,8 @@ def check_room() -> None:
         return
     if limit != resource.RLIM_INFINITY and limit < ROOM:
         raise MemoryError(
-            f"the address space is limited to {limit / 1e9:.2f} GB (ulimit -v), and PyTorch, transformers and a small model take {ROOM / 1e9:.1f} GB"
+            f"the address space is limited to {limit / 1e9:.2f} GB (ulimit -v), and PyTorch, transformers and a small "
+            f"model take {ROOM / 1e9:.1f} GB"
         )
 
 
@@ -95,24 +109,31 @@ def print_json(document: Any) -> None:
 
 
 def floor_of(floor: float | None, threshold: float | None, precision: str) -> float:
-    """The floor of a trace: as given, or 0.001, or the threshold where that is lower. ``ValueError`` if there is no route above it."""
+    """The floor of a trace: as given, or 0.001, or the threshold where that is lower. ``ValueError`` if there is no
+    route above it.
+    """
     if floor is not None and not 0 <= floor < 1:
         raise ValueError(f"floor must lie in [0, 1), got {floor}")
     if floor is not None and threshold is not None and threshold < floor:
         raise ValueError(
-            f"--threshold {threshold} is below --floor {floor}: what a route needs is not stored; give a floor up to {threshold}"
+            f"--threshold {threshold} is below --floor {floor}: what a route needs is not stored; give a floor up to "
+            f"{threshold}"
         )
     found = min(DEFAULT_FLOOR, DEFAULT_FLOOR if threshold is None else threshold) if floor is None else floor
     if found == 0 and precision == "certified":
         option = "--threshold" if floor is None else "--floor"
-        raise ValueError(f"{option} 0 asks for all sub-edges, which --precision exact evaluates; with 'certified' it must be above 0")
+        raise ValueError(
+            f"{option} 0 asks for all sub-edges, which --precision exact evaluates; with 'certified' it must be above 0"
+        )
     return found
 
 
 def in_options(message: str, options: Collection[str], elsewhere: Collection[str] = ()) -> str:
-    """A message of the library with its ways out as options: ``floor=0.001`` → ``--floor 0.001``, those that no option has left out.
+    """A message of the library with its ways out as options: ``floor=0.001`` → ``--floor 0.001``, those that no option
+    has left out.
 
-    ``options`` are those of the command that runs, ``elsewhere`` those of ``flowroutes trace``, which are said with its name.
+    ``options`` are those of the command that runs, ``elsewhere`` those of ``flowroutes trace``, which are said with its
+    name.
     """
 
     def one(found: re.Match[str]) -> str:
@@ -136,7 +157,9 @@ def _option(name: str, value: str, options: Collection[str], elsewhere: Collecti
 
 @contextmanager
 def readable_messages() -> Iterator[None]:
-    """Warnings and log messages of other libraries, which quote what they read, with nothing in them that acts on the terminal."""
+    """Warnings and log messages of other libraries, which quote what they read, with nothing in them that acts on
+    the terminal.
+    """
 
     def lines(text: object) -> str:
         return "\n".join(map(printable, str(text).split("\n")))
@@ -199,7 +222,9 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else PIPE_WIDTH)
+    return Console(
+        stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else PIPE_WIDTH
+    )
 
 
 def progress_wanted() -> bool:

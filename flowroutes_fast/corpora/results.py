@@ -51,7 +51,9 @@ class Corpus:
     def _compare(self, folder: Path, state: State) -> None:
         """Is a further folder a shard of the first one's run?"""
         first, mine = self.folders[0], self.states[0]
-        differing = sorted(k for k in state.settings if k not in ("shard", "model") and state.settings[k] != self.settings[k])
+        differing = sorted(
+            k for k in state.settings if k not in ("shard", "model") and state.settings[k] != self.settings[k]
+        )
         if (count := state.settings["shard"][1]) != self.settings["shard"][1]:
             differing.append(f"{count} shards and {self.settings['shard'][1]}")
         if (state.files is None) != (mine.files is None):
@@ -61,7 +63,9 @@ class Corpus:
         common = min(len(state.digests), len(mine.digests))
         whole = None not in (state.texts, mine.texts) and state.texts != mine.texts
         if whole or (
-            common and state.known(common - 1) == mine.known(common - 1) and state.digests[common - 1] != mine.digests[common - 1]
+            common
+            and state.known(common - 1) == mine.known(common - 1)
+            and state.digests[common - 1] != mine.digests[common - 1]
         ):
             raise ValueError(f"'{folder}' is a run over other texts than '{first}'")
 
@@ -87,7 +91,9 @@ class Corpus:
         return whole
 
     def texts(self) -> pd.DataFrame:
-        """One row per text (or piece): ``number, piece, domain, text, tokens, mean`` (the mean component vector; none with ``routes_only``)."""
+        """One row per text (or piece): ``number, piece, domain, text, tokens, mean`` (the mean component vector;
+        none with ``routes_only``).
+        """
         return self._table("texts")
 
     def positions(self) -> pd.DataFrame:
@@ -105,8 +111,8 @@ class Corpus:
             domain: of this domain's texts alone; None for all.
 
         Returns:
-            One row per component that occurs: ``layer, kind, head`` (-1: none), ``frequency`` in [0, 1], ``importance``, its edges in the
-            route summed, averaged over texts, and ``n``, the number of texts.
+            One row per component that occurs: ``layer, kind, head`` (-1: none), ``frequency`` in [0, 1],
+            ``importance``, its edges in the route summed, averaged over texts, and ``n``, the number of texts.
 
         Raises:
             ValueError: a run without edges, an unknown domain, no text yet.
@@ -118,10 +124,14 @@ class Corpus:
         edges = self._table("edges", [*COMPONENT, *ROW, "importance"]).merge(texts[ROW], on=ROW)
         of_texts = edges.groupby([*COMPONENT, *ROW])["importance"].sum()
         table = of_texts.groupby(COMPONENT).agg(["count", "sum"]).reset_index()
-        return table[COMPONENT].assign(frequency=table["count"] / len(texts), importance=table["sum"] / len(texts), n=len(texts))
+        return table[COMPONENT].assign(
+            frequency=table["count"] / len(texts), importance=table["sum"] / len(texts), n=len(texts)
+        )
 
     def parts(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pd.DataFrame]:
-        """A table a file at a time, in the folders' order; :class:`DamagedFile` naming a file that is not as it was written."""
+        """A table a file at a time, in the folders' order; :class:`DamagedFile` naming a file that is not as it was
+        written.
+        """
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}: choose one of {', '.join(map(repr, TABLES))}")
         if name != "texts" and not self.settings[name]:
@@ -141,7 +151,8 @@ class Corpus:
         return not any(folder.glob(f"*-{window:06d}.parquet"))
 
     def check_model(self, model: Any, tokenizer: Any = None) -> bool:
-        """Is this the model (and the tokenizer) of the run? All its weights are read for that; False: the run, of version 1, cannot tell.
+        """Is this the model (and the tokenizer) of the run? All its weights are read for that; False: the run, of
+        version 1, cannot tell.
 
         Raises:
             ValueError: it is not, naming what differs.
@@ -155,7 +166,8 @@ class Corpus:
         differing = [name for name in IDENTITY if name in found and found[name] != self.settings[name]]
         if differing:
             raise ValueError(
-                f"the model given is not that of the run in '{self.folders[0]}', {self.settings['model']} (differing: {', '.join(differing)})"
+                f"the model given is not that of the run in '{self.folders[0]}', {self.settings['model']} (differing: "
+                f"{', '.join(differing)})"
             )
         return True
 
@@ -179,7 +191,9 @@ class Corpus:
     def component_names(self) -> list[str]:
         """Of the component vector's entries: ``L0H0`` … and ``FFN0`` …"""
         layers, heads = self.shape
-        return [f"L{layer}H{head}" for layer in range(layers) for head in range(heads)] + [f"FFN{layer}" for layer in range(layers)]
+        return [f"L{layer}H{head}" for layer in range(layers) for head in range(heads)] + [
+            f"FFN{layer}" for layer in range(layers)
+        ]
 
     def __repr__(self) -> str:
         tokens, texts = sum(p.tokens for p in self.progress), sum(p.rows for p in self.progress)

@@ -1,4 +1,6 @@
-"""``corpus()``: many texts through one model, importances out as Parquet files and running sums; a killed run goes on."""
+"""``corpus()``: many texts through one model, importances out as Parquet files and running sums; a killed run goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from flowroutes_fast.capture.hooks import unwrap
-from flowroutes_fast.corpora.state import (  # fmt: skip
+from flowroutes_fast.corpora.state import (
     FORMAT_VERSION,
     IDENTITY,
     NAME,
@@ -101,43 +103,57 @@ def corpus(
 ) -> Any:
     """Trace every text and keep what the paper's corpus experiments need (its section 5).
 
-    Texts are taken a window at a time, sorted by length and traced in padded batches. After each window its rows are written and the sums
-    brought up to date, so that the same call after a kill goes on there: no row is lost or doubled. It goes on with the very same model,
-    tokenizer, options and texts only, by their content, not their names; a finished run is returned as it is.
+    Texts are taken a window at a time, sorted by length and traced in padded batches. After each window its rows are
+    written and the sums brought up to date, so that the same call after a kill goes on there: no row is lost or
+    doubled. It goes on with the very same model, tokenizer, options and texts only, by their content, not their names;
+    a finished run is returned as it is.
 
     Args:
-        texts: see :func:`flowroutes_fast.corpora.texts.read_texts`; a mapping of domains to sources keeps statistics per domain. What can be
-            read twice (no stream) is read once before, so that other, fewer or more texts than the run began with are refused at once; a
-            stream is compared as far as the run is.
+        texts: see :func:`flowroutes_fast.corpora.texts.read_texts`; a mapping of domains to sources keeps statistics
+            per domain. What can be read twice (no stream) is read once before, so that other, fewer or more texts than
+            the run began with are refused at once; a stream is compared as far as the run is.
         out: a new folder, or that of a run to go on with. One process at a time.
         threshold: importance above which a sub-edge counts as active and a route's edges are kept.
         precision, floor: as for :func:`flowroutes_fast.trace`.
         max_tokens: longest piece that is traced; None for the model's context, at most 1024.
         overflow: a longer text is cut (``"truncate"``) or traced in pieces (``"split"``); both are counted.
         window: texts whose rows are written at a time. batch_tokens: padded tokens of a batch.
-        positions: write a row per position with its component vector; None: unless ``routes_only``. edges: write the route of every text's
-            last position.
-        routes_only: evaluate the rows that these routes reach, and nothing else: the same edges and ``in_routes`` for a part of the work.
-            Component vectors, means and all else that is over all positions are not there and refused by name.
+        positions: write a row per position with its component vector; None: unless ``routes_only``. edges: write the
+            route of every text's last position.
+        routes_only: evaluate the rows that these routes reach, and nothing else: the same edges and ``in_routes`` for a
+            part of the work. Component vectors, means and all else that is over all positions are not there and refused
+            by name.
         shard: ``(i, K)``: the texts with number ≡ i modulo K alone; :func:`open_corpus` puts the folders together.
         field, split: of the texts.
-        progress: show a bar with tokens per second and, for texts that can be read twice (no stream), the time that is left.
+        progress: show a bar with tokens per second and, for texts that can be read twice (no stream), the time that is
+            left.
 
     Returns:
         A :class:`Corpus` on the folder.
 
     Raises:
-        ValueError: no text at all, an unknown option, a folder that holds another run or other files (or has another process working in it),
-            texts that are not those of the run. DamagedFile (a ValueError): what the run wrote was changed. OSError: a folder that cannot be
-            written to, a full disk.
+        ValueError: no text at all, an unknown option, a folder that holds another run or other files (or has another
+            process working in it), texts that are not those of the run. DamagedFile (a ValueError): what the run wrote
+            was changed. OSError: a folder that cannot be written to, a full disk.
     """
     if tokenizer is None:
         raise TypeError("a corpus of texts needs a tokenizer")
     model = unwrap(model)
     settings = settings_of(
-        model, tokenizer, threshold=threshold, precision=precision, floor=floor, max_tokens=max_tokens, overflow=overflow, window=window,
-        batch_tokens=batch_tokens, positions=positions, edges=edges, routes_only=routes_only, shard=shard,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        threshold=threshold,
+        precision=precision,
+        floor=floor,
+        max_tokens=max_tokens,
+        overflow=overflow,
+        window=window,
+        batch_tokens=batch_tokens,
+        positions=positions,
+        edges=edges,
+        routes_only=routes_only,
+        shard=shard,
+    )
 
     def rows(windows: Iterator[Window], bar: Any) -> Iterator[tuple[Window, list[Row]]]:
         for found in windows:
@@ -153,18 +169,33 @@ def settings_of(model: nn.Module, tokenizer: Any, **options: Any) -> Settings:
     longest = min(context, 1024) if options["max_tokens"] is None else options["max_tokens"]
     heads = max(int(getattr(config, "num_attention_heads", 1)), 1)
     name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)  # type: ignore[union-attr]
-    chosen = {"max_tokens": longest, "positions": not options["routes_only"] if options["positions"] is None else options["positions"]}
+    chosen = {
+        "max_tokens": longest,
+        "positions": not options["routes_only"] if options["positions"] is None else options["positions"],
+    }
     found = Settings(name, (len(blocks_of(model)), heads), **{**options, **chosen, **dict.fromkeys(IDENTITY, "")})
     _check(found, context)
     if found.routes_only and stream_of(model) is not None:
-        raise ValueError("routes_only=True needs the weights in memory when rows are evaluated: load the model whole, or leave it out")
-    return replace(found, weights=weights_digest(model), config=config_digest(model), tokenizer=tokenizer_digest(tokenizer))
+        raise ValueError(
+            "routes_only=True needs the weights in memory when rows are evaluated: load the model whole, "
+            "or leave it out"
+        )
+    return replace(
+        found, weights=weights_digest(model), config=config_digest(model), tokenizer=tokenizer_digest(tokenizer)
+    )
 
 
 def run(
-    settings: Settings, tokenizer: Any, texts: Any, out: str | os.PathLike[str],
-    rows: Callable[[Iterator[Window], Any], Iterator[tuple[Window, list[Row]]]], *, field: str, split: str, progress: bool,
-) -> Any:  # fmt: skip
+    settings: Settings,
+    tokenizer: Any,
+    texts: Any,
+    out: str | os.PathLike[str],
+    rows: Callable[[Iterator[Window], Any], Iterator[tuple[Window, list[Row]]]],
+    *,
+    field: str,
+    split: str,
+    progress: bool,
+) -> Any:
     """A run in a folder: windows of texts go to ``rows``, which gives them back traced, in their order."""
     from flowroutes_fast.corpora.results import Corpus
 
@@ -177,7 +208,9 @@ def run(
         skipped = Skipped()
         source = read_texts(texts, field=field, split=split, skipped=skipped)
         start = time.perf_counter()
-        with tqdm(desc="tokens", unit="tok", unit_scale=True, disable=not progress, initial=folder.progress.tokens) as bar:
+        with tqdm(
+            desc="tokens", unit="tok", unit_scale=True, disable=not progress, initial=folder.progress.tokens
+        ) as bar:
             for window, found in rows(_announced(folder.windows(source, tokenizer, skipped), bar), bar):
                 folder.progress.seconds += time.perf_counter() - start
                 folder.write(window, found)
@@ -197,7 +230,9 @@ def _goes_on() -> Iterator[None]:
     except FileNotFoundError:  # of the texts
         raise
     except OSError as error:
-        raise OSError(f"{error}; once that is mended, the same call goes on after the last window that was written") from error
+        raise OSError(
+            f"{error}; once that is mended, the same call goes on after the last window that was written"
+        ) from error
 
 
 def _announced(windows: Iterator[Window], bar: Any) -> Iterator[Window]:
@@ -220,7 +255,8 @@ def _check(s: Settings, context: int) -> None:
         raise ValueError(f"shard must be (i, K) with 0 <= i < K, got {s.shard}")
     if s.routes_only and s.positions:
         raise ValueError(
-            "routes_only=True evaluates what routes reach and has no component vectors of positions: leave out one of positions and routes_only"
+            "routes_only=True evaluates what routes reach and has no component vectors of positions: leave out one of "
+            "positions and routes_only"
         )
     if not s.floor <= s.threshold < 1:
         raise ValueError(f"threshold must lie in [floor, 1) = [{s.floor}, 1), got {s.threshold}")
@@ -246,7 +282,9 @@ def batches(items: list[Item], batch_tokens: int) -> Iterator[list[Item]]:
 Row = dict[str, Any]
 
 
-def trace_items(model: nn.Module, items: list[Item], s: Settings, report: Callable[[int], object] = lambda tokens: None) -> list[Row]:
+def trace_items(
+    model: nn.Module, items: list[Item], s: Settings, report: Callable[[int], object] = lambda tokens: None
+) -> list[Row]:
     """The rows of a window, in the order of its texts; ``report`` hears of every batch's tokens.
 
     A batch's rows are made while the model runs on the next one.
@@ -264,7 +302,9 @@ def trace_items(model: nn.Module, items: list[Item], s: Settings, report: Callab
             found = (
                 route(model, None, ids, threshold=s.threshold, precision=s.precision)
                 if s.routes_only
-                else trace(model, None, ids, precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False)
+                else trace(
+                    model, None, ids, precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False
+                )
             )
             if before is not None:
                 before.result()  # one batch waits at a time
@@ -280,8 +320,13 @@ def _evaluate(item: Item, found: Any, s: Settings) -> Row:
     word = words(item.text, item.offsets)
     observed = follow(found, word, s.shape[1]) if s.routes_only else observe(found, word, s.threshold)
     row: Row = {
-        "number": item.number, "piece": item.piece, "domain": item.domain, "text": item.text, "tokens": len(item.ids), "observed": observed,
-    }  # fmt: skip
+        "number": item.number,
+        "piece": item.piece,
+        "domain": item.domain,
+        "text": item.text,
+        "tokens": len(item.ids),
+        "observed": observed,
+    }
     if isinstance(observed, Observed):
         row["mean"] = observed.components.mean(0)
     key: dict[str, Any] = {"number": np.int64(item.number), "piece": np.int32(item.piece)}
@@ -292,15 +337,22 @@ def _evaluate(item: Item, found: Any, s: Settings) -> Row:
         row["positions"] = pd.DataFrame(
             {
                 **{name: np.full(len(item.ids), value) for name, value in key.items()},
-                "position": np.arange(len(item.ids), dtype=np.int32), "token_id": np.array(item.ids, np.int32), "begin": begin, "end": end,
-                "word": word, "received": observed.received, "components": list(observed.components),
+                "position": np.arange(len(item.ids), dtype=np.int32),
+                "token_id": np.array(item.ids, np.int32),
+                "begin": begin,
+                "end": end,
+                "word": word,
+                "received": observed.received,
+                "components": list(observed.components),
             }
-        )  # fmt: skip
+        )
     return row
 
 
 class Folder:
-    """A run's folder: settings, progress, sums and tables. Everything is written under another name and renamed; the state comes last."""
+    """A run's folder: settings, progress, sums and tables. Everything is written under another name and renamed;
+    the state comes last.
+    """
 
     def __init__(self, path: str | os.PathLike[str], settings: Settings) -> None:
         self.path, self.settings = Path(path), settings
@@ -334,10 +386,13 @@ class Folder:
             self._compare(known)
             self.state, self.sums = known, read_sums(self.path, known)
         else:
-            others = [name for name in names if name != LOCK and not name.startswith(".") and not self._left_behind(name)]
+            others = [
+                name for name in names if name != LOCK and not name.startswith(".") and not self._left_behind(name)
+            ]
             if others and NAME.fullmatch(others[0]):
                 raise DamagedFile(
-                    f"'{self.path / STATE}' is missing, and the folder holds windows of a run ({others[0]}): give a new folder"
+                    f"'{self.path / STATE}' is missing, and the folder holds windows of a run ({others[0]}): give a "
+                    f"new folder"
                 )
             if others:
                 raise ValueError(f"'{self.path}' holds other files ({others[0]}): give an empty or a new folder")
@@ -348,12 +403,16 @@ class Folder:
         """Is the run in the folder the one that is to go on?"""
         if known.files is None:
             raise ValueError(
-                f"the run in '{self.path}' is of version 1, which can be read; this release goes on with version {FORMAT_VERSION}: give a new folder"
+                f"the run in '{self.path}' is of version 1, which can be read; this release goes on with version "
+                f"{FORMAT_VERSION}: give a new folder"
             )
-        differing = sorted(name for name, value in self.state.settings.items() if name != "model" and known.settings[name] != value)
+        differing = sorted(
+            name for name, value in self.state.settings.items() if name != "model" and known.settings[name] != value
+        )
         if differing:
             raise ValueError(
-                f"'{self.path}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove it to start again"
+                f"'{self.path}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove "
+                f"it to start again"
             )
 
     def _left_behind(self, name: str) -> bool:
@@ -374,7 +433,8 @@ class Folder:
         known = {reason: count for reason, count in self.progress.skipped.items() if reason != NO_TOKENS}
         if self.progress.finished and known != dict(skipped.counts):
             raise ValueError(
-                f"the run in '{self.path}' left out {known or 'nothing'}, of these texts {dict(skipped.counts) or 'nothing'} is: give a new folder"
+                f"the run in '{self.path}' left out {known or 'nothing'}, of these texts "
+                f"{dict(skipped.counts) or 'nothing'} is: give a new folder"
             )
 
     def _compared(self, source: Iterator[Text]) -> Iterator[tuple[int, list[Text]]]:
@@ -400,7 +460,8 @@ class Folder:
         else:
             said = f"it has {every}, here are {'more' if end > known else f'{end} alone'}"
         return ValueError(
-            f"the texts are not those of the run in '{self.path}': {said}; a run goes on with the same texts only, give a new folder for others"
+            f"the texts are not those of the run in '{self.path}': {said}; a run goes on with the same texts only, "
+            f"give a new folder for others"
         )
 
     def _size(self, text: Text, number: int) -> int:
@@ -449,7 +510,9 @@ class Folder:
         return items, counts
 
     def add(self, domain: str, observed: Any) -> None:
-        self.sums.setdefault(domain, Statistics(self.settings.shape, routes_only=self.settings.routes_only)).add(observed)
+        self.sums.setdefault(domain, Statistics(self.settings.shape, routes_only=self.settings.routes_only)).add(
+            observed
+        )
         self.progress.rows += 1
         self.progress.tokens += observed.tokens
 

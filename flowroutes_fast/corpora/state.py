@@ -1,4 +1,6 @@
-"""A corpus run's state: how far it is and what it wrote, in ``run.json``, and the sums beside it; checked whenever they are read."""
+"""A corpus run's state: how far it is and what it wrote, in ``run.json``, and the sums beside it; checked whenever
+they are read.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from flowroutes_fast.system.files import said, write_atomically
 FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 2
 STATE, SUMS = "run.json", "statistics.safetensors"
 TABLES = ("texts", "positions", "edges")
-NAME = re.compile(rf"(?:({'|'.join(TABLES)})-(\d{{6,}})\.parquet|{re.escape(SUMS)}\.(\d+))")  # of a table, a window; of sums
+# of a table, a window; of sums
+NAME = re.compile(rf"(?:({'|'.join(TABLES)})-(\d{{6,}})\.parquet|{re.escape(SUMS)}\.(\d+))")
 IDENTITY = ("weights", "config", "tokenizer")  # settings that version 1 did not have
 SLACK = 1e-3  # by which rounding may leave [0, 1]
 Read = TypeVar("Read")
@@ -28,7 +31,9 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines a corpus run's rows; a run in a folder goes on under the same settings only (``model`` is a name, no more)."""
+    """What determines a corpus run's rows; a run in a folder goes on under the same settings only (``model`` is a
+    name, no more).
+    """
 
     model: str
     shape: tuple[int, int]  # layers, heads
@@ -78,8 +83,9 @@ class Stored:
 class State:
     """What ``run.json`` holds.
 
-    ``texts``: of the whole source; None while a stream has not ended. ``digests``: of all texts up to the end of each window, of the whole
-    source or as far as a stream was read. ``files``: by name; None in runs of version 1, which kept none. ``software``: versions that worked on it.
+    ``texts``: of the whole source; None while a stream has not ended. ``digests``: of all texts up to the end of each
+    window, of the whole source or as far as a stream was read. ``files``: by name; None in runs of version 1, which
+    kept none. ``software``: versions that worked on it.
     """
 
     settings: dict[str, Any]
@@ -106,7 +112,9 @@ def software() -> dict[str, str]:
 
 
 def write_bytes(path: Path, raw: bytes, rows: int) -> Stored:
-    """Write a file of a run, in one piece: libraries that write files themselves leave theirs behind when they are killed."""
+    """Write a file of a run, in one piece: libraries that write files themselves leave theirs behind when they are
+    killed.
+    """
     write_atomically(path, lambda temporary: temporary.write_bytes(raw))
     return Stored(len(raw), rows, hashlib.sha256(raw).hexdigest())
 
@@ -128,11 +136,18 @@ def read_bytes(path: Path, known: Stored | None) -> bytes:
 
 def text_of(state: State) -> str:
     """``run.json``: what it names counts once it is written."""
-    digests = state.digests if state.texts is not None else state.digests[: state.progress.windows]  # a stream may be read ahead
+    # a stream may be read ahead
+    digests = state.digests if state.texts is not None else state.digests[: state.progress.windows]
     found: dict[str, Any] = {
-        "format": FORMAT, "version": FORMAT_VERSION, "settings": state.settings, "progress": asdict(state.progress), "texts": state.texts,
-        "digests": digests, "files": {name: asdict(one) for name, one in sorted((state.files or {}).items())}, "software": state.software,
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "settings": state.settings,
+        "progress": asdict(state.progress),
+        "texts": state.texts,
+        "digests": digests,
+        "files": {name: asdict(one) for name, one in sorted((state.files or {}).items())},
+        "software": state.software,
+    }
     return json.dumps(found | {"checksum": _checksum(found)}, indent=1)
 
 
@@ -167,7 +182,14 @@ def _state(raw: bytes) -> State:
     _exactly(read, ("format", "version", "settings", "progress", "texts", "digests", "files", "software"), "")
     read["settings"] = _mapping(read["settings"], "settings")
     read["settings"].setdefault("routes_only", False)  # of a run begun before there was a choice
-    state = State(_settings(read["settings"], version), _progress(read["progress"]), read["texts"], read["digests"], None, read["software"])
+    state = State(
+        _settings(read["settings"], version),
+        _progress(read["progress"]),
+        read["texts"],
+        read["digests"],
+        None,
+        read["software"],
+    )
     if version == FORMAT_VERSION:
         state.files = {name: _stored(name, one) for name, one in _mapping(read["files"], "files").items()}
         _check_whole(state)
@@ -187,7 +209,10 @@ def _settings(found: Any, version: int) -> dict[str, Any]:
             isinstance(found[name], list) and len(found[name]) == 2 and all(map(_whole, found[name])),
             f"settings: {name} is {found[name]!r}",
         )
-    _need(min(found["shape"]) >= 1 and found["shard"][0] < found["shard"][1], f"settings: shape {found['shape']}, shard {found['shard']}")
+    _need(
+        min(found["shape"]) >= 1 and found["shard"][0] < found["shard"][1],
+        f"settings: shape {found['shape']}, shard {found['shard']}",
+    )
     for name in ("max_tokens", "window", "batch_tokens"):
         _need(_whole(found[name], 1), f"settings: {name} is {found[name]!r}")
     for name in ("threshold", "floor"):
@@ -215,7 +240,10 @@ def _progress(found: Any) -> Progress:
 def _stored(name: str, found: Any) -> Stored:
     _need(NAME.fullmatch(name) is not None, f"files: {name!r} is no file of a run")
     _exactly(found, [f.name for f in fields(Stored)], f"files: {name}")
-    _need(_whole(found["bytes"], 1) and _whole(found["rows"], 1) and _is_digest(found["sha256"]), f"files: {name} is {found!r}")
+    _need(
+        _whole(found["bytes"], 1) and _whole(found["rows"], 1) and _is_digest(found["sha256"]),
+        f"files: {name} is {found!r}",
+    )
     return Stored(**found)
 
 
@@ -226,7 +254,10 @@ def _check_whole(state: State) -> None:
     _need(isinstance(state.software, list) and all(map(_is_software, state.software)), "software: no list of versions")
     _need(state.texts is None or _whole(state.texts), f"texts is {state.texts!r}")
     every = p.texts if state.texts is None else state.texts
-    _need(len(state.digests) == -(-every // window), f"{len(state.digests)} digests of {every} texts in windows of {window}")
+    _need(
+        len(state.digests) == -(-every // window),
+        f"{len(state.digests)} digests of {every} texts in windows of {window}",
+    )
     _need(
         p.texts == min(p.windows * window, every) and p.windows == -(-p.texts // window),
         f"{p.windows} windows of {window} hold {p.texts} texts",
@@ -243,7 +274,10 @@ def _check_whole(state: State) -> None:
         _need(table == "texts" or state.settings[table], f"files: {name}, though no {table} were kept")
         rows[table] += one.rows
     _need(rows["texts"] == p.rows, f"files: {rows['texts']} rows of texts, progress has {p.rows}")
-    _need(rows["positions"] == (p.tokens if state.settings["positions"] else 0), f"files: {rows['positions']} positions, {p.tokens} tokens")
+    _need(
+        rows["positions"] == (p.tokens if state.settings["positions"] else 0),
+        f"files: {rows['positions']} positions, {p.tokens} tokens",
+    )
     _need(not p.windows or f"{SUMS}.{p.windows}" in files or not p.rows, f"files: {SUMS}.{p.windows} is missing")
 
 
@@ -252,7 +286,9 @@ def write_sums(path: Path, sums: dict[str, Statistics]) -> Stored:
     from safetensors.numpy import save
 
     names = sorted(sums)
-    tensors = {f"{n}.{key}": np.ascontiguousarray(getattr(sums[d], key)) for n, d in enumerate(names) for key in sums[d].arrays}
+    tensors = {
+        f"{n}.{key}": np.ascontiguousarray(getattr(sums[d], key)) for n, d in enumerate(names) for key in sums[d].arrays
+    }
     counts = {d: {key: getattr(sums[d], key) for key in COUNTS} for d in names}
     return write_bytes(path, save(tensors, {"counts": json.dumps(counts)}), len(names))
 
@@ -267,7 +303,9 @@ def read_sums(folder: Path, state: State) -> dict[str, Statistics]:
         raw = read_bytes(file, state.files[name] if state.files is not None else None)
     except DamagedFile as error:
         raise DamagedFile(f"'{file}' is damaged or missing: {str(error).partition(': ')[2]}") from error
-    found = _checked(file, "is damaged or missing", lambda: _sums(raw, tuple(state.settings["shape"]), state.settings["routes_only"]))
+    found = _checked(
+        file, "is damaged or missing", lambda: _sums(raw, tuple(state.settings["shape"]), state.settings["routes_only"])
+    )
     for label, of_run in (("texts", state.progress.rows), ("positions", state.progress.tokens)):
         if (total := sum(getattr(one, label) for one in found.values())) != of_run:
             raise DamagedFile(f"'{file}' is damaged: it counts {total} {label}, {STATE} has {of_run}")
@@ -314,7 +352,9 @@ def _check_sums(domain: str, one: Statistics) -> None:
     }
     for key in one.arrays:
         array, limit = getattr(one, key), most[key]
-        good = np.isfinite(array).all() and (not array.size or (array.min() >= -SLACK * limit and array.max() <= limit * (1 + SLACK)))
+        good = np.isfinite(array).all() and (
+            not array.size or (array.min() >= -SLACK * limit and array.max() <= limit * (1 + SLACK))
+        )
         _need(bool(good), f"{key} of {domain!r} leaves [0, {limit}]")
 
 
@@ -324,7 +364,16 @@ def _checked(file: Path, wrong: str, read: Callable[[], Read]) -> Read:
 
     try:
         return read()
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         said = (
             f"{error.args[0]!r} is missing"
             if isinstance(error, KeyError) and error.args

@@ -20,12 +20,14 @@ HALF, LOW = 0.5, 0.005  # the paper's: of a head's influence; overall influence
 
 @dataclass
 class Statistics:
-    """Counts and sums over the positions of one domain's texts (position 0, where there is nothing before, is left out of the patterns).
+    """Counts and sums over the positions of one domain's texts (position 0, where there is nothing before, is left out
+    of the patterns).
 
-    ``total`` and ``squares`` ``[component]`` float64 over ``positions``; components are all heads, layer by layer, then all FFNs.
-    ``active [layer, head]``: positions with a sub-edge above the threshold; ``in_routes``: texts whose route has the head.
-    ``patterns [pattern, layer, head]``: positions where more than half of the head's influence is on that place;
-    ``same word``: later subwords where it is on earlier subwords of the word; ``quiet``: first subwords with an influence of at most 0.005.
+    ``total`` and ``squares`` ``[component]`` float64 over ``positions``; components are all heads, layer by layer, then
+    all FFNs. ``active [layer, head]``: positions with a sub-edge above the threshold; ``in_routes``: texts whose route
+    has the head. ``patterns [pattern, layer, head]``: positions where more than half of the head's influence is on that
+    place; ``same word``: later subwords where it is on earlier subwords of the word; ``quiet``: first subwords with an
+    influence of at most 0.005.
 
     Of a run of routes alone (``routes_only``) there are ``in_routes`` and the counts; ``ValueError`` for all else.
     """
@@ -78,7 +80,9 @@ class Statistics:
         if self.shape != other.shape:
             raise ValueError(f"statistics of different models: {self.shape} and {other.shape} layers and heads")
         if self.routes_only != other.routes_only:
-            raise ValueError("statistics of a run of routes alone (routes_only=True) cannot be added to those of all positions")
+            raise ValueError(
+                "statistics of a run of routes alone (routes_only=True) cannot be added to those of all positions"
+            )
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in self.arrays:
@@ -95,7 +99,9 @@ class Statistics:
         return np.maximum(self.squares - self.total**2 / n, 0) / (n - 1) if n > 1 else np.full_like(self.total, np.nan)
 
     def heads(self) -> pd.DataFrame:
-        """One row per head: ``layer, head, importance, active, in_routes``, the share of positions of every pattern, and ``quiet``."""
+        """One row per head: ``layer, head, importance, active, in_routes``, the share of positions of every
+        pattern, and ``quiet``.
+        """
         layers, heads = self.shape
         table = pd.DataFrame({"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)})
         table["importance"] = self.mean()[: layers * heads]
@@ -115,11 +121,16 @@ class Statistics:
 
 COUNTS = ("positions", "texts", "after_first", "later", "first")
 ARRAYS = ("total", "squares", "active", "in_routes", "patterns", "quiet")
-ROUTES_ONLY = "a run with routes_only=True evaluates what its routes reach and has no {}: run it without, into a new folder"
+ROUTES_ONLY = (
+    "a run with routes_only=True evaluates what its routes reach and has no {}: run it without, into a new folder"
+)
 OF_ALL_ROWS = {
-    "total": "means over positions", "squares": "variances over positions", "active": "activation by position",
-    "patterns": "places where heads look", "quiet": "influence on first subwords",
-}  # fmt: skip
+    "total": "means over positions",
+    "squares": "variances over positions",
+    "active": "activation by position",
+    "patterns": "places where heads look",
+    "quiet": "influence on first subwords",
+}
 
 
 @dataclass
@@ -138,7 +149,8 @@ class Observed(Routed):
     """What one traced text says."""
 
     components: np.ndarray  # [position, component] float32
-    received: np.ndarray  # [position]: importance of sub-edges from it into later positions, mean over those, summed over layers
+    # [position]: importance of sub-edges from it into later positions, mean over those, summed over layers
+    received: np.ndarray
     active: np.ndarray
     patterns: np.ndarray
     quiet: np.ndarray
@@ -154,13 +166,16 @@ def follow(route: Route, word: np.ndarray, heads: int) -> Routed:
 
 
 def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
-    """Evaluate a trace. ``word [token]``: number of the word of each token, -1 for none (:func:`flowroutes_fast.corpora.words.words`).
+    """Evaluate a trace. ``word [token]``: number of the word of each token, -1 for none
+    (:func:`flowroutes_fast.corpora.words.words`).
 
     Patterns compare a head's sub-edges above the trace's floor with all of its influence.
     """
     layers, tokens, heads = trace.heads.shape
     influence = trace.heads.numpy()
-    components = np.concatenate([influence.transpose(1, 0, 2).reshape(tokens, -1), trace.ffn.numpy().T], 1).astype(np.float32)
+    components = np.concatenate([influence.transpose(1, 0, 2).reshape(tokens, -1), trace.ffn.numpy().T], 1).astype(
+        np.float32
+    )
     begins, goes_on, starts = word_start(word), later(word), first_of_several(word)
     everyone = np.arange(tokens)
     layer, query, key, head, importance = _all_sub_edges(trace)
@@ -168,7 +183,9 @@ def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
     age = query - key
     shape = (layers, tokens, heads)
     patterns = np.zeros((len(PATTERNS), layers, heads), np.int64)
-    for number, chosen in enumerate((age == 0, age == 1, age == 2, age == 3, key == 0, (key >= begins[query]) & (age > 0))):
+    for number, chosen in enumerate(
+        (age == 0, age == 1, age == 2, age == 3, key == 0, (key >= begins[query]) & (age > 0))
+    ):
         most = np.bincount(cell[chosen], importance[chosen], influence.size).reshape(shape) > HALF * influence
         patterns[number] = most[:, goes_on if PATTERNS[number] == "same word" else everyone > 0].sum(1)
     strong = np.zeros(influence.size, bool)
@@ -177,9 +194,13 @@ def observe(trace: Trace, word: np.ndarray, threshold: float) -> Observed:
     received = np.bincount(key[age > 0], importance[age > 0], tokens)
     after = tokens - 1 - everyone
     return Observed(
-        **vars(follow(trace.route(-1, threshold), word, heads)), components=components, received=(received / np.maximum(after, 1)).astype(np.float32),
-        active=active, patterns=patterns, quiet=(influence[:, starts] <= LOW).sum(1),
-    )  # fmt: skip
+        **vars(follow(trace.route(-1, threshold), word, heads)),
+        components=components,
+        received=(received / np.maximum(after, 1)).astype(np.float32),
+        active=active,
+        patterns=patterns,
+        quiet=(influence[:, starts] <= LOW).sum(1),
+    )
 
 
 def _all_sub_edges(trace: Trace) -> tuple[np.ndarray, ...]:

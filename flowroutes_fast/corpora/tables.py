@@ -25,18 +25,34 @@ def columns_of(name: str, state: State) -> dict[str, tuple[str, float, float]]:
     texts, longest = state.progress.texts, s["max_tokens"] - 1
     key: dict[str, tuple[str, float, float]] = {"number": ("int64", 0, texts - 1), "piece": ("int32", 0, LARGEST)}
     return {
-        "texts": key | {
-            "piece": ("int64", 0, LARGEST), "domain": ("string", 0, 0), "text": ("string", 0, 0), "tokens": ("int64", 1, longest + 1),
-        } | ({} if s["routes_only"] else {"mean": ("vector", *SHARE)}),
-        "positions": key | {
-            "position": ("int32", 0, longest), "token_id": ("int32", 0, LARGEST), "begin": ("int32", 0, LARGEST), "end": ("int32", 0, LARGEST),
-            "word": ("int32", -1, LARGEST), "received": ("float", 0, layers * (1 + SLACK)), "components": ("vector", *SHARE),
+        "texts": key
+        | {
+            "piece": ("int64", 0, LARGEST),
+            "domain": ("string", 0, 0),
+            "text": ("string", 0, 0),
+            "tokens": ("int64", 1, longest + 1),
+        }
+        | ({} if s["routes_only"] else {"mean": ("vector", *SHARE)}),
+        "positions": key
+        | {
+            "position": ("int32", 0, longest),
+            "token_id": ("int32", 0, LARGEST),
+            "begin": ("int32", 0, LARGEST),
+            "end": ("int32", 0, LARGEST),
+            "word": ("int32", -1, LARGEST),
+            "received": ("float", 0, layers * (1 + SLACK)),
+            "components": ("vector", *SHARE),
         },
         "edges": {
-            "layer": ("int64", 0, layers - 1), "kind": ("string", 0, 0), "source": ("int64", 0, longest), "target": ("int64", 0, longest),
-            "head": ("int64", -1, heads - 1), "importance": ("double", *SHARE),
-        } | key,
-    }[name]  # fmt: skip
+            "layer": ("int64", 0, layers - 1),
+            "kind": ("string", 0, 0),
+            "source": ("int64", 0, longest),
+            "target": ("int64", 0, longest),
+            "head": ("int64", -1, heads - 1),
+            "importance": ("double", *SHARE),
+        }
+        | key,
+    }[name]
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Stored:
@@ -109,6 +125,9 @@ def _wrong_values(table: Any, wanted: dict[str, tuple[str, float, float]]) -> st
         if kind == "vector":
             column = column.flatten()
         values = column.to_numpy(zero_copy_only=False)
-        if len(values) and not (values.min() >= low - (SLACK if values.dtype.kind == "f" else 0) and values.max() <= high):  # also of NaN
+        # also of NaN
+        if len(values) and not (
+            values.min() >= low - (SLACK if values.dtype.kind == "f" else 0) and values.max() <= high
+        ):
             return f"column {name!r} leaves [{low}, {high:g}]"
     return ""

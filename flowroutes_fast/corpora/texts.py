@@ -1,4 +1,6 @@
-"""Texts from wherever they are: strings, dictionaries, files of text, JSONL or Parquet, standard input, ``datasets``."""
+"""Texts from wherever they are: strings, dictionaries, files of text, JSONL or Parquet, standard input,
+``datasets``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,20 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("file", "paragraph", "line")
-ENCODINGS = ("cp1252", "cp1250", "cp1251", "koi8_r", "utf_16", "utf_32", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr")  # those in use
+# those in use
+ENCODINGS = (
+    "cp1252",
+    "cp1250",
+    "cp1251",
+    "koi8_r",
+    "utf_16",
+    "utf_32",
+    "gb18030",
+    "big5",
+    "shift_jis",
+    "euc_jp",
+    "euc_kr",
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +56,9 @@ def read_texts(
     """The texts of a source, one after the other.
 
     Args:
-        source: a string (one text); a path (:class:`pathlib.Path`) to a ``.jsonl``, ``.parquet`` or text file, or to a folder of those; a
-            mapping of domain names to sources; a :class:`Stream`; or anything that gives strings, dictionaries, paths or :class:`Text` (a
-            ``datasets`` dataset).
+        source: a string (one text); a path (:class:`pathlib.Path`) to a ``.jsonl``, ``.parquet`` or text file, or to a
+            folder of those; a mapping of domain names to sources; a :class:`Stream`; or anything that gives strings,
+            dictionaries, paths or :class:`Text` (a ``datasets`` dataset).
         field: where dictionaries, JSONL and Parquet have the text; ``"domain"`` beside it is used.
         split: what of a text file is one text: ``"file"``, ``"paragraph"`` (between blank lines) or ``"line"``.
         domain: of texts that have none.
@@ -84,7 +99,9 @@ def rereadable(source: Any) -> bool:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not any(n.startswith(".") for n in p.relative_to(path).parts))
+        found = sorted(
+            p for p in path.rglob("*") if p.is_file() and not any(n.startswith(".") for n in p.relative_to(path).parts)
+        )
         if not found:
             raise ValueError(f"folder '{path}' holds no files")
         return found
@@ -153,7 +170,9 @@ def pieces(text: str, split: str) -> list[str]:
 
 
 def decoded(raw: bytes, name: str, skipped: Skipped) -> str | None:
-    """UTF-8 (with or without a mark), else what the bytes look like; None, and counted, for what is empty or no text."""
+    """UTF-8 (with or without a mark), else what the bytes look like; None, and counted, for what is empty or no
+    text.
+    """
     if not raw.strip():
         skipped.add("empty", name)
         return None
@@ -191,7 +210,9 @@ def _from_parquet(file: Path, field: str, domain: str, skipped: Skipped) -> Iter
 
 
 class Stream:
-    """Lines of a stream, of texts or of bytes, as a source: JSON objects with a text, or one text each. It can be read once."""
+    """Lines of a stream, of texts or of bytes, as a source: JSON objects with a text, or one text each. It can be
+    read once.
+    """
 
     def __init__(self, lines: Any) -> None:
         self.lines = lines

@@ -1,4 +1,6 @@
-"""Which tokens begin a word and which go on with one, from their places in the text; no tokenizer's marks are needed."""
+"""Which tokens begin a word and which go on with one, from their places in the text; no tokenizer's marks are
+needed.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,11 @@ import numpy as np
 
 
 def words(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """``[token]`` int32: number of the word that a token belongs to; -1 for what is no word (spaces, punctuation, special tokens).
+    """``[token]`` int32: number of the word that a token belongs to; -1 for what is no word (spaces, punctuation,
+    special tokens).
 
-    A word is a run of letters and digits, each digit run apart from letters. A token belongs to the word of its first letter or digit.
+    A word is a run of letters and digits, each digit run apart from letters. A token belongs to the word of its first
+    letter or digit.
     """
     found = np.full(len(offsets), -1, np.int32)
     number = -1

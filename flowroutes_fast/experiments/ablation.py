@@ -1,7 +1,7 @@
 """A model run on some of its sub-edges: the others are removed, or replaced by their head's mean value.
 
-Attention becomes Σ_j k·α·v_j + Σ_j (1 − k)·α·v̄ with a mask k ``[head, query, key]`` per layer and the head's mean value v̄ (0 where sub-edges are
-removed). FFNs, residual connections, norms and biases behind the heads stay.
+Attention becomes Σ_j k·α·v_j + Σ_j (1 − k)·α·v̄ with a mask k ``[head, query, key]`` per layer and the head's mean
+value v̄ (0 where sub-edges are removed). FFNs, residual connections, norms and biases behind the heads stay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture.hooks import Layer, attention_configs, attention_functions, capture, forward_options, undisturbed, unwrap
+from flowroutes_fast.capture.hooks import (
+    Layer,
+    attention_configs,
+    attention_functions,
+    capture,
+    forward_options,
+    undisturbed,
+    unwrap,
+)
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.heads import check_predicts_tokens
 from flowroutes_fast.ops.reference import attention_pattern
@@ -35,7 +43,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, tor
 class _Job:
     """What one attention module does in the runs under way."""
 
-    keep: Tensor | None = None  # [head, query, key] or [batch, head, query, key], bool, or float for a share; None: everything
+    # [head, query, key] or [batch, head, query, key], bool, or float for a share; None: everything
+    keep: Tensor | None = None
     mean: Tensor | None = None  # [head, d_head]
     pattern: Tensor | None = None  # [head, query, key]: attention weights to use instead of the run's own
     calls: int = 0
@@ -53,7 +62,9 @@ _here = _Here()
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """Attention weights ``[batch, head, query, key]`` in float32 at least, as the model's own function computes them."""
+    """Attention weights ``[batch, head, query, key]`` in float32 at least, as the model's own function computes
+    them.
+    """
     n_query, n_key = query.shape[-2], key.shape[-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = options.get("scaling")
@@ -62,7 +73,9 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str,
     if softcap := options.get("softcap"):
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        age = torch.arange(n_key - n_query, n_key, device=scores.device)[:, None] - torch.arange(n_key, device=scores.device)
+        age = torch.arange(n_key - n_query, n_key, device=scores.device)[:, None] - torch.arange(
+            n_key, device=scores.device
+        )
         window = options.get("sliding_window") or n_key
         scores = scores.masked_fill((age < 0) | (age >= window), float("-inf"))
     else:
@@ -73,11 +86,17 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str,
     return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any):  # type: ignore[no-untyped-def]
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Any:
     """The attention function of an ablated run."""
     job = _here.jobs[id(module)]
     job.calls += 1
-    weights = _weights(query, key, attention_mask, options) if job.pattern is None else job.pattern[None].expand(len(query), -1, -1, -1)
+    weights = (
+        _weights(query, key, attention_mask, options)
+        if job.pattern is None
+        else job.pattern[None].expand(len(query), -1, -1, -1)
+    )
     job.seen = weights
     value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     if job.keep is None:
@@ -85,7 +104,9 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     if job.keep.shape[-3] != weights.shape[1]:
         raise ValueError(f"a mask has {job.keep.shape[-3]} heads where the model has {weights.shape[1]}")
     if job.mean is not None and tuple(job.mean.shape) != (value.shape[1], value.shape[3]):
-        raise ValueError(f"a layer's means have shape {list(job.mean.shape)}; they must be [head, d_head], {list(value.shape[1::2])}")
+        raise ValueError(
+            f"a layer's means have shape {list(job.mean.shape)}; they must be [head, d_head], {list(value.shape[1::2])}"
+        )
     kept = weights * job.keep
     out = kept.to(value.dtype) @ value
     if job.mean is not None:
@@ -100,11 +121,13 @@ def attention_blocks(model: nn.Module) -> list[Block]:
     for block in blocks:
         if block.attention is None:
             raise ValueError(
-                f"layer {block.index} of this {block.family.name} model has no attention weights, so its sub-edges cannot be ablated"
+                f"layer {block.index} of this {block.family.name} model has no attention weights, so its sub-edges "
+                f"cannot be ablated"
             )
         if block.family.hooked:
             raise ValueError(
-                f"the attention of {block.family.name} does not go through transformers' attention interface, so its sub-edges cannot be ablated"
+                f"the attention of {block.family.name} does not go through transformers' attention interface, so its "
+                f"sub-edges cannot be ablated"
             )
     check_weights(model)
     check_predicts_tokens(model)
@@ -113,12 +136,15 @@ def attention_blocks(model: nn.Module) -> list[Block]:
 
 @contextmanager
 def _ablating(model: Any, blocks: list[Block], jobs: Sequence[_Job]) -> Iterator[None]:
-    """While this lasts, attention is ours; implementation, training mode and compiled modules come back as they were."""
+    """While this lasts, attention is ours; implementation, training mode and compiled modules come back as they
+    were.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])  # an additive mask, always: windows and chunks are in it
+    # an additive mask, always: windows and chunks are in it
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     names = dict.fromkeys(attention_configs(model, blocks), NAME)
     before = _here.jobs
     with undisturbed(model), attention_functions(names):
@@ -137,7 +163,9 @@ def _logits(model: Any, blocks: list[Block], ids: Tensor) -> Tensor:
 
 @dataclass
 class Clean:
-    """The whole model on one prompt: logits after the last position ``[vocabulary]`` and attention weights per layer ``[head, query, key]``."""
+    """The whole model on one prompt: logits after the last position ``[vocabulary]`` and attention weights per
+    layer ``[head, query, key]``.
+    """
 
     ids: list[int]
     logits: Tensor
@@ -177,7 +205,8 @@ def clean(model: Any, ids: Sequence[int]) -> Clean:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     if not error <= _TOLERANCE.get(dtype, 1e-4):
         raise ValueError(
-            f"with all sub-edges kept, the logits of this {blocks[0].family.name} model differ by {error:.1e} relative from its own: its "
+            f"with all sub-edges kept, the logits of this {blocks[0].family.name} model differ by {error:.1e} "
+            f"relative from its own: its "
             "attention does something that an ablated run would not do"
         )
     return Clean(list(ids), logits, [job.seen[0] for job in jobs])  # type: ignore[index]
@@ -198,13 +227,14 @@ def kept_logits(
     Args:
         model: a transformers decoder; it comes back unchanged, also after an exception.
         ids: one prompt, ``[token]``.
-        keep: per layer ``[head, query, key]``, or ``[batch, head, query, key]`` for several masks of the same prompt; bool, or a share in
-            [0, 1] of the sub-edge that stays.
-        means: per layer the mean values ``[head, d_head]`` (see :func:`value_means`) that take a dropped sub-edge's place, times its attention
-            weight; None: it is removed.
-        attention: ``"live"``: attention weights are those of the ablated run, which is then a run of the model that sees nothing but the
-            sub-edges kept; ``"frozen"``: those of the whole model, as the definition of a sub-edge holds them constant. Live is the default since
-            frozen weights carry what the dropped sub-edges brought to queries and keys.
+        keep: per layer ``[head, query, key]``, or ``[batch, head, query, key]`` for several masks of the same prompt;
+            bool, or a share in [0, 1] of the sub-edge that stays.
+        means: per layer the mean values ``[head, d_head]`` (see :func:`value_means`) that take a dropped sub-edge's
+            place, times its attention weight; None: it is removed.
+        attention: ``"live"``: attention weights are those of the ablated run, which is then a run of the model that
+            sees nothing but the sub-edges kept; ``"frozen"``: those of the whole model, as the definition of a sub-edge
+            holds them constant. Live is the default since frozen weights carry what the dropped sub-edges brought to
+            queries and keys.
         patterns: for ``"frozen"``, per layer ``[head, query, key]``; None: they are computed.
 
     Returns:
@@ -249,10 +279,11 @@ def kept_logits(
 def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: str = "attention") -> list[Tensor]:
     """The mean value of every head over a corpus: per layer ``[head, d_head]``, float32.
 
-    ``weights="attention"``: every position counts by the attention that a head pays to it from all positions, so that a row whose sub-edges
-    are all dropped gets its head's mean output. ``"positions"``: all positions count alike. The two differ where heads rest on the first token,
-    whose value is small: the mean over positions then replaces next to nothing by something, and a route by importance, which leaves
-    these sub-edges out, looks worse than it is. Texts are strings or lists of ids.
+    ``weights="attention"``: every position counts by the attention that a head pays to it from all positions, so that a
+    row whose sub-edges are all dropped gets its head's mean output. ``"positions"``: all positions count alike. The two
+    differ where heads rest on the first token, whose value is small: the mean over positions then replaces next to
+    nothing by something, and a route by importance, which leaves these sub-edges out, looks worse than it is. Texts are
+    strings or lists of ids.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"unknown weights {weights!r}: choose 'positions' or 'attention'")
@@ -269,10 +300,19 @@ def value_means(model: Any, tokenizer: Any, texts: Sequence[Any], *, weights: st
             value = layer.value.double()  # type: ignore[union-attr]
             paid = value.new_ones(len(layer.query), value.shape[1])  # type: ignore[arg-type]
             if weights == "attention":
-                paid = attention_pattern(
-                    layer.query.float(), layer.key.float(), scaling=layer.scaling, mask=layer.mask, softcap=layer.softcap,  # type: ignore[union-attr]
-                    window=layer.window, sinks=None if layer.sinks is None else layer.sinks.float(),
-                ).sum(1).double()  # [head, key]  # fmt: skip
+                paid = (
+                    attention_pattern(
+                        layer.query.float(),  # type: ignore[union-attr]
+                        layer.key.float(),  # type: ignore[union-attr]
+                        scaling=layer.scaling,
+                        mask=layer.mask,
+                        softcap=layer.softcap,
+                        window=layer.window,
+                        sinks=None if layer.sinks is None else layer.sinks.float(),
+                    )
+                    .sum(1)
+                    .double()
+                )  # [head, key]
             sums[layer.index] += torch.einsum("hk,hkd->hd", paid, value.repeat_interleave(len(paid) // len(value), 0))
             counts[layer.index] += paid.sum(1, keepdim=True)
 
@@ -284,8 +324,15 @@ def check_masks(keep: Sequence[Tensor], layers: int, tokens: int) -> None:
     if len(keep) != layers:
         raise ValueError(f"keep has masks for {len(keep)} layers, the model has {layers}")
     for layer, mask in enumerate(keep):
-        if mask.dim() not in (3, 4) or tuple(mask.shape[-2:]) != (tokens, tokens) or mask.shape[:-3] != keep[0].shape[:-3]:
-            raise ValueError(f"the mask of layer {layer} has shape {list(mask.shape)}; it must be [head, query, key] of {tokens} tokens")
+        if (
+            mask.dim() not in (3, 4)
+            or tuple(mask.shape[-2:]) != (tokens, tokens)
+            or mask.shape[:-3] != keep[0].shape[:-3]
+        ):
+            raise ValueError(
+                f"the mask of layer {layer} has shape {list(mask.shape)}; it must be [head, query, key] "
+                f"of {tokens} tokens"
+            )
 
 
 def _device(model: Any) -> torch.device:
@@ -297,9 +344,16 @@ Objective = Callable[[Tensor], Tensor]
 
 @neutral()
 def mask_gradient(
-    model: Any, ids: Sequence[int], keep: Sequence[Tensor], objective: Objective, *, means: Sequence[Tensor] | None = None, **options: Any
+    model: Any,
+    ids: Sequence[int],
+    keep: Sequence[Tensor],
+    objective: Objective,
+    *,
+    means: Sequence[Tensor] | None = None,
+    **options: Any,
 ) -> list[Tensor]:
-    """Derivative of ``objective(logits)`` by every entry of the masks ``keep`` (per layer ``[head, query, key]``): one forward and one backward pass.
+    """Derivative of ``objective(logits)`` by every entry of the masks ``keep`` (per layer ``[head, query, key]``): one
+    forward and one backward pass.
 
     It is, to first order, what a sub-edge contributes to the objective where it is there and its replacement is not.
     """

@@ -1,4 +1,6 @@
-"""How faithful is a route? The model is run on its sub-edges alone, beside random and top-attention ones of the same number."""
+"""How faithful is a route? The model is run on its sub-edges alone, beside random and top-attention ones of the
+same number.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,16 @@ if TYPE_CHECKING:
     from flowroutes_fast.results.trace import Trace
 
 ABLATIONS = ("mean", "zero")
-RULES = ("local proximity", "flow proximity", "local signed", "flow signed", "flow centred", "gradient", "attention", "random")
+RULES = (
+    "local proximity",
+    "flow proximity",
+    "local signed",
+    "flow signed",
+    "flow centred",
+    "gradient",
+    "attention",
+    "random",
+)
 EVERY_RULE = (*RULES, "local centred")
 ROUTES = {"importance": "route", "flow": "flow route"}  # rule of Trace.route -> its name in curves
 STEPS = 4  # of the integrated gradient
@@ -39,9 +50,10 @@ RESAMPLES = 2000
 class Faithfulness:
     """What a prediction becomes when only some sub-edges are kept.
 
-    ``table`` has a row for the route, one for as many sub-edges per layer with the highest attention weights, and one per random draw of as
-    many per layer; columns ``which, draw, kl`` (of the full prediction from this one, nats), ``probability`` and ``rank`` (of the answer, 1 is
-    the most probable), ``same_top`` (is the most probable token that of the whole model?).
+    ``table`` has a row for the route, one for as many sub-edges per layer with the highest attention weights, and one
+    per random draw of as many per layer; columns ``which, draw, kl`` (of the full prediction from this one, nats),
+    ``probability`` and ``rank`` (of the answer, 1 is the most probable), ``same_top`` (is the most probable token that
+    of the whole model?).
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -79,15 +91,20 @@ class Faithfulness:
         return int(self.of()["rank"])
 
     def __repr__(self) -> str:
-        parts = [f"{w} {self.of(w)['probability']:.3f} (KL {self.of(w)['kl']:.2f})" for w in self.table["which"].unique()]
+        parts = [
+            f"{w} {self.of(w)['probability']:.3f} (KL {self.of(w)['kl']:.2f})" for w in self.table["which"].unique()
+        ]
         return (
-            f"Faithfulness({self.kept} of {self.sub_edges} sub-edges, {self.share:.2%}; probability of token {self.answer}: "
+            f"Faithfulness({self.kept} of {self.sub_edges} sub-edges, {self.share:.2%}; probability of token "
+            f"{self.answer}: "
             f"{self.full_probability:.3f}; kept by {', '.join(parts)}; {self.ablation} ablation)"
         )
 
 
 def route_masks(route: Route, patterns: Sequence[Tensor]) -> list[Tensor]:
-    """The sub-edges of a route up to its position, per layer ``[head, query, key]`` bool. Edges whose heads are not told apart keep all heads."""
+    """The sub-edges of a route up to its position, per layer ``[head, query, key]`` bool. Edges whose heads are not
+    told apart keep all heads.
+    """
     tokens = patterns[0].shape[-1]
     masks = [torch.zeros(p.shape, dtype=torch.bool) for p in patterns]
     edges = route.edges[(route.edges["kind"] == "attention") & (route.edges["target"] < tokens)]
@@ -95,7 +112,9 @@ def route_masks(route: Route, patterns: Sequence[Tensor]) -> list[Tensor]:
         part = edges[edges["layer"] == layer]
         head, query, key = (torch.tensor(part[name].to_numpy(np.int64)) for name in ("head", "target", "source"))
         if layer >= len(masks) or (len(head) and int(head.max()) >= masks[layer].shape[0]):
-            raise ValueError(f"the route has sub-edges that this model has not (layer {layer}): it belongs to {route.model!r}")
+            raise ValueError(
+                f"the route has sub-edges that this model has not (layer {layer}): it belongs to {route.model!r}"
+            )
         masks[layer][head[head >= 0], query[head >= 0], key[head >= 0]] = True
         masks[layer][:, query[head < 0], key[head < 0]] = True
     return masks
@@ -127,17 +146,25 @@ def verify(
     _check_regime(model, len(ids), route.position + 1)
     run = clean(model, ids[: route.position + 1])
     if len(run.patterns) != route.n_layers:
-        raise ValueError(f"the route has {route.n_layers} layers, this model has {len(run.patterns)}: it belongs to {route.model!r}")
+        raise ValueError(
+            f"the route has {route.n_layers} layers, this model has {len(run.patterns)}: it belongs to {route.model!r}"
+        )
     masks = route_masks(route, run.patterns)
     counts = [int(m.sum()) for m in masks]
     generator = torch.Generator().manual_seed(seed)
     rivals = [per_layer([p.cpu() for p in run.patterns], counts)]
-    rivals += [per_layer([torch.rand(p.shape, generator=generator) for p in run.patterns], counts) for _ in range(random)]
+    rivals += [
+        per_layer([torch.rand(p.shape, generator=generator) for p in run.patterns], counts) for _ in range(random)
+    ]
     keep = [torch.stack([m, *(rival[layer] for rival in rivals)]) for layer, m in enumerate(masks)]
     logits = kept_logits(
-        model, run.ids, keep, means=_means(model, run, ablation, means), attention=attention,
+        model,
+        run.ids,
+        keep,
+        means=_means(model, run, ablation, means),
+        attention=attention,
         patterns=run.patterns if attention == "frozen" else None,
-    )  # fmt: skip
+    )
     answer = int(run.logits.argmax()) if answer is None else int(answer)
     if not 0 <= answer < len(run.logits):
         raise ValueError(f"answer {answer} is outside the model's vocabulary of {len(run.logits)}")
@@ -146,7 +173,15 @@ def verify(
     table.insert(1, "draw", [0, 0, *range(random)])
     full = outcomes(run.logits, run.logits[None], answer)
     return Faithfulness(
-        table, route.position, answer, float(full["probability"][0]), int(full["rank"][0]), sum(counts), run.sub_edges, ablation, attention
+        table,
+        route.position,
+        answer,
+        float(full["probability"][0]),
+        int(full["rank"][0]),
+        sum(counts),
+        run.sub_edges,
+        ablation,
+        attention,
     )
 
 
@@ -154,13 +189,16 @@ def _check_regime(model: Any, traced: int, run: int) -> None:
     """``ValueError`` where a prompt's first tokens have other states than they had in the whole prompt."""
     if rotary_regime(config := text_config(unwrap(model)), traced) != rotary_regime(config, run):
         raise ValueError(
-            f"the rotary embedding of this model changes with the prompt's length, so that its first {run} tokens alone have other states than "
+            f"the rotary embedding of this model changes with the prompt's length, so that its first {run} tokens "
+            f"alone have other states than "
             f"among all {traced}: trace those {run} tokens, and verify that route"
         )
 
 
 def outcomes(full: Tensor, kept: Tensor, answer: int) -> dict[str, np.ndarray]:
-    """Compare predictions ``kept [batch, vocabulary]`` with the full one ``[vocabulary]`` (logits): KL(full ‖ kept) in nats and the rest."""
+    """Compare predictions ``kept [batch, vocabulary]`` with the full one ``[vocabulary]`` (logits): KL(full ‖ kept)
+    in nats and the rest.
+    """
     full, kept = full.detach().double().log_softmax(-1), kept.detach().double().log_softmax(-1)
     mine = kept[:, answer]
     return {
@@ -172,7 +210,9 @@ def outcomes(full: Tensor, kept: Tensor, answer: int) -> dict[str, np.ndarray]:
 
 
 def per_layer(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """In every layer the ``counts[layer]`` causal sub-edges with the highest scores ``[head, query, key]``, as masks."""
+    """In every layer the ``counts[layer]`` causal sub-edges with the highest scores ``[head, query, key]``, as
+    masks.
+    """
     found = []
     for score, count in zip(scores, counts, strict=True):
         causal = torch.ones(score.shape[-2:], dtype=torch.bool).tril().expand(score.shape)
@@ -184,7 +224,9 @@ def per_layer(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
 
 
 def strongest(scores: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]:
-    """The causal sub-edges with the highest scores over all layers: masks ``[share, head, query, key]`` per layer, at least one sub-edge each."""
+    """The causal sub-edges with the highest scores over all layers: masks ``[share, head, query, key]`` per layer,
+    at least one sub-edge each.
+    """
     tokens = scores[0].shape[-1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     flat = torch.cat([s[:, causal].reshape(-1) for s in scores])
@@ -201,15 +243,23 @@ def strongest(scores: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]
 
 @neutral()
 def rank_sub_edges(
-    model: Any, run: Clean, rules: Sequence[str], *, means: Sequence[Tensor] | None = None, attention: str = "live", seed: int = 0
+    model: Any,
+    run: Clean,
+    rules: Sequence[str],
+    *,
+    means: Sequence[Tensor] | None = None,
+    attention: str = "live",
+    seed: int = 0,
 ) -> dict[str, list[Tensor]]:
-    """How rules order the sub-edges of a prompt for the prediction after its last position: per rule and layer scores ``[head, query, key]``.
+    """How rules order the sub-edges of a prompt for the prediction after its last position: per rule and layer scores
+    ``[head, query, key]``.
 
-    ``"local …"``: importance (by proximity, or the absolute value of signed flow); ``"flow …"``: importance times the mass that arrives at its
-    target when mass 1 starts at the last position's last state (:mod:`flowroutes_fast.results.flow`). ``"… centred"``: signed flow of α·(v − v̄)·W_O, what
-    mean ablation takes away, with the ``means`` v̄. ``"gradient"``: −∂KL(full ‖ kept)/∂mask, averaged over masks that are the same everywhere,
-    from 1/8 to 7/8: what a sub-edge does for the prediction, which takes four forward and backward passes. ``"attention"``: attention
-    weight; ``"random"``.
+    ``"local …"``: importance (by proximity, or the absolute value of signed flow); ``"flow …"``: importance times the
+    mass that arrives at its target when mass 1 starts at the last position's last state
+    (:mod:`flowroutes_fast.results.flow`). ``"… centred"``: signed flow of α·(v − v̄)·W_O, what mean ablation takes
+    away, with the ``means`` v̄. ``"gradient"``: −∂KL(full ‖ kept)/∂mask, averaged over masks that are the same
+    everywhere, from 1/8 to 7/8: what a sub-edge does for the prediction, which takes four forward and backward passes.
+    ``"attention"``: attention weight; ``"random"``.
     """
     _check_rules(rules)
     found: dict[str, list[Tensor]] = {}
@@ -237,7 +287,9 @@ def _trace(model: Any, ids: list[int], measure: str) -> Trace:
 
 
 def centred_shares(model: Any, run: Clean, means: Sequence[Tensor] | None) -> list[Tensor]:
-    """Signed flow ⟨sign(y), α·(v − v̄)·W_O⟩ / ‖y‖₁ of every sub-edge, per layer ``[head, query, key]``; without means v̄ is 0."""
+    """Signed flow ⟨sign(y), α·(v − v̄)·W_O⟩ / ‖y‖₁ of every sub-edge, per layer ``[head, query, key]``; without
+    means v̄ is 0.
+    """
     found: list[Tensor] = []
 
     def add(layer: Layer) -> None:
@@ -252,8 +304,12 @@ def centred_shares(model: Any, run: Clean, means: Sequence[Tensor] | None) -> li
     return found
 
 
-def integrated_gradient(model: Any, run: Clean, means: Sequence[Tensor] | None, attention: str = "live") -> list[Tensor]:
-    """−∂KL(full ‖ kept)/∂mask, the mean over uniform masks; positive where a sub-edge brings the prediction closer to the full one."""
+def integrated_gradient(
+    model: Any, run: Clean, means: Sequence[Tensor] | None, attention: str = "live"
+) -> list[Tensor]:
+    """−∂KL(full ‖ kept)/∂mask, the mean over uniform masks; positive where a sub-edge brings the prediction closer
+    to the full one.
+    """
     full = run.logits.log_softmax(-1)
 
     def closeness(logits: Tensor) -> Tensor:
@@ -264,7 +320,9 @@ def integrated_gradient(model: Any, run: Clean, means: Sequence[Tensor] | None, 
         keep = [torch.full(p.shape, (step + 0.5) / STEPS) for p in run.patterns]
         patterns = run.patterns if attention == "frozen" else None
         for sum_, slope in zip(
-            total, mask_gradient(model, run.ids, keep, closeness, means=means, attention=attention, patterns=patterns), strict=True
+            total,
+            mask_gradient(model, run.ids, keep, closeness, means=means, attention=attention, patterns=patterns),
+            strict=True,
         ):
             sum_ += slope / STEPS
     return total
@@ -310,9 +368,11 @@ def measure(
 ) -> pd.DataFrame:
     """Every prompt under every rule and share: what the prediction after its last position becomes.
 
-    Columns ``prompt, tokens, rule, size, share, answer, full`` (the answer's probability in the whole model; the answer is its most probable
-    token), ``probability, kept`` (their quotient, at most 1), ``kl`` (nats), ``rank, same_top``. ``size`` is what was asked for: the share, or, for
-    ``"route proximity"``, ``"route signed"``, ``"flow route proximity"`` and ``"flow route signed"``, the threshold of a route (:meth:`Trace.route`). Arguments as for :func:`curve`.
+    Columns ``prompt, tokens, rule, size, share, answer, full`` (the answer's probability in the whole model; the answer
+    is its most probable token), ``probability, kept`` (their quotient, at most 1), ``kl`` (nats), ``rank, same_top``.
+    ``size`` is what was asked for: the share, or, for ``"route proximity"``, ``"route signed"``, ``"flow route
+    proximity"`` and ``"flow route signed"``, the threshold of a route (:meth:`Trace.route`). Arguments as for
+    :func:`curve`.
     """
     _check(ablation, means)
     _check_rules(rules)
@@ -328,7 +388,9 @@ def measure(
     for number, ids in enumerate(every):
         run = clean(model, ids)
         names, masks = [], []
-        for rule, scores in rank_sub_edges(model, run, rules, means=means, attention=attention, seed=seed + number).items():
+        for rule, scores in rank_sub_edges(
+            model, run, rules, means=means, attention=attention, seed=seed + number
+        ).items():
             names += [(rule, share) for share in shares]
             masks.append(strongest(scores, shares))
         for kind in ("proximity", "signed") if thresholds else ():
@@ -336,12 +398,18 @@ def measure(
             for rule, label in ROUTES.items():
                 for threshold in thresholds:
                     names.append((f"{label} {kind}", threshold))
-                    masks.append([m[None] for m in route_masks(traced.route(threshold=threshold, rule=rule), run.patterns)])
+                    masks.append(
+                        [m[None] for m in route_masks(traced.route(threshold=threshold, rule=rule), run.patterns)]
+                    )
         keep = [torch.cat([m[layer] for m in masks]) for layer in range(len(run.patterns))]
         logits = kept_logits(
-            model, ids, keep, means=means, attention=attention,
+            model,
+            ids,
+            keep,
+            means=means,
+            attention=attention,
             patterns=run.patterns if attention == "frozen" else None,
-        )  # fmt: skip
+        )
         answer = int(run.logits.argmax())
         table = pd.DataFrame(outcomes(run.logits, logits, answer))
         full = float(run.logits.double().softmax(-1)[answer])
@@ -363,9 +431,11 @@ def measure(
 
 
 def summary(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """Means over prompts of what :func:`measure` gave, with 95 % bootstrap intervals (percentiles of resampled prompts).
+    """Means over prompts of what :func:`measure` gave, with 95 % bootstrap intervals (percentiles of resampled
+    prompts).
 
-    Columns ``rule, size, share, prompts`` and, each with ``_low`` and ``_high``: ``kept, kl, same_top``; and the median ``rank``.
+    Columns ``rule, size, share, prompts`` and, each with ``_low`` and ``_high``: ``kept, kl, same_top``; and the median
+    ``rank``.
     """
     rows = []
     for (rule, size), part in table.groupby(["rule", "size"], sort=False):
@@ -398,7 +468,8 @@ def curve(
     Args:
         model, tokenizer: a transformers decoder and its tokenizer (None where prompts are lists of ids).
         prompts: texts or lists of ids; the prediction after the last token of each is explained.
-        rules: how sub-edges are ranked, see :func:`rank_sub_edges`; all of a prompt's compete, at all positions and in all layers.
+        rules: how sub-edges are ranked, see :func:`rank_sub_edges`; all of a prompt's compete, at all positions and in
+            all layers.
         shares: shares of all sub-edges that are kept, in (0, 1].
         thresholds: also the routes at these thresholds of importance, and of flow, by proximity and by signed flow.
         ablation: ``"mean"`` or ``"zero"``: what takes the place of the others.
@@ -407,10 +478,16 @@ def curve(
         seed: of the random sub-edges and of the bootstrap.
 
     Returns:
-        Means over prompts with 95 % bootstrap intervals, see :func:`summary`. ``kept`` is the answer's probability divided by the whole model's,
-        at most 1.
+        Means over prompts with 95 % bootstrap intervals, see :func:`summary`. ``kept`` is the answer's probability
+        divided by the whole model's, at most 1.
     """
-    options: dict[str, Any] = {"rules": rules, "shares": shares, "thresholds": thresholds, "ablation": ablation, "means": means}
+    options: dict[str, Any] = {
+        "rules": rules,
+        "shares": shares,
+        "thresholds": thresholds,
+        "ablation": ablation,
+        "means": means,
+    }
     return summary(measure(model, tokenizer, prompts, **options, attention=attention, seed=seed), seed=seed)
 
 

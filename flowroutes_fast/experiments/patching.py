@@ -1,8 +1,10 @@
-"""Activation patching of heads and attention edges: the method that routes are compared with. It needs a second prompt and a metric.
+"""Activation patching of heads and attention edges: the method that routes are compared with. It needs a second prompt
+and a metric.
 
-A head's output before W_O at query i is z[i] = Σ_j α[i, j] v[j]. With the values z', v' of a corrupted prompt, patching a head puts z' in z's place;
-patching the edge (i, j) adds α[i, j] (v'[j] − v[j]) to z[i], with α of the clean prompt. The model goes on from there. Both happen at the
-input of the module that W_O is (where a norm stands before it, at the norm's input).
+A head's output before W_O at query i is z[i] = Σ_j α[i, j] v[j]. With the values z', v' of a corrupted prompt, patching
+a head puts z' in z's place; patching the edge (i, j) adds α[i, j] (v'[j] − v[j]) to z[i], with α of the clean prompt.
+The model goes on from there. Both happen at the input of the module that W_O is (where a norm stands before it, at the
+norm's input).
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ Answer = str | int | Sequence[str] | Sequence[int]
 
 @dataclass
 class Patch:
-    """What one head's output before W_O becomes at some positions: ``z [position, d_head]`` instead of it, or added to it."""
+    """What one head's output before W_O becomes at some positions: ``z [position, d_head]`` instead of it, or added
+    to it.
+    """
 
     layer: int
     head: int
@@ -46,8 +50,9 @@ class Patch:
 
 @dataclass
 class Recorded:
-    """One prompt's forward pass. By layer: z ``[token, head, d_head]``, values ``[head, key, d_head]``, and at the asked-for queries
-    α ``[head, query, key]`` and the output gate ``[query, head, d_head]`` or None; the logits ``[vocabulary]`` after the last token."""
+    """One prompt's forward pass. By layer: z ``[token, head, d_head]``, values ``[head, key, d_head]``, and at the
+    asked-for queries α ``[head, query, key]`` and the output gate ``[query, head, d_head]`` or None; the logits
+    ``[vocabulary]`` after the last token."""
 
     z: dict[int, Tensor]
     value: dict[int, Tensor]
@@ -72,51 +77,67 @@ def patching(
     heads: Sequence[tuple[int, int]] | None = None,
     batch: int = 16,
 ) -> pd.DataFrame:
-    """How far the metric moves from the clean prompt towards the corrupted one if one head, or one attention edge, sees the latter.
+    """How far the metric moves from the clean prompt towards the corrupted one if one head, or one attention edge, sees
+    the latter.
 
     Args:
-        model, tokenizer: as for :func:`flowroutes_fast.trace`; streamed models are refused. The model comes back unchanged.
-        clean, corrupted: prompts, or ids ``[token]``, with equally many tokens. Swapped, they ask what a head restores instead of breaks.
-        answer, wrong: next tokens as texts (with their leading space) or ids, one or several; ``wrong`` may be None with
-            ``metric="probability"``.
-        what: ``"heads"``: a forward pass per head; ``"edges"``: one per (head, query, key) with a weight that is not 0, of
-            which there are many: restrict them.
-        metric: ``"logit_difference"``: mean logit of ``answer`` − mean logit of ``wrong``; ``"probability"``: summed probability of ``answer`` −
-            that of ``wrong``. Both after the last token.
-        positions: heads: where their outputs are replaced, all at once; None: everywhere. Edges: the query positions; None: the last.
+        model, tokenizer: as for :func:`flowroutes_fast.trace`; streamed models are refused. The model comes back
+            unchanged.
+        clean, corrupted: prompts, or ids ``[token]``, with equally many tokens. Swapped, they ask what a head restores
+            instead of breaks.
+        answer, wrong: next tokens as texts (with their leading space) or ids, one or several; ``wrong`` may be None
+            with ``metric="probability"``.
+        what: ``"heads"``: a forward pass per head; ``"edges"``: one per (head, query, key) with a weight that is not 0,
+            of which there are many: restrict them.
+        metric: ``"logit_difference"``: mean logit of ``answer`` − mean logit of ``wrong``; ``"probability"``: summed
+            probability of ``answer`` − that of ``wrong``. Both after the last token.
+        positions: heads: where their outputs are replaced, all at once; None: everywhere. Edges: the query positions;
+            None: the last.
         layers: these alone; None: all that have attention weights. heads: these (layer, head) alone.
         batch: how many patched copies of the prompt run in one forward pass.
 
     Returns:
-        A table ``layer, head, metric, change, effect`` (edges: ``layer, query, key, head, ...``): the metric of the patched run, its change
-        over the clean one, and change / (corrupted − clean): 0 where the patch does nothing, 1 where it does as much as the whole
-        corrupted prompt, NaN if the prompts do not differ in the metric. ``table.attrs``: ``clean`` and ``corrupted`` (metrics),
-        ``forward_passes`` (calls of the model), ``runs`` (prompts that went through it), ``seconds``.
+        A table ``layer, head, metric, change, effect`` (edges: ``layer, query, key, head, ...``): the metric of the
+        patched run, its change over the clean one, and change / (corrupted − clean): 0 where the patch does nothing, 1
+        where it does as much as the whole corrupted prompt, NaN if the prompts do not differ in the metric.
+        ``table.attrs``: ``clean`` and ``corrupted`` (metrics), ``forward_passes`` (calls of the model), ``runs``
+        (prompts that went through it), ``seconds``.
 
     Raises:
-        ValueError: prompts of different lengths, an answer that is no single token or missing, an unknown option, layer, head or family, a
-            layer whose W_O is not a module of its own. IndexError: position out of range. TypeError: a text of a wrong type.
+        ValueError: prompts of different lengths, an answer that is no single token or missing, an unknown option,
+            layer, head or family, a layer whose W_O is not a module of its own. IndexError: position out of range.
+            TypeError: a text of a wrong type.
     """
     start = time.perf_counter()
     for name, value, known in (("what", what, WHAT), ("metric", metric, METRICS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, known))}")
     if metric == "logit_difference" and wrong is None:
-        raise ValueError("metric='logit_difference' needs wrong=: the token that the answer is compared with; or use metric='probability'")
+        raise ValueError(
+            "metric='logit_difference' needs wrong=: the token that the answer is compared with; or use "
+            "metric='probability'"
+        )
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     model = unwrap(model)
     blocks = blocks_of(model)
     if stream_of(model) is not None:
-        raise ValueError("a streamed model reads its weights from disk for every forward pass, and patching takes hundreds: load it whole")
+        raise ValueError(
+            "a streamed model reads its weights from disk for every forward pass, and patching takes "
+            "hundreds: load it whole"
+        )
     check_weights(model)
     check_predicts_tokens(model)
     ids, other = (token_ids(model, tokenizer, text) for text in (clean, corrupted))
     if len(ids) != len(other):
         raise ValueError(
-            f"the prompts have {len(ids)} and {len(other)} tokens: patching puts positions in each other's place, so they must agree"
+            f"the prompts have {len(ids)} and {len(other)} tokens: patching puts positions in each other's place, so "
+            f"they must agree"
         )
-    right, left = (_tokens(model, tokenizer, answer, "answer"), [] if wrong is None else _tokens(model, tokenizer, wrong, "wrong"))
+    right, left = (
+        _tokens(model, tokenizer, answer, "answer"),
+        [] if wrong is None else _tokens(model, tokenizer, wrong, "wrong"),
+    )
     rows = _positions(positions, len(ids), what)
     chosen = _chosen(blocks, layers, heads)
     a, b = (record(model, x, chosen, rows) for x in (ids, other))
@@ -137,9 +158,12 @@ def patching(
     difference = corrupted_metric - clean_metric
     table["effect"] = table["change"] / difference if difference else float("nan")
     table.attrs = {
-        "clean": clean_metric, "corrupted": corrupted_metric, "forward_passes": 2 + -(-len(patches) // batch), "runs": 2 + len(patches),
+        "clean": clean_metric,
+        "corrupted": corrupted_metric,
+        "forward_passes": 2 + -(-len(patches) // batch),
+        "runs": 2 + len(patches),
         "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+    }
     return table
 
 
@@ -155,13 +179,20 @@ def record(model: nn.Module, ids: list[int], layers: Sequence[int], queries: Ten
         n, few = layer.query.shape[0], masked(rows_of(layer, queries))
         if layer.index not in flat:
             raise ValueError(
-                f"layer {layer.index}: nothing went through W_O, so that this {layer.block.family.name} model's heads cannot be patched"
+                f"layer {layer.index}: nothing went through W_O, so that this {layer.block.family.name} model's heads "
+                f"cannot be patched"
             )
         found.z[layer.index] = flat.pop(layer.index).unflatten(-1, (n, -1))
         found.value[layer.index] = layer.value.repeat_interleave(n // layer.value.shape[0], 0)
         found.pattern[layer.index] = reference.attention_pattern(
-            few.query, layer.key, scaling=layer.scaling, mask=few.mask, softcap=layer.softcap, window=few.window, sinks=layer.sinks  # type: ignore[arg-type]
-        )  # fmt: skip
+            few.query,  # type: ignore[arg-type]
+            layer.key,  # type: ignore[arg-type]
+            scaling=layer.scaling,
+            mask=few.mask,
+            softcap=layer.softcap,
+            window=few.window,
+            sinks=layer.sinks,
+        )
         found.gate[layer.index] = None if few.gate is None else few.gate.clone()
         _check(found, layer.index, queries)
 
@@ -181,11 +212,15 @@ def _check(found: Recorded, layer: int, queries: Tensor) -> None:
     if gate is not None:
         made = made * gate.transpose(0, 1)
     if made.shape != z.shape or not float((made - z).abs().max()) <= DEVIATION * float(z.abs().max()) + 1e-6:
-        raise ValueError(f"layer {layer}: what enters W_O is not the heads' weighted values, so that its heads cannot be patched")
+        raise ValueError(
+            f"layer {layer}: what enters W_O is not the heads' weighted values, so that its heads cannot be patched"
+        )
 
 
 def patched_logits(model: nn.Module, ids: list[int], copies: Sequence[Sequence[Patch]]) -> Tensor:
-    """Logits ``[copy, vocabulary]`` after the last token, of copies of one prompt with patches of their own, in one forward pass."""
+    """Logits ``[copy, vocabulary]`` after the last token, of copies of one prompt with patches of their own, in one
+    forward pass.
+    """
     model = unwrap(model)
     blocks = blocks_of(model)
     at: dict[int, list[tuple[int, Patch]]] = {}
@@ -272,7 +307,9 @@ def _chosen(blocks: list[Block], layers: Sequence[int] | None, heads: Sequence[t
     return sorted({layer % len(blocks) for layer in named})
 
 
-def _heads(layers: list[int], heads: Sequence[tuple[int, int]] | None, count: int, found: Recorded) -> list[tuple[int, int]]:
+def _heads(
+    layers: list[int], heads: Sequence[tuple[int, int]] | None, count: int, found: Recorded
+) -> list[tuple[int, int]]:
     if heads is None:
         return [(layer, head) for layer in layers for head in range(found.z[layer].shape[1])]
     pairs = [(int(layer) % count, int(head)) for layer, head in heads]

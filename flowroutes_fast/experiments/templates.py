@@ -1,7 +1,8 @@
 """Prompts of two known tasks with their contrastive variants: indirect objects (IOI) and greater-than.
 
-Every list is the same for the same arguments on every machine. With ``tokenizer=`` all prompts of a list, and every variant of a prompt, have
-the same number of tokens and differ only where the template's slots are; what does not fit is dropped, so that fewer words are used.
+Every list is the same for the same arguments on every machine. With ``tokenizer=`` all prompts of a list, and every
+variant of a prompt, have the same number of tokens and differ only where the template's slots are; what does not fit is
+dropped, so that fewer words are used.
 
 Sources: IOI, Wang et al. 2023 (arXiv 2211.00593); greater-than, Hanna et al. 2023 (arXiv 2305.00586).
 """
@@ -16,15 +17,93 @@ from typing import Any
 from flowroutes_fast.models.tokens import single_token
 
 NAMES = (
-    "Mary", "John", "Tom", "Sarah", "Kate", "James", "Anna", "David", "Emma", "Michael", "Laura", "Robert", "Alice", "Paul", "Lisa", "Peter",
-    "Susan", "Mark", "Rachel", "Daniel", "Jane", "Adam", "Julia", "Simon", "Helen", "Kevin", "Lucy", "Brian", "Emily", "Jack", "Amy", "Steven",
-)  # fmt: skip
-PLACES = ("store", "school", "park", "garden", "house", "station", "office", "restaurant", "hospital", "market", "library", "church")
-OBJECTS = ("drink", "book", "ring", "ball", "gift", "letter", "basketball", "computer", "necklace", "bone", "snack", "kiss")
+    "Mary",
+    "John",
+    "Tom",
+    "Sarah",
+    "Kate",
+    "James",
+    "Anna",
+    "David",
+    "Emma",
+    "Michael",
+    "Laura",
+    "Robert",
+    "Alice",
+    "Paul",
+    "Lisa",
+    "Peter",
+    "Susan",
+    "Mark",
+    "Rachel",
+    "Daniel",
+    "Jane",
+    "Adam",
+    "Julia",
+    "Simon",
+    "Helen",
+    "Kevin",
+    "Lucy",
+    "Brian",
+    "Emily",
+    "Jack",
+    "Amy",
+    "Steven",
+)
+PLACES = (
+    "store",
+    "school",
+    "park",
+    "garden",
+    "house",
+    "station",
+    "office",
+    "restaurant",
+    "hospital",
+    "market",
+    "library",
+    "church",
+)
+OBJECTS = (
+    "drink",
+    "book",
+    "ring",
+    "ball",
+    "gift",
+    "letter",
+    "basketball",
+    "computer",
+    "necklace",
+    "bone",
+    "snack",
+    "kiss",
+)
 NOUNS = (
-    "war", "trip", "journey", "siege", "voyage", "reign", "drought", "festival", "expedition", "plague", "conflict", "campaign", "dispute",
-    "contract", "empire", "project", "pilgrimage", "rebellion", "famine", "revolution", "study", "tour", "marriage", "partnership",
-)  # fmt: skip
+    "war",
+    "trip",
+    "journey",
+    "siege",
+    "voyage",
+    "reign",
+    "drought",
+    "festival",
+    "expedition",
+    "plague",
+    "conflict",
+    "campaign",
+    "dispute",
+    "contract",
+    "empire",
+    "project",
+    "pilgrimage",
+    "rebellion",
+    "famine",
+    "revolution",
+    "study",
+    "tour",
+    "marriage",
+    "partnership",
+)
 CENTURIES = tuple(range(11, 18))
 IOI_ORDERS = ("ABBA", "BABA")
 
@@ -35,7 +114,8 @@ class Example:
 
     Attributes:
         prompt: the text; ``answers`` and ``wrong``: next tokens with their leading space, if they have one.
-        contrasts: name -> prompt. The task is absent or turned round there; ``answers`` and ``wrong`` stay those of ``prompt``.
+        contrasts: name -> prompt. The task is absent or turned round there; ``answers`` and ``wrong`` stay those of
+            ``prompt``.
         template: the task, and its variant of word order.
     """
 
@@ -69,7 +149,10 @@ def ioi(n: int, seed: int = 0, tokenizer: Any = None) -> list[Example]:
     """
     names, places, objects = (_one_token(words, tokenizer) for words in (NAMES, PLACES, OBJECTS))
     if len(names) < 6 or not places or not objects:
-        raise ValueError(f"this tokenizer leaves {len(names)} names, {len(places)} places, {len(objects)} objects of one token: too few")
+        raise ValueError(
+            f"this tokenizer leaves {len(names)} names, {len(places)} places, {len(objects)} objects of "
+            f"one token: too few"
+        )
     limit = len(IOI_ORDERS) * len(names) * (len(names) - 1) * len(places) * len(objects)
 
     def draw(random_: random.Random, i: int) -> Example:
@@ -90,11 +173,13 @@ def ioi(n: int, seed: int = 0, tokenizer: Any = None) -> list[Example]:
 def greater_than(n: int, seed: int = 0, tokenizer: Any = None) -> list[Example]:
     """Greater-than: "The war lasted from the year 1732 to the year 17" -> a number above 32.
 
-    ``answers`` are all two-digit numbers above YY, ``wrong`` the others. A tokenizer of single digits decides on the tens alone: there,
-    ``answers`` are the digits above YY's tens, ``wrong`` those below, and the tens itself, which may go either way, is left out.
-    Contrasts put another start year there: ``"01"`` and ``"00"``, with which every (nearly every) number is right.
+    ``answers`` are all two-digit numbers above YY, ``wrong`` the others. A tokenizer of single digits decides on the
+    tens alone: there, ``answers`` are the digits above YY's tens, ``wrong`` those below, and the tens itself, which may
+    go either way, is left out. Contrasts put another start year there: ``"01"`` and ``"00"``, with which every (nearly
+    every) number is right.
 
-    Args, Raises: as :func:`ioi`. YY lies in 20 ... 79, XX in 11 ... 17, so that both sets have members on every tokenizer.
+    Args, Raises: as :func:`ioi`. YY lies in 20 ... 79, XX in 11 ... 17, so that both sets have members on every
+    tokenizer.
     """
     nouns = _one_token(NOUNS, tokenizer)
     if not nouns:
@@ -103,10 +188,13 @@ def greater_than(n: int, seed: int = 0, tokenizer: Any = None) -> list[Example]:
     def text(noun: str, century: int, year: str) -> str:
         return f"The {noun} lasted from the year {century}{year} to the year {century}"
 
-    digits = tokenizer is not None and not _follows(tokenizer, text(nouns[0], 17, "32"), [f"{y:02d}" for y in range(2, 99)])
+    digits = tokenizer is not None and not _follows(
+        tokenizer, text(nouns[0], 17, "32"), [f"{y:02d}" for y in range(2, 99)]
+    )
     if digits and not _follows(tokenizer, text(nouns[0], 17, "32"), [str(d) for d in range(10)]):
         raise ValueError(
-            "this tokenizer splits years neither into pairs of digits nor into single digits: greater-than has no single answer token"
+            "this tokenizer splits years neither into pairs of digits nor into single digits: greater-than has no "
+            "single answer token"
         )
 
     def draw(random_: random.Random, i: int) -> Example:
@@ -120,7 +208,9 @@ def greater_than(n: int, seed: int = 0, tokenizer: Any = None) -> list[Example]:
     return _examples(n, seed, len(nouns) * len(CENTURIES) * 60, tokenizer, draw)
 
 
-def _examples(n: int, seed: int, limit: int, tokenizer: Any, draw: Callable[[random.Random, int], Example]) -> list[Example]:
+def _examples(
+    n: int, seed: int, limit: int, tokenizer: Any, draw: Callable[[random.Random, int], Example]
+) -> list[Example]:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if n > limit // 2:

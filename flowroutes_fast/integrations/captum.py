@@ -1,7 +1,8 @@
-"""Routes as a result of captum: what each prompt token supplies to each output token, in the object that its plots take.
+"""Routes as a result of captum: what each prompt token supplies to each output token, in the object that its plots
+take.
 
-The token attribution of a whole route (see :mod:`flowroutes_fast.results.flow`) is not what captum's own methods measure: those change or
-differentiate the input and watch a probability; here one forward pass is read.
+The token attribution of a whole route (see :mod:`flowroutes_fast.results.flow`) is not what captum's own methods
+measure: those change or differentiate the input and watch a probability; here one forward pass is read.
 """
 
 from __future__ import annotations
@@ -24,27 +25,31 @@ AT_LEAST, BELOW = "0.9", "1"
 GREEDY = {"max_new_tokens": 25, "do_sample": False, "temperature": None, "top_p": None}
 
 
-def attribution_result(trace: Trace, outputs: int | slice | Sequence[int] | None = None, *, include_outputs: bool = False) -> Any:
+def attribution_result(
+    trace: Trace, outputs: int | slice | Sequence[int] | None = None, *, include_outputs: bool = False
+) -> Any:
     """What the tokens of a traced text supply to its output tokens, as ``captum.attr.LLMAttributionResult``.
 
-    An output token at position t is explained by the last state of position t - 1, which predicts it: its row is what arrives at the
-    embeddings of a mass 1 that starts there (:meth:`Trace.token_attribution`).
+    An output token at position t is explained by the last state of position t - 1, which predicts it: its row is what
+    arrives at the embeddings of a mass 1 that starts there (:meth:`Trace.token_attribution`).
 
     Args:
         trace: of prompt and output together.
-        outputs: position of the first output token (all from there on are outputs), or their positions, or a slice. The position after
-            the last is the model's own prediction, which a slice without an end includes; negative numbers count from the last token.
-            None: that prediction alone.
-        include_outputs: also list the output tokens among the input tokens, so that every row sums to 1. Without it the columns are the
-            tokens before the first output, and what earlier outputs supplied is left out.
+        outputs: position of the first output token (all from there on are outputs), or their positions, or a slice. The
+            position after the last is the model's own prediction, which a slice without an end includes; negative
+            numbers count from the last token. None: that prediction alone.
+        include_outputs: also list the output tokens among the input tokens, so that every row sums to 1. Without it the
+            columns are the tokens before the first output, and what earlier outputs supplied is left out.
 
     Returns:
-        The result: ``token_attr`` ``[output token, input token]``, shares; ``seq_attr`` ``[input token]``, their mean over the output tokens
-        (the token attribution of the whole output, each of its tokens counted equally; captum's own is the change of the sequence's
-        log-probability). ``output_probs`` is set where only the prediction is explained.
+        The result: ``token_attr`` ``[output token, input token]``, shares; ``seq_attr`` ``[input token]``, their mean
+        over the output tokens (the token attribution of the whole output, each of its tokens counted equally; captum's
+        own is the change of the sequence's log-probability). ``output_probs`` is set where only the prediction is
+        explained.
 
     Raises:
-        ValueError: no output, an output at position 0 (nothing precedes it), a position that was not traced. IndexError: out of range.
+        ValueError: no output, an output at position 0 (nothing precedes it), a position that was not traced.
+            IndexError: out of range.
         ImportError: captum is missing or of another version.
     """
     captum = _captum()
@@ -80,11 +85,12 @@ def attribute(
     Args:
         target: the output, as text (encoded on its own, without special tokens) or ids; None: the model writes it.
         gen_args: of ``model.generate``; greedily 25 tokens at most by default.
-        options: of :func:`flowroutes_fast.trace`; ``precision="exact"`` unless given (or ``measure="signed"``), so that no mass is left unresolved.
+        options: of :func:`flowroutes_fast.trace`; ``precision="exact"`` unless given (or ``measure="signed"``), so that
+            no mass is left unresolved.
 
     Raises:
-        ValueError: a prompt or target without tokens, and what :func:`flowroutes_fast.trace` raises. TypeError: ``gen_args`` beside a
-            target, a prompt that is not one text.
+        ValueError: a prompt or target without tokens, and what :func:`flowroutes_fast.trace` raises. TypeError:
+            ``gen_args`` beside a target, a prompt that is not one text.
     """
     from flowroutes_fast.tracing.prompts import token_ids
     from flowroutes_fast.tracing.trace import trace
@@ -101,7 +107,9 @@ def attribute(
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         given = torch.tensor([ids], device=device)
         with torch.no_grad():
-            whole = model.generate(given, attention_mask=torch.ones_like(given), **(GREEDY if gen_args is None else gen_args))  # type: ignore[operator]
+            whole = model.generate(
+                given, attention_mask=torch.ones_like(given), **(GREEDY if gen_args is None else gen_args)
+            )  # type: ignore[operator]
         following = [int(i) for i in getattr(whole, "sequences", whole)[0, len(ids) :]]
     elif isinstance(target, str):
         following = [int(i) for i in tokenizer(target, add_special_tokens=False)["input_ids"]]
@@ -117,7 +125,8 @@ def attribute(
 def token_matrix(trace: Trace, positions: Sequence[int]) -> np.ndarray:
     """:meth:`Trace.token_attribution` of each position alone, ``[position, token]``; every row sums to 1.
 
-    One matrix product per layer: all positions together cost little more than one. ``ValueError`` for positions that were not traced.
+    One matrix product per layer: all positions together cost little more than one. ``ValueError`` for positions that
+    were not traced.
     """
     tokens = len(trace.tokens)
     mass = np.zeros((len(positions), tokens))
@@ -153,7 +162,9 @@ def _outputs(trace: Trace, outputs: int | slice | Sequence[int] | None) -> list[
     if outputs is None:
         return [end]
     if isinstance(outputs, slice):
-        start, stop = (max(0, bound + end) if bound is not None and bound < 0 else bound for bound in (outputs.start, outputs.stop))
+        start, stop = (
+            max(0, bound + end) if bound is not None and bound < 0 else bound for bound in (outputs.start, outputs.stop)
+        )
         chosen = sorted(range(end + 1)[slice(start, stop, outputs.step)])
     elif isinstance(outputs, int | np.integer):
         if not -end <= outputs < end:

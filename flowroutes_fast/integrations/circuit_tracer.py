@@ -1,12 +1,15 @@
-"""A route as an attribution graph in the JSON of circuit-tracer and Neuronpedia. circuit-tracer itself is not needed to write it.
+"""A route as an attribution graph in the JSON of circuit-tracer and Neuronpedia. circuit-tracer itself is not needed to
+write it.
 
-Their graphs join components, a route's edges join states. So every head and FFN of the route becomes a node at the position it writes to,
-and a link from component c to component d carries the share of what d reads that c supplied, passed on by residual connections:
+Their graphs join components, a route's edges join states. So every head and FFN of the route becomes a node at the
+position it writes to, and a link from component c to component d carries the share of what d reads that c supplied,
+passed on by residual connections:
 
-    share(c in y) = Σ over edges into y of importance(edge) · [c is the edge's component, or share(c in the source) if it is a residual]
+    share(c in y) = Σ over edges into y of importance(edge) · [c is the edge's component, or share(c in the source) if
+    it is a residual]
 
-A head that reads several positions takes the mean over its sub-edges, weighted by their importance. Shares of parts that are not in the
-route are missing: the links into a node sum to at most 1.
+A head that reads several positions takes the mean over its sub-edges, weighted by their importance. Shares of parts
+that are not in the route are missing: the links into a node sum to at most 1.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ Shares = dict["Component", float]
 
 
 class Component(NamedTuple):
-    """A node of the written graph: ``kind`` (embedding, head, mixer, ffn or logit), layer (-1: embedding), head, position."""
+    """A node of the written graph: ``kind`` (embedding, head, mixer, ffn or logit), layer (-1: embedding), head,
+    position.
+    """
 
     kind: str
     layer: int
@@ -41,8 +46,11 @@ class Component(NamedTuple):
     position: int
 
 
-def write_graph(route: Route, path: str | os.PathLike[str], *, slug: str | None = None, min_weight: float = 0.005) -> Path:
-    """Write ``{slug}.json`` and an entry in ``graph-metadata.json`` into a folder, where circuit-tracer's server finds them.
+def write_graph(
+    route: Route, path: str | os.PathLike[str], *, slug: str | None = None, min_weight: float = 0.005
+) -> Path:
+    """Write ``{slug}.json`` and an entry in ``graph-metadata.json`` into a folder, where circuit-tracer's server finds
+    them.
 
     Args:
         path: the folder, or a file name ending in ``.json`` whose stem is the slug.
@@ -53,7 +61,8 @@ def write_graph(route: Route, path: str | os.PathLike[str], *, slug: str | None 
         The written graph file.
 
     Raises:
-        ValueError: a slug with other characters; a ``graph-metadata.json`` that is not one. OSError: a folder that cannot be written to.
+        ValueError: a slug with other characters; a ``graph-metadata.json`` that is not one. OSError: a folder that
+            cannot be written to.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -91,7 +100,12 @@ def graph_of(route: Route, slug: str, min_weight: float = 0.005) -> dict[str, An
     """The graph as the dictionary that is written; see :func:`write_graph`."""
     into = _edges_by_state(route)
     read = _shares(route, into)
-    links = [(source, target, weight) for target, shares in read.items() for source, weight in shares.items() if abs(weight) >= min_weight]
+    links = [
+        (source, target, weight)
+        for target, shares in read.items()
+        for source, weight in shares.items()
+        if abs(weight) >= min_weight
+    ]
     influence = _influence(read)
     used = {component for source, target, _ in links for component in (source, target)}
     used |= {component for component in read if component.kind == "logit"}
@@ -99,14 +113,27 @@ def graph_of(route: Route, slug: str, min_weight: float = 0.005) -> dict[str, An
     ordered = sorted(used, key=lambda c: (c.layer, c.kind, c.head, c.position))
     ids = {component: _node_id(component, number) for number, component in enumerate(ordered)}
     kept = _cumulative(influence, ordered)
-    nodes = [_node(route, component, number, ids[component], influence, kept) for number, component in enumerate(ordered)]
+    nodes = [
+        _node(route, component, number, ids[component], influence, kept) for number, component in enumerate(ordered)
+    ]
     metadata = {
-        "slug": slug, "scan": route.model, "transcoder_list": [], "prompt_tokens": list(route.tokens), "prompt": "".join(route.tokens),
-        "node_threshold": None, "schema_version": SCHEMA_VERSION,
-    }  # fmt: skip
+        "slug": slug,
+        "scan": route.model,
+        "transcoder_list": [],
+        "prompt_tokens": list(route.tokens),
+        "prompt": "".join(route.tokens),
+        "node_threshold": None,
+        "schema_version": SCHEMA_VERSION,
+    }
     root = ids[next(component for component in reversed(ordered) if component.kind == "logit")]
     first = [ids[c] for c in sorted(kept, key=lambda c: kept[c])[:PINNED]]  # the most influential heads and FFNs
-    params: dict[str, Any] = {"pinnedIds": [*first, root], "supernodes": [], "linkType": "both", "clickedId": root, "sg_pos": ""}
+    params: dict[str, Any] = {
+        "pinnedIds": [*first, root],
+        "supernodes": [],
+        "linkType": "both",
+        "clickedId": root,
+        "sg_pos": "",
+    }
     arrows = [{"source": ids[source], "target": ids[target], "weight": weight} for source, target, weight in links]
     return {"metadata": metadata, "qParams": params, "nodes": nodes, "links": arrows}
 
@@ -168,7 +195,10 @@ def _shares(route: Route, into: dict[str, list[_Edge]]) -> dict[Component, Share
             for origin, share in below.items():
                 reads[origin] += abs(edge.importance) * share
         content[state] = dict(made)
-    found = {c: {origin: share / weight[c] for origin, share in reads.items()} if weight[c] else {} for c, reads in read.items()}
+    found = {
+        c: {origin: share / weight[c] for origin, share in reads.items()} if weight[c] else {}
+        for c, reads in read.items()
+    }
     for position, root in zip(route.positions, route.roots, strict=True):
         found[Component("logit", route.n_layers, -1, position)] = supplied(root)
     return found
@@ -188,7 +218,9 @@ def _influence(read: dict[Component, Shares]) -> dict[Component, float]:
 
 
 def _cumulative(influence: dict[Component, float], used: list[Component]) -> dict[Component, float]:
-    """What circuit-tracer's pruning slider compares: the share of all influence held by the node and those with more."""
+    """What circuit-tracer's pruning slider compares: the share of all influence held by the node and those with
+    more.
+    """
     inner = sorted((c for c in used if c.kind not in ("embedding", "logit")), key=lambda c: -influence.get(c, 0.0))
     total, running, found = sum(influence.get(c, 0.0) for c in inner), 0.0, {}
     for component in inner:
@@ -206,7 +238,12 @@ _TYPES = {"embedding": "embedding", "head": "attention head", "mixer": "mixer", 
 
 
 def _node(
-    route: Route, component: Component, number: int, node_id: str, influence: dict[Component, float], kept: dict[Component, float]
+    route: Route,
+    component: Component,
+    number: int,
+    node_id: str,
+    influence: dict[Component, float],
+    kept: dict[Component, float],
 ) -> dict[str, Any]:
     kind, layer, head, position = component
     token = route.tokens[position]
@@ -220,7 +257,17 @@ def _node(
     elif kind != "embedding":
         clerp = f'{kind.upper() if kind == "ffn" else kind} {layer} at "{token}"'
     return {
-        "node_id": node_id, "feature": number, "layer": "E" if kind == "embedding" else str(layer), "ctx_idx": position, "feature_type": _TYPES[kind],
-        "token_prob": probability, "is_target_logit": kind == "logit" and last, "run_idx": 0, "reverse_ctx_idx": 0,
-        "jsNodeId": f"{node_id}-0", "clerp": clerp, "influence": kept.get(component), "activation": influence.get(component),
-    }  # fmt: skip
+        "node_id": node_id,
+        "feature": number,
+        "layer": "E" if kind == "embedding" else str(layer),
+        "ctx_idx": position,
+        "feature_type": _TYPES[kind],
+        "token_prob": probability,
+        "is_target_logit": kind == "logit" and last,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": f"{node_id}-0",
+        "clerp": clerp,
+        "influence": kept.get(component),
+        "activation": influence.get(component),
+    }

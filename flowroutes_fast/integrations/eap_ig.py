@@ -1,8 +1,10 @@
-"""EAP-IG and MIB: the component-to-component scores of ``method="information-flow-routes"``, computed without their broadcast.
+"""EAP-IG and MIB: the component-to-component scores of ``method="information-flow-routes"``, computed without their
+broadcast.
 
-There, every input of a component is compared in L1 with every earlier output at the same position: proximities (equation 4) of the outputs to
-the input, divided by their sum, averaged over the unpadded positions. All heads of a layer read one state, and its query, key and value
-inputs are that state, so one comparison per layer serves 3 × heads inputs; the comparison itself is :func:`flowroutes_fast.ops.component_proximity`.
+There, every input of a component is compared in L1 with every earlier output at the same position: proximities
+(equation 4) of the outputs to the input, divided by their sum, averaged over the unpadded positions. All heads of a
+layer read one state, and its query, key and value inputs are that state, so one comparison per layer serves 3 × heads
+inputs; the comparison itself is :func:`flowroutes_fast.ops.component_proximity`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def component_importances(outputs: Tensor, state: Tensor, lengths: Tensor) -> Te
         ValueError: shapes that do not fit, a length outside 1 … token. TypeError: no floating point numbers.
     """
     if lengths.shape != state.shape[:1] or bool((lengths < 1).any()) or bool((lengths > state.shape[1]).any()):
-        raise ValueError(f"lengths must be [batch] = {tuple(state.shape[:1])} numbers from 1 to {state.shape[1]}, got {lengths.tolist()}")
+        raise ValueError(
+            f"lengths must be [batch] = {tuple(state.shape[:1])} numbers from 1 to {state.shape[1]}, got "
+            f"{lengths.tolist()}"
+        )
     near = ops.component_proximity(outputs, state)
     total = near.sum(-1, keepdim=True)
     share = torch.where(total > 0, near / total, 0)
@@ -45,14 +50,17 @@ def component_importances(outputs: Tensor, state: Tensor, lengths: Tensor) -> Te
 
 
 def scores(model: Any, graph: Any, dataloader: Iterable[Any], quiet: bool = False) -> Tensor:
-    """Drop-in for ``eap.attribute.get_scores_information_flow_routes``: same arguments, same ``[n_forward, n_backward]`` scores.
+    """Drop-in for ``eap.attribute.get_scores_information_flow_routes``: same arguments, same ``[n_forward,
+    n_backward]`` scores.
 
-    It runs on the model's device (theirs asks for CUDA) and needs none of ``use_attn_result``, ``use_split_qkv_input`` and ``use_hook_mlp_in``
-    (they are off while it runs): head outputs are made from ``hook_z`` and W_O, one layer at a time.
+    It runs on the model's device (theirs asks for CUDA) and needs none of ``use_attn_result``, ``use_split_qkv_input``
+    and ``use_hook_mlp_in`` (they are off while it runs): head outputs are made from ``hook_z`` and W_O, one layer at a
+    time.
 
     Args:
         model: a TransformerLens ``HookedTransformer``. graph: an ``eap.graph.Graph`` of it.
-        dataloader: batches ``(texts, anything, anything)``, or ``(tokens, lengths)`` where the texts are tokenised already.
+        dataloader: batches ``(texts, anything, anything)``, or ``(tokens, lengths)`` where the texts are tokenised
+            already.
 
     Raises:
         ImportError: texts, and EAP-IG is not installed. ValueError: no batch, or a graph of another model.
@@ -62,7 +70,8 @@ def scores(model: Any, graph: Any, dataloader: Iterable[Any], quiet: bool = Fals
     cfg = model.cfg
     if graph.n_forward != 1 + cfg.n_layers * (cfg.n_heads + 1):
         raise ValueError(
-            f"the graph has {graph.n_forward} sources, the model {1 + cfg.n_layers * (cfg.n_heads + 1)}: it is of another model"
+            f"the graph has {graph.n_forward} sources, the model {1 + cfg.n_layers * (cfg.n_heads + 1)}: it is of "
+            f"another model"
         )
     found = torch.zeros(graph.n_forward, graph.n_backward, device=cfg.device, dtype=torch.float32)
     texts = 0
@@ -80,7 +89,9 @@ def scores(model: Any, graph: Any, dataloader: Iterable[Any], quiet: bool = Fals
 
 @contextmanager
 def _without_copies(cfg: Any) -> Iterator[None]:
-    """EAP-IG's other methods need a copy of the residual stream per head input; this one does not, and they are what the pass would spend."""
+    """EAP-IG's other methods need a copy of the residual stream per head input; this one does not, and they are
+    what the pass would spend.
+    """
     before = {name: getattr(cfg, name, None) for name in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")}
     for name in before:
         setattr(cfg, name, False)
@@ -138,7 +149,9 @@ def require_eap(part: str) -> Any:
             importlib.import_module("eap.attribute")  # a checkout on the path
         except ImportError as error:
             if (error.name or "eap").partition(".")[0] != "eap":
-                raise ImportError(f"EAP-IG (module eap) needs {error.name}, which cannot be imported: {error}") from error
+                raise ImportError(
+                    f"EAP-IG (module eap) needs {error.name}, which cannot be imported: {error}"
+                ) from error
             raise ImportError(f"EAP-IG (module eap) is not installed: {advice}") from error
     return importlib.import_module(f"eap.{part}")
 

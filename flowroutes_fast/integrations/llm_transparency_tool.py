@@ -1,7 +1,9 @@
-"""llm-transparency-tool with this engine underneath: :func:`patch` replaces its contribution and graph functions, :func:`unpatch` restores them.
+"""llm-transparency-tool with this engine underneath: :func:`patch` replaces its contribution and graph functions,
+:func:`unpatch` restores them.
 
-The numbers are the tool's own, its clip and counted future pairs included (parity; float sums differ by up to 3e-4), but its graph is built
-without a tensor ``[query, key, head, d_model]`` and without reading edges off the device one by one.
+The numbers are the tool's own, its clip and counted future pairs included (parity; float sums differ by up to 3e-4),
+but its graph is built without a tensor ``[query, key, head, d_model]`` and without reading edges off the device one by
+one.
 """
 
 from __future__ import annotations
@@ -29,16 +31,20 @@ SHIFT = 1e-6  # torch.nn.functional.pairwise_distance adds it to every component
 
 
 def get_contributions(parts: Tensor, whole: Tensor, distance_norm: int = 1) -> Tensor:
-    """Importance of ``parts [part.., case.., d]`` for ``whole [case.., d]`` -> ``[part.., case..]``; over the parts it sums to 1.
+    """Importance of ``parts [part.., case.., d]`` for ``whole [case.., d]`` -> ``[part.., case..]``; over the parts it
+    sums to 1.
 
     Raises:
-        TypeError: no floating point tensors. ValueError: shapes that do not fit, a norm that is not positive, NaN or infinity.
+        TypeError: no floating point tensors. ValueError: shapes that do not fit, a norm that is not positive, NaN or
+            infinity.
     """
     near = _near(parts, whole, distance_norm)
     return (near / near.sum(tuple(range(parts.dim() - whole.dim())), keepdim=True)).to(torch.result_type(parts, whole))
 
 
-def get_contributions_with_one_off_part(parts: Tensor, one_off: Tensor, whole: Tensor, distance_norm: int = 1) -> tuple[Tensor, Tensor]:
+def get_contributions_with_one_off_part(
+    parts: Tensor, one_off: Tensor, whole: Tensor, distance_norm: int = 1
+) -> tuple[Tensor, Tensor]:
     """The same with one more part ``one_off [case.., d]`` -> ``[part.., case..]`` and ``[case..]``."""
     near = _near(parts, whole, distance_norm)
     single = _near(_tensor("one_off", one_off)[None], whole, distance_norm)[0]
@@ -54,7 +60,8 @@ def get_attention_contributions(
 
     Args:
         resid_pre, resid_mid: ``[batch, query, d_model]``.
-        decomposed_attn: what each head adds from each source, ``[batch, query, key, head, d_model]``; it is read in place, not copied.
+        decomposed_attn: what each head adds from each source, ``[batch, query, key, head, d_model]``; it is read in
+            place, not copied.
 
     Returns:
         ``[batch, query, key, head]`` and ``[batch, query]``, of the inputs' dtype.
@@ -62,24 +69,37 @@ def get_attention_contributions(
     Raises:
         TypeError, ValueError: as :func:`get_contributions`.
     """
-    for name, tensor, rank in (("resid_pre", resid_pre, 3), ("resid_mid", resid_mid, 3), ("decomposed_attn", decomposed_attn, 5)):
+    for name, tensor, rank in (
+        ("resid_pre", resid_pre, 3),
+        ("resid_mid", resid_mid, 3),
+        ("decomposed_attn", decomposed_attn, 5),
+    ):
         _tensor(name, tensor, rank)
     if resid_pre.shape != resid_mid.shape:
-        raise ValueError(f"resid_pre {tuple(resid_pre.shape)} and resid_mid {tuple(resid_mid.shape)} must have one shape")
+        raise ValueError(
+            f"resid_pre {tuple(resid_pre.shape)} and resid_mid {tuple(resid_mid.shape)} must have one shape"
+        )
     if decomposed_attn.shape[:2] != resid_mid.shape[:2] or decomposed_attn.shape[-1] != resid_mid.shape[-1]:
         raise ValueError(
-            f"decomposed_attn {tuple(decomposed_attn.shape)} must be [batch, query, key, head, d_model] for resid_mid {tuple(resid_mid.shape)}"
+            f"decomposed_attn {tuple(decomposed_attn.shape)} must be [batch, query, key, head, d_model] for resid_mid "
+            f"{tuple(resid_mid.shape)}"
         )
     _check_finite(decomposed_attn=decomposed_attn, resid_mid=resid_mid)
-    near = _near_rows(decomposed_attn.detach().flatten(2, 3), resid_mid.detach(), distance_norm).reshape(decomposed_attn.shape[:-1])
+    near = _near_rows(decomposed_attn.detach().flatten(2, 3), resid_mid.detach(), distance_norm).reshape(
+        decomposed_attn.shape[:-1]
+    )
     single = _near(resid_pre[None], resid_mid, distance_norm)[0]
     total = near.sum((2, 3)) + single
     dtype = torch.result_type(decomposed_attn, resid_mid)
     return (near / total[:, :, None, None]).to(dtype), (single / total).to(dtype)
 
 
-def get_mlp_contributions(resid_mid: Tensor, resid_post: Tensor, mlp_out: Tensor, distance_norm: int = 1) -> tuple[Tensor, Tensor]:
-    """Importance of the FFN and of the residual connection past it for ``resid_post``; all ``[batch, token, d_model]`` -> ``[batch, token]``."""
+def get_mlp_contributions(
+    resid_mid: Tensor, resid_post: Tensor, mlp_out: Tensor, distance_norm: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Importance of the FFN and of the residual connection past it for ``resid_post``; all ``[batch, token,
+    d_model]`` -> ``[batch, token]``.
+    """
     for name, tensor in (("resid_mid", resid_mid), ("resid_post", resid_post), ("mlp_out", mlp_out)):
         _tensor(name, tensor, 3)
     ffn, residual = get_contributions_with_one_off_part(mlp_out[None], resid_mid, resid_post, distance_norm)
@@ -89,8 +109,14 @@ def get_mlp_contributions(resid_mid: Tensor, resid_post: Tensor, mlp_out: Tensor
 def get_decomposed_mlp_contributions(
     resid_mid: Tensor, resid_post: Tensor, decomposed_mlp_out: Tensor, distance_norm: int = 1
 ) -> tuple[Tensor, float]:
-    """Importance of every neuron at one position: ``decomposed_mlp_out [hidden, d_model]``, states ``[d_model]`` -> ``[hidden]`` and a number."""
-    for name, tensor, rank in (("resid_mid", resid_mid, 1), ("resid_post", resid_post, 1), ("decomposed_mlp_out", decomposed_mlp_out, 2)):
+    """Importance of every neuron at one position: ``decomposed_mlp_out [hidden, d_model]``, states ``[d_model]`` ->
+    ``[hidden]`` and a number.
+    """
+    for name, tensor, rank in (
+        ("resid_mid", resid_mid, 1),
+        ("resid_post", resid_post, 1),
+        ("decomposed_mlp_out", decomposed_mlp_out, 2),
+    ):
         _tensor(name, tensor, rank)
     neurons, residual = get_contributions_with_one_off_part(decomposed_mlp_out, resid_mid, resid_post, distance_norm)
     return neurons, residual.item()
@@ -104,14 +130,17 @@ def apply_threshold_and_renormalize(
 
     Args:
         c_blocks: ``[case.., block..]``. c_residual: ``[case..]``.
-        repair: with one block a case (``c_blocks [case..]``, the FFN) divide by the case's own sum, as the method says; the tool takes the
-            residual plus the sum of the blocks of all cases (``Tensor.sum(dim=())`` is the sum of everything).
+        repair: with one block a case (``c_blocks [case..]``, the FFN) divide by the case's own sum, as the method says;
+            the tool takes the residual plus the sum of the blocks of all cases (``Tensor.sum(dim=())`` is the sum of
+            everything).
 
     Returns:
         the same shapes. Where nothing is left, zeros (the tool divides 0 by 0 there).
     """
     if c_blocks.dim() < c_residual.dim() or c_blocks.shape[: c_residual.dim()] != c_residual.shape:
-        raise ValueError(f"the shape of c_residual {tuple(c_residual.shape)} must begin that of c_blocks {tuple(c_blocks.shape)}")
+        raise ValueError(
+            f"the shape of c_residual {tuple(c_residual.shape)} must begin that of c_blocks {tuple(c_blocks.shape)}"
+        )
     c_blocks, c_residual = c_blocks * (c_blocks > threshold), c_residual * (c_residual > threshold)
     blocks = tuple(range(c_residual.dim(), c_blocks.dim()))
     total = c_residual + (c_blocks if repair and not blocks else c_blocks.sum(blocks))
@@ -133,7 +162,10 @@ def _near(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
     parts, whole = _tensor("parts", parts), _tensor("whole", whole)
     part_dims = parts.dim() - whole.dim()
     if part_dims < 1 or not whole.dim() or parts.shape[part_dims:] != whole.shape:
-        raise ValueError(f"parts {tuple(parts.shape)} must be one or more part dimensions followed by those of whole {tuple(whole.shape)}")
+        raise ValueError(
+            f"parts {tuple(parts.shape)} must be one or more part dimensions followed by those of whole "
+            f"{tuple(whole.shape)}"
+        )
     _check_finite(parts=parts, whole=whole)
     flat, states = parts.reshape(-1, math.prod(whole.shape[:-1]), whole.shape[-1]), whole.reshape(-1, whole.shape[-1])
     if len(flat) > len(states):  # one case at a time: the kernel wants a case's parts in one block of memory
@@ -159,7 +191,9 @@ def _near_rows(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
 
 
 def _shifted(whole: Tensor, norm: float = 1) -> tuple[Tensor, Tensor]:
-    """The state y' = y − 1e-6, whose ‖z − y'‖ is the tool's distance, and ‖y‖ − ‖y'‖, to be added to a proximity to y'."""
+    """The state y' = y − 1e-6, whose ‖z − y'‖ is the tool's distance, and ‖y‖ − ‖y'‖, to be added to a proximity to
+    y'.
+    """
     state = whole - SHIFT
     if norm == 1:
         return state, (whole.abs() - state.abs()).sum(-1)
@@ -173,25 +207,32 @@ def _check_finite(where: str = "", **named: Tensor) -> None:
             raise ValueError(f"{where}{name} holds NaN or infinite numbers")
 
 
-def build_full_graph(model: Any, batch_i: int = 0, renormalizing_threshold: float | None = None, *, repair: bool = False) -> Any:
+def build_full_graph(
+    model: Any, batch_i: int = 0, renormalizing_threshold: float | None = None, *, repair: bool = False
+) -> Any:
     """The tool's graph of all layers and tokens of one text, from a model that has run.
 
     Args:
         model: a ``TransparentLlm``. The tool's own, over TransformerLens, is read through its cache; any other through
             ``decomposed_attn``, a layer at a time.
-        batch_i: which text of the batch. renormalizing_threshold: in [0, 1): drop sub-edges and residual edges not above it and renormalise.
+        batch_i: which text of the batch. renormalizing_threshold: in [0, 1): drop sub-edges and residual edges not
+            above it and renormalise.
         repair: see :func:`apply_threshold_and_renormalize`.
 
     Returns:
-        ``networkx.DiGraph`` with nodes ``X0_{token}``, ``A{layer}_{token}``, ``M{layer}_{token}``, ``I{layer}_{token}`` and edges of every
-        token to every token, summed over heads, ``weight`` a float. Where nothing is above the threshold weights are 0 (the tool: NaN).
+        ``networkx.DiGraph`` with nodes ``X0_{token}``, ``A{layer}_{token}``, ``M{layer}_{token}``, ``I{layer}_{token}``
+        and edges of every token to every token, summed over heads, ``weight`` a float. Where nothing is above the
+        threshold weights are 0 (the tool: NaN).
 
     Raises:
-        TypeError: not a ``TransparentLlm``. ValueError: a text or threshold out of range, NaN (the layer is named), a parallel block.
+        TypeError: not a ``TransparentLlm``. ValueError: a text or threshold out of range, NaN (the layer is named), a
+            parallel block.
         RuntimeError: (the model's own) it has not run yet.
     """
     if missing := [name for name in METHODS if not hasattr(model, name)]:
-        raise TypeError(f"a {PACKAGE} TransparentLlm is needed, got {type(model).__name__} without {', '.join(missing)}")
+        raise TypeError(
+            f"a {PACKAGE} TransparentLlm is needed, got {type(model).__name__} without {', '.join(missing)}"
+        )
     threshold = renormalizing_threshold
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"renormalizing_threshold must be in [0, 1), got {threshold}")
@@ -206,11 +247,15 @@ def build_full_graph(model: Any, batch_i: int = 0, renormalizing_threshold: floa
     return graph
 
 
-def build_paths_to_predictions(graph: Any, n_layers: int, n_tokens: int, starting_tokens: Iterable[int], threshold: float) -> list[Any]:
-    """For each starting token the part of the graph that leads to its last state over edges whose weight is above ``threshold``.
+def build_paths_to_predictions(
+    graph: Any, n_layers: int, n_tokens: int, starting_tokens: Iterable[int], threshold: float
+) -> list[Any]:
+    """For each starting token the part of the graph that leads to its last state over edges whose weight is above
+    ``threshold``.
 
     Returns:
-        a graph of the same class per starting token, its edges directed as in ``graph``; without nodes where no edge is above the threshold.
+        a graph of the same class per starting token, its edges directed as in ``graph``; without nodes where no edge is
+        above the threshold.
 
     Raises:
         TypeError: an undirected graph. ValueError: a token out of range, a last state that the graph does not have.
@@ -229,7 +274,9 @@ def build_paths_to_predictions(graph: Any, n_layers: int, n_tokens: int, startin
         while waiting:
             node = waiting.pop()
             if node not in above:
-                above[node] = [(source, data) for source, data in graph.pred[node].items() if data["weight"] > threshold]
+                above[node] = [
+                    (source, data) for source, data in graph.pred[node].items() if data["weight"] > threshold
+                ]
             for source, data in above[node]:
                 edges.append((source, node, dict(data)))
                 if source not in seen:
@@ -245,7 +292,9 @@ def build_paths_to_predictions(graph: Any, n_layers: int, n_tokens: int, startin
 
 
 def _hooked(model: Any) -> Any | None:
-    """The TransformerLens model underneath, if the tool's own class computes what its heads add; None: ask ``decomposed_attn``."""
+    """The TransformerLens model underneath, if the tool's own class computes what its heads add; None: ask
+    ``decomposed_attn``.
+    """
     defined = getattr(type(model).decomposed_attn, "__module__", None)
     run = getattr(model, "_last_run", None)
     if defined != f"{PACKAGE}.models.tlens_model" or not hasattr(run, "cache"):
@@ -253,7 +302,8 @@ def _hooked(model: Any) -> Any | None:
     hooked = model._model  # a property that looks the model up: once a graph
     if getattr(hooked.cfg, "use_normalization_before_and_after", False):
         warnings.warn(
-            "this model normalises what attention adds, which llm-transparency-tool leaves out: the graph has its numbers; "
+            "this model normalises what attention adds, which llm-transparency-tool leaves out: the graph has its "
+            "numbers; "
             "flowroutes_fast.trace takes the norm into account",
             RuntimeWarning,
             stacklevel=3,
@@ -265,14 +315,18 @@ def _hooked(model: Any) -> Any | None:
 def _layer_weights(
     model: Any, hooked: Any | None, batch_i: int, layer: int, threshold: float | None, repair: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights ``[source, target]`` into the states after attention (the residual included), ``[token]`` of the FFN and past it."""
+    """Weights ``[source, target]`` into the states after attention (the residual included), ``[token]`` of the FFN
+    and past it.
+    """
     try:
         pre, mid, post, ffn = (
-            getattr(model, name)(layer)[batch_i].detach() for name in ("residual_in", "residual_after_attn", "residual_out", "ffn_out")
+            getattr(model, name)(layer)[batch_i].detach()
+            for name in ("residual_in", "residual_after_attn", "residual_out", "ffn_out")
         )
     except KeyError as error:
         raise ValueError(
-            f"layer {layer}: the model keeps no {error} (its attention and FFN may be parallel): use flowroutes_fast.trace"
+            f"layer {layer}: the model keeps no {error} (its attention and FFN may be parallel): use "
+            f"flowroutes_fast.trace"
         ) from error
     where = f"layer {layer}: "
     _check_finite(where, residual_in=pre, residual_after_attn=mid, residual_out=post, ffn_out=ffn)
@@ -301,7 +355,8 @@ def _sub_edges(model: Any, hooked: Any | None, batch_i: int, layer: int, mid: Te
     cache, attn = model._last_run.cache, hooked.blocks[layer].attn
     pattern = cache[f"blocks.{layer}.attn.hook_pattern"][batch_i]  # [head, query, key]
     value, bias = cache[f"blocks.{layer}.attn.hook_v"][batch_i], attn.b_V  # [key, kv_head, d_head], [head, d_head]
-    value = value.repeat_interleave(bias.shape[-2] // value.shape[-2], 1) + bias  # as the tool does; b_V is 0 where it was folded
+    # as the tool does; b_V is 0 where it was folded
+    value = value.repeat_interleave(bias.shape[-2] // value.shape[-2], 1) + bias
     pattern, value, w_o = (t.detach().to(mid.device, mid.dtype) for t in (pattern, value, attn.W_O))
     _check_finite(f"layer {layer}: ", hook_pattern=pattern, hook_v=value)
     state, gain = _shifted(mid)
@@ -314,18 +369,24 @@ def _nodes(n_layers: int, n_tokens: int) -> Any:
     import networkx
 
     graph = networkx.DiGraph()
-    graph.add_nodes_from(f"{kind}{layer}_{token}" for layer in range(n_layers) for token in range(n_tokens) for kind in "AIM")
+    graph.add_nodes_from(
+        f"{kind}{layer}_{token}" for layer in range(n_layers) for token in range(n_tokens) for kind in "AIM"
+    )
     graph.add_nodes_from(f"X0_{token}" for token in range(n_tokens))
     return graph
 
 
 def _add_layer(graph: Any, layer: int, attention: Tensor, ffn: Tensor, past_ffn: Tensor) -> None:
     tokens = range(len(ffn))
-    before, after, block, out = ([f"{kind}_{t}" for t in tokens] for kind in (_before(layer), f"A{layer}", f"M{layer}", f"I{layer}"))
+    before, after, block, out = (
+        [f"{kind}_{t}" for t in tokens] for kind in (_before(layer), f"A{layer}", f"M{layer}", f"I{layer}")
+    )
     for source, row in zip(before, attention.tolist(), strict=True):
         graph.add_weighted_edges_from((source, target, weight) for target, weight in zip(after, row, strict=True))
     for t, share, past in zip(tokens, ffn.tolist(), past_ffn.tolist(), strict=True):
-        graph.add_weighted_edges_from(((after[t], block[t], share), (block[t], out[t], share), (after[t], out[t], past)))
+        graph.add_weighted_edges_from(
+            ((after[t], block[t], share), (block[t], out[t], share), (after[t], out[t], past))
+        )
 
 
 def _before(layer: int) -> str:
@@ -348,10 +409,12 @@ _repair = False
 
 
 def patch(*, repair: bool = False) -> None:
-    """Put this engine's functions in the place of the tool's, wherever they have been imported by name. A second call changes nothing.
+    """Put this engine's functions in the place of the tool's, wherever they have been imported by name. A second call
+    changes nothing.
 
     Args:
-        repair: see :func:`apply_threshold_and_renormalize`; False returns the tool's own numbers. A second call may choose again.
+        repair: see :func:`apply_threshold_and_renormalize`; False returns the tool's own numbers. A second call may
+            choose again.
 
     Raises:
         ImportError: the tool is not installed, or has no such functions.
@@ -398,7 +461,8 @@ def _module(name: str) -> ModuleType:
         found = True
     if not found:
         raise ImportError(
-            f"{PACKAGE} is not installed: it is on no package index; clone https://github.com/facebookresearch/llm-transparency-tool "
+            f"{PACKAGE} is not installed: it is on no package index; clone "
+            f"https://github.com/facebookresearch/llm-transparency-tool "
             "and put the checkout on PYTHONPATH"
         )
     try:
@@ -406,11 +470,15 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(PACKAGE):
             raise ImportError(f"this {PACKAGE} has no {name}: version 0.1 is supported") from None
-        raise ImportError(f"{PACKAGE}.{name} needs {error.name}, which is not installed: pip install {error.name}") from None
+        raise ImportError(
+            f"{PACKAGE}.{name} needs {error.name}, which is not installed: pip install {error.name}"
+        ) from None
 
 
 def _stand_in(ours: Callable, theirs: Callable) -> Callable:
-    """A function of its own, so that restoring it never touches ``ours``; name, module and signature are those of ``theirs``."""
+    """A function of its own, so that restoring it never touches ``ours``; name, module and signature are those of
+    ``theirs``.
+    """
 
     chooses = ours in (apply_threshold_and_renormalize, build_full_graph)
 

@@ -1,4 +1,6 @@
-"""Rows of a lazy trace from activations that another library keeps: nothing runs again, each row is checked as it is read."""
+"""Rows of a lazy trace from activations that another library keeps: nothing runs again, each row is checked as it
+is read.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,20 @@ class ReadRows:
     """Evaluates rows of layers that ``read`` gives; see :class:`flowroutes_fast.results.lazy.RowSource`.
 
     Args:
-        model: whose weights ``read`` needs; only a weak reference is kept. kept: per layer its activations by role, by reference, which
-            nobody may write to; ``"post"``: the states that it leaves ``[token, d_model]``.
+        model: whose weights ``read`` needs; only a weak reference is kept. kept: per layer its activations by role, by
+            reference, which nobody may write to; ``"post"``: the states that it leaves ``[token, d_model]``.
         check: refuses a layer whose parts do not add up.
     """
 
     tier = "activations"
 
     def __init__(
-        self, model: nn.Module, kept: list[dict[str, Tensor]], read: Read, check: Callable[[Layer], Layer], options: Options
+        self,
+        model: nn.Module,
+        kept: list[dict[str, Tensor]],
+        read: Read,
+        check: Callable[[Layer], Layer],
+        options: Options,
     ) -> None:
         self.model, self.kept, self.read, self.check, self.options = weakref.ref(model), kept, read, check, options
         self.written = [[(t, t._version) for t in layer.values() if not t.is_inference()] for layer in kept]
@@ -42,7 +49,11 @@ class ReadRows:
     @property
     def nbytes(self) -> int:
         """Bytes of the activations, each storage once."""
-        return sum({s.data_ptr(): s.nbytes() for layer in self.kept for t in layer.values() for s in [t.untyped_storage()]}.values())
+        return sum(
+            {
+                s.data_ptr(): s.nbytes() for layer in self.kept for t in layer.values() for s in [t.untyped_storage()]
+            }.values()
+        )
 
     def release(self) -> None:
         with self.lock:
@@ -58,27 +69,38 @@ class ReadRows:
         with self.lock:
             if not self.kept:
                 raise ValueError(
-                    "the activations of this trace were released: rows that were not evaluated before cannot be now; trace again"
+                    "the activations of this trace were released: rows that were not evaluated before cannot be now; "
+                    "trace again"
                 )
             if self.model() is None:
-                raise ValueError("the model of this lazy trace is gone, and rows that were not evaluated before need its weights: keep it")
+                raise ValueError(
+                    "the model of this lazy trace is gone, and rows that were not evaluated before need "
+                    "its weights: keep it"
+                )
             yield
 
     @in_neutral
     def evaluate(self, layer: int, queries: np.ndarray, whole: bool = False) -> LayerImportances:
-        """Importances of some rows ``queries`` (sorted) of a layer, within :meth:`session`; ``whole``: whatever the tolerance.
+        """Importances of some rows ``queries`` (sorted) of a layer, within :meth:`session`; ``whole``: whatever the
+        tolerance.
 
         Raises:
             ValueError: parts that do not add up in these rows, activations that were written to.
         """
         if any(t._version != version for t, version in self.written[layer]):
-            raise ValueError(f"layer {layer}: activations were written to after the trace was made: trace again, without lazy=True")
+            raise ValueError(
+                f"layer {layer}: activations were written to after the trace was made: trace again, without lazy=True"
+            )
         model, rows = self.model(), torch.from_numpy(queries)
         self.check(self.read(model, layer, torch.cat([rows, self._largest(layer)]).unique()))
-        return importances(self.read(model, layer, rows), self.options, torch.ones(len(rows), dtype=torch.bool) if whole else None)
+        return importances(
+            self.read(model, layer, rows), self.options, torch.ones(len(rows), dtype=torch.bool) if whole else None
+        )
 
     def _largest(self, layer: int) -> Tensor:
-        """The row of a layer's largest state ``[1]``: what does not add up is measured against that, whichever rows are read."""
+        """The row of a layer's largest state ``[1]``: what does not add up is measured against that, whichever rows
+        are read.
+        """
         if layer not in self.largest:
             self.largest[layer] = self.kept[layer]["post"].abs().amax(1).argmax(0, keepdim=True).cpu()
         return self.largest[layer]

@@ -1,8 +1,10 @@
-"""TransformerLens: :func:`flowroutes_fast.trace` takes a ``TransformerBridge``, a ``HookedTransformer`` (3.x) and an ``ActivationCache``.
+"""TransformerLens: :func:`flowroutes_fast.trace` takes a ``TransformerBridge``, a ``HookedTransformer`` (3.x) and an
+``ActivationCache``.
 
-A bridge has put its own modules into a transformers model; for a trace the original ones come back, so attention needs no kept weights.
-A ``HookedTransformer``, a bridge whose hooks or processed weights change what its transformers model computes, and a cache are read
-through hook points, one layer at a time; there every layer's parts are added up and compared with its states.
+A bridge has put its own modules into a transformers model; for a trace the original ones come back, so attention needs
+no kept weights. A ``HookedTransformer``, a bridge whose hooks or processed weights change what its transformers model
+computes, and a cache are read through hook points, one layer at a time; there every layer's parts are added up and
+compared with its states.
 """
 
 from __future__ import annotations
@@ -56,24 +58,42 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
     """:func:`flowroutes_fast.trace` of a TransformerLens model or cache.
 
     Args:
-        model: a ``TransformerBridge``, ``HookedTransformer`` or ``ActivationCache``. A bridge with hooks of the user's, or with processed
-            weights that its transformers model does not have, is traced as it runs, through its hook points; without such, its
-            transformers model is, bit for bit as without the bridge. A cache is read and no model runs; with ``lazy=True`` the rows that are
-            asked for are read, while the cache's activations and the model stay as they are.
-        tokenizer: None for the model's own, which then prepends what ``model.to_tokens`` prepends (a BOS token, by default).
-        text: as for :func:`flowroutes_fast.trace`. For a cache: what it was made from, or None to call tokens by their positions.
-        options: as for :func:`flowroutes_fast.trace`; ``resume`` where the transformers model is traced. With a cache of a padded batch
-            ``attention_mask`` says where the tokens are.
+        model: a ``TransformerBridge``, ``HookedTransformer`` or ``ActivationCache``. A bridge with hooks of the user's,
+            or with processed weights that its transformers model does not have, is traced as it runs, through its hook
+            points; without such, its transformers model is, bit for bit as without the bridge. A cache is read and no
+            model runs; with ``lazy=True`` the rows that are asked for are read, while the cache's activations and the
+            model stay as they are.
+        tokenizer: None for the model's own, which then prepends what ``model.to_tokens`` prepends (a BOS token, by
+            default).
+        text: as for :func:`flowroutes_fast.trace`. For a cache: what it was made from, or None to call tokens by their
+            positions.
+        options: as for :func:`flowroutes_fast.trace`; ``resume`` where the transformers model is traced. With a cache
+            of a padded batch ``attention_mask`` says where the tokens are.
 
     Raises:
-        ValueError: those of :func:`flowroutes_fast.trace`; a cache without the entries that are needed; parts that do not add up to
-            the states, because of hooks or of weights that were processed after a cache was made; attention that is not causal.
+        ValueError: those of :func:`flowroutes_fast.trace`; a cache without the entries that are needed; parts that do
+            not add up to the states, because of hooks or of weights that were processed after a cache was made;
+            attention that is not causal.
         ImportError: a version of TransformerLens that is not supported.
     """
     _library()
-    given = {"attention_mask": None, "positions": None, "precision": "certified", "measure": "proximity", "backend": "auto", "floor": 1e-3,
-             "thresholds": (0.01, 0.03, 0.04), "tolerance": 1e-2, "dense": None, "bias": "part", "neurons": False, "threads": 0,
-             "progress": False, "resume": None, "lazy": False} | options  # fmt: skip
+    given = {
+        "attention_mask": None,
+        "positions": None,
+        "precision": "certified",
+        "measure": "proximity",
+        "backend": "auto",
+        "floor": 1e-3,
+        "thresholds": (0.01, 0.03, 0.04),
+        "tolerance": 1e-2,
+        "dense": None,
+        "bias": "part",
+        "neurons": False,
+        "threads": 0,
+        "progress": False,
+        "resume": None,
+        "lazy": False,
+    } | options
     refused = [name for name in ("lazy", "memory", "past_key_values") if options.get(name)]
     if hasattr(model, "cache_dict"):
         if refused and refused != ["lazy"]:
@@ -82,7 +102,8 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
     kind = type(model).__name__
     if not {"TransformerBridge", "HookedTransformer"} & {base.__name__ for base in type(model).__mro__}:
         raise ValueError(
-            f"a {kind} of TransformerLens cannot be traced: give a TransformerBridge, a HookedTransformer or an ActivationCache"
+            f"a {kind} of TransformerLens cannot be traced: give a TransformerBridge, a HookedTransformer or an "
+            f"ActivationCache"
         )
     own = getattr(model, "tokenizer", None)
     tokenizer = _OwnTokenizer(model) if tokenizer is None and own is not None else tokenizer
@@ -97,15 +118,18 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
         return found
     if refused:
         raise ValueError(
-            f"{refused[0]}= needs the transformers model inside a TransformerBridge, without hooks or processed weights of its own: this "
-            f"{kind} is read through its hook points: trace it without, or give its cache (run_with_cache(..., names_filter=hooks_for(model)))"
+            f"{refused[0]}= needs the transformers model inside a TransformerBridge, without hooks or processed "
+            f"weights of its own: this "
+            f"{kind} is read through its hook points: trace it without, or give its cache (run_with_cache(..., "
+            f"names_filter=hooks_for(model)))"
         )
     return _through_hooks(model, tokenizer, text, given)
 
 
 @contextmanager
 def transformers_model(bridge: Any) -> Iterator[PreTrainedModel]:
-    """The transformers model of a bridge with its own modules in place, for everything else here that takes a model; the bridge's afterwards.
+    """The transformers model of a bridge with its own modules in place, for everything else here that takes a model;
+    the bridge's afterwards.
 
     Raises:
         ValueError: a bridge around something else. ImportError: a version of TransformerLens that is not supported.
@@ -148,11 +172,18 @@ def hooks_for(model: Any, neurons: bool = False) -> list[str]:
 
 
 def stack_head_results(
-    cache: Any, layer: int | None = -1, return_labels: bool = False, incl_remainder: bool = False, pos_slice: Any = None, apply_ln: bool = False
-) -> Any:  # fmt: skip
-    """What ``cache.stack_head_results`` returns, ``[layer * head (+ 1), batch, pos, d_model]``, written in place and kept nowhere else.
+    cache: Any,
+    layer: int | None = -1,
+    return_labels: bool = False,
+    incl_remainder: bool = False,
+    pos_slice: Any = None,
+    apply_ln: bool = False,
+) -> Any:
+    """What ``cache.stack_head_results`` returns, ``[layer * head (+ 1), batch, pos, d_model]``, written in place and
+    kept nowhere else.
 
-    z W_O goes head by head into the result (peak: the result itself); the cache gains no ``hook_result`` entries. Without gradients.
+    z W_O goes head by head into the result (peak: the result itself); the cache gains no ``hook_result`` entries.
+    Without gradients.
 
     Args:
         layer: heads of the layers before it; -1, None or n_layers for all.
@@ -160,7 +191,8 @@ def stack_head_results(
         pos_slice: positions, as TransformerLens slices them. apply_ln: with the layer norm of ``layer`` applied.
 
     Raises:
-        ValueError: a layer that is not there, a cache without its ``hook_z``. ImportError: a version of TransformerLens that is not supported.
+        ValueError: a layer that is not there, a cache without its ``hook_z``. ImportError: a version of TransformerLens
+            that is not supported.
     """
     _library()
     from transformer_lens.utilities import Slice
@@ -170,10 +202,14 @@ def stack_head_results(
     if not 0 <= layer <= model.cfg.n_layers:
         raise ValueError(f"layer must be -1 or from 0 to {model.cfg.n_layers}, got {layer}")
     if missing := [name for i in range(layer) if (name := f"blocks.{i}.attn.hook_z") not in cache.cache_dict]:
-        raise ValueError(f"the cache has no {_listed(missing)}: give run_with_cache a names_filter that lets attn.hook_z pass, or none")
+        raise ValueError(
+            f"the cache has no {_listed(missing)}: give run_with_cache a names_filter that lets "
+            f"attn.hook_z pass, or none"
+        )
     labels: list[str] = []
     with torch.no_grad():
-        mixed = [cut.apply(cache.cache_dict[f"blocks.{i}.attn.hook_z"], dim=-3) for i in range(layer)]  # views [..., head, d_head]
+        # views [..., head, d_head]
+        mixed = [cut.apply(cache.cache_dict[f"blocks.{i}.attn.hook_z"], dim=-3) for i in range(layer)]
         heads = [z.shape[-2] for z in mixed]
         if not mixed and not incl_remainder:
             shape = cut.apply(cache["hook_embed"], dim=-2)
@@ -183,14 +219,20 @@ def stack_head_results(
         else:
             weights = model.blocks[0].attn.W_O
             stacked = torch.empty(
-                sum(heads) + incl_remainder, *mixed[0].shape[:-2], weights.shape[-1], device=mixed[0].device,
+                sum(heads) + incl_remainder,
+                *mixed[0].shape[:-2],
+                weights.shape[-1],
+                device=mixed[0].device,
                 dtype=torch.promote_types(mixed[0].dtype, weights.dtype),
-            )  # fmt: skip
+            )
             flat, first = stacked.view(len(stacked), -1, stacked.shape[-1]), 0
             for i, z in enumerate(mixed):
                 attention, part = model.blocks[i].attn, flat[first : first + heads[i]]
-                torch.bmm(z.flatten(0, -3).transpose(0, 1).to(flat.dtype) if z.dim() > 2 else z[:, None].to(flat.dtype),
-                          attention.W_O.to(flat.dtype), out=part)  # fmt: skip
+                torch.bmm(
+                    z.flatten(0, -3).transpose(0, 1).to(flat.dtype) if z.dim() > 2 else z[:, None].to(flat.dtype),
+                    attention.W_O.to(flat.dtype),
+                    out=part,
+                )
                 if (scale := getattr(attention, "_result_contribution_scale", 1.0)) != 1:
                     part *= scale
                 labels += [f"L{i}H{head}" for head in range(heads[i])]
@@ -283,7 +325,8 @@ class _Block:
         weight = self.module.attn.W_O
         if weight.dim() != 3 or len(weight) != heads:
             raise ValueError(
-                f"layer {self.index}: W_O is not [head, d_head, d_model] but {list(weight.shape)} (quantised weights are not read)"
+                f"layer {self.index}: W_O is not [head, d_head, d_model] but {list(weight.shape)} (quantised weights "
+                f"are not read)"
             )
         return weight.detach().float()
 
@@ -310,7 +353,11 @@ class _Block:
 
 def _post_norm(block: Any, cfg: Any, which: int) -> Any:
     """The norm after attention (1) or after the FFN (2), before it is added to the state."""
-    name = f"ln{which}" if "olmo" in str(getattr(cfg, "original_architecture", "")).lower() and _is_post(block) else f"ln{which}_post"
+    name = (
+        f"ln{which}"
+        if "olmo" in str(getattr(cfg, "original_architecture", "")).lower() and _is_post(block)
+        else f"ln{which}_post"
+    )
     found = getattr(block, name, None)
     return found if hasattr(found, "hook_scale") else None
 
@@ -320,13 +367,20 @@ def _is_post(block: Any) -> bool:
     from transformer_lens import utilities
 
     architectures = getattr(utilities, "architectures", None)
-    return getattr(getattr(block, "cfg", None), "original_architecture", None) in getattr(architectures, "POST_NORM_ARCHITECTURES", ())
+    return getattr(getattr(block, "cfg", None), "original_architecture", None) in getattr(
+        architectures, "POST_NORM_ARCHITECTURES", ()
+    )
 
 
 def _names(model: Any, layer: int, neurons: bool) -> dict[str, str]:
     """Role -> hook point of one layer. ``ValueError`` for a layer without attention weights."""
     names, block, prefix = model.hook_dict, model.blocks[layer], f"blocks.{layer}."
-    wanted = {"pre": "hook_resid_pre", "value": "attn.hook_v", "pattern": "attn.hook_pattern", "post": "hook_resid_post"}
+    wanted = {
+        "pre": "hook_resid_pre",
+        "value": "attn.hook_v",
+        "pattern": "attn.hook_pattern",
+        "post": "hook_resid_post",
+    }
     optional = {"mid": "hook_resid_mid", "mlp": "hook_mlp_out"} | ({"neurons": "mlp.hook_post"} if neurons else {})
     if missing := [prefix + name for name in wanted.values() if prefix + name not in names]:
         raise ValueError(f"layer {layer} has no {_listed(missing)}: its attention cannot be read through hooks")
@@ -354,7 +408,9 @@ def _sequence(index: int, found: Found, item: int, span: slice) -> Found:
     """One sequence of what the hooks of a layer gave."""
     queries, keys = found["pattern"].shape[-2:]
     if not queries == keys == found["pre"].shape[1] == found["value"].shape[1]:
-        raise ValueError(f"layer {index}: attention weights of {queries} queries to {keys} keys: cache all positions (no pos_slice)")
+        raise ValueError(
+            f"layer {index}: attention weights of {queries} queries to {keys} keys: cache all positions (no pos_slice)"
+        )
     return {role: t[item, :, span, span] if role == "pattern" else t[item, span] for role, t in found.items()}
 
 
@@ -377,10 +433,23 @@ def _layer(model: Any, index: int, found: Found, rows: Tensor | None = None) -> 
     added = row("mlp") if "mlp" in found else torch.zeros_like(post)
     scale = getattr(block.module.attn, "_result_contribution_scale", 1.0)
     layer = Layer(
-        block, pattern.new_zeros(*pattern.shape[:2], 1), pattern.new_zeros(len(value), tokens, 1), value, 1.0, pattern.log(), 0.0, 0,
-        None, residual=pre, resid_mid=mid, through=mid, ffn_out=added, resid_post=post, scale=float(scale),
+        block,
+        pattern.new_zeros(*pattern.shape[:2], 1),
+        pattern.new_zeros(len(value), tokens, 1),
+        value,
+        1.0,
+        pattern.log(),
+        0.0,
+        0,
+        None,
+        residual=pre,
+        resid_mid=mid,
+        through=mid,
+        ffn_out=added,
+        resid_post=post,
+        scale=float(scale),
         neurons=row("neurons") if "neurons" in found else None,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # type: ignore[arg-type]
     if "norm" in found:
         layer.row_scale, layer.out_scale = 1 / row("norm")[..., 0].float(), _gain(block.post_norm)
         layer.out_scale = torch.ones_like(post[0], dtype=torch.float32) if layer.out_scale is None else layer.out_scale
@@ -396,7 +465,8 @@ def _checked(layer: Layer, advice: str) -> Layer:
     error, dtype = conservation_error(layer), layer.resid_post.dtype
     if not error <= _TOLERANCE.get(dtype, 1e-5):
         raise ValueError(
-            f"layer {layer.index}: what heads (pattern · v · W_O), b_O and the FFN add misses the residual states by {error:.1e} relative "
+            f"layer {layer.index}: what heads (pattern · v · W_O), b_O and the FFN add misses the residual states by "
+            f"{error:.1e} relative "
             f"(allowed for {dtype}: {_TOLERANCE.get(dtype, 1e-5):.0e}): {advice}"
         )
     return layer
@@ -408,32 +478,63 @@ Run = Callable[
 
 
 def _traces(
-    model: Any, prompts: list[list[int]], texts: list[list[str]], tokenizer: Any, given: dict[str, Any], run: Run, again: Any
+    model: Any,
+    prompts: list[list[int]],
+    texts: list[list[str]],
+    tokenizer: Any,
+    given: dict[str, Any],
+    run: Run,
+    again: Any,
 ) -> list:
-    """Traces of prompts whose layers ``run`` hands on; ``again(prompt)`` runs one of them for a second time, or is None."""
+    """Traces of prompts whose layers ``run`` hands on; ``again(prompt)`` runs one of them for a second time, or is
+    None.
+    """
     cfg, positions = model.cfg, given["positions"]
-    _check_options(*(given[name] for name in ("precision", "measure", "floor", "thresholds", "tolerance", "dense", "bias")))
+    _check_options(
+        *(given[name] for name in ("precision", "measure", "floor", "thresholds", "tolerance", "dense", "bias"))
+    )
     if given["resume"] is not None:
-        raise ValueError("resume= keeps the finished layers of a transformers model; what is read through TransformerLens' hooks has none")
+        raise ValueError(
+            "resume= keeps the finished layers of a transformers model; what is read through "
+            "TransformerLens' hooks has none"
+        )
     rows = [_positions(positions, len(ids)) for ids in prompts]
     dense = given["dense"]
     if given["precision"] == "certified" or (given["lazy"] and dense is None):
         dense = False
     elif dense is None:
-        dense = positions is None and cfg.n_layers * cfg.n_heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
+        dense = (
+            positions is None and cfg.n_layers * cfg.n_heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
+        )
     if dense and positions is not None:
         raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
     if given["lazy"] and (positions is not None or dense):
         raise ValueError("lazy=True evaluates rows when they are asked for: leave out positions= and dense=True")
-    wanted = tuple(sorted({float(t) for t in given["thresholds"] if t >= given["floor"]})) if given["measure"] == "proximity" else ()
-    backend = choose_backend(given["backend"], torch.empty(0, dtype=torch.float32, device=model.blocks[0].attn.W_O.device))
+    wanted = (
+        tuple(sorted({float(t) for t in given["thresholds"] if t >= given["floor"]}))
+        if given["measure"] == "proximity"
+        else ()
+    )
+    backend = choose_backend(
+        given["backend"], torch.empty(0, dtype=torch.float32, device=model.blocks[0].attn.W_O.device)
+    )
     options = Options(
-        given["precision"], given["measure"], backend, dense, given["floor"], wanted, given["tolerance"], given["bias"], given["threads"],
+        given["precision"],
+        given["measure"],
+        backend,
+        dense,
+        given["floor"],
+        wanted,
+        given["tolerance"],
+        given["bias"],
+        given["threads"],
         given["neurons"],
-    )  # fmt: skip
+    )
     advice = given["advice"]
 
-    def evaluated(n: int, run: Run, exact: dict[int, np.ndarray] | None = None, step: Any = None) -> tuple[Any, Tensor | None, float]:
+    def evaluated(
+        n: int, run: Run, exact: dict[int, np.ndarray] | None = None, step: Any = None
+    ) -> tuple[Any, Tensor | None, float]:
         results: list[LayerImportances] = []
         seconds = 0.0
 
@@ -444,7 +545,9 @@ def _traces(
                 layer = _checked(_layer(model, index, _sequence(index, found, item, span)), advice)
                 whole = None if exact is None else torch.isin(rows[n], torch.from_numpy(exact[index]))
                 chosen = options if exact is None else Options(**{**options.__dict__, "neurons": False})
-                results.append(_everywhere(importances(rows_of(layer, rows[n]), chosen, whole), rows[n], len(prompts[n])))
+                results.append(
+                    _everywhere(importances(rows_of(layer, rows[n]), chosen, whole), rows[n], len(prompts[n]))
+                )
             seconds += time.perf_counter() - start
             if step is not None:
                 step()
@@ -469,11 +572,20 @@ def _traces(
             found, logits, ours = evaluated(n, run, step=bar.update)
         if len(found) != cfg.n_layers:
             raise ValueError(f"{len(found)} layers were captured but the model has {cfg.n_layers}")
-        traces.append(_record(
-            found, options, tokens=texts[n], token_ids=ids, model=_called(model), mixers=[""] * cfg.n_layers,
-            floor=0.0 if dense else given["floor"], prediction=most_probable(logits, tokenizer),
-            timings={"total": time.perf_counter() - start, "importances": ours}, settle=settler(n),
-        ))  # fmt: skip
+        traces.append(
+            _record(
+                found,
+                options,
+                tokens=texts[n],
+                token_ids=ids,
+                model=_called(model),
+                mixers=[""] * cfg.n_layers,
+                floor=0.0 if dense else given["floor"],
+                prediction=most_probable(logits, tokenizer),
+                timings={"total": time.perf_counter() - start, "importances": ours},
+                settle=settler(n),
+            )
+        )
     return traces
 
 
@@ -483,14 +595,30 @@ def _on_demand(model: Any, ids: list[int], text: list[str], options: Options, ru
     start = time.perf_counter()
     run(lambda index, found, item, span: kept.append(_sequence(index, found, item, span)))
     source = ReadRows(
-        model, kept, lambda model, index, rows: _layer(model, index, kept[index], rows), partial(_checked, advice=advice), options
+        model,
+        kept,
+        lambda model, index, rows: _layer(model, index, kept[index], rows),
+        partial(_checked, advice=advice),
+        options,
     )
     return LazyTrace(
-        source, max(len(found["pattern"]) for found in kept), options.neurons, tokens=text, token_ids=ids, model=_called(model),
-        mixers=[""] * len(kept), shapes=["sequential" if "mid" in found else "parallel" for found in kept], floor=options.floor,
-        precision=options.precision, measure=options.measure, backend=options.backend, bias=options.bias, tolerance=options.tolerance,
-        thresholds=options.thresholds, timings={"total": time.perf_counter() - start, "importances": 0.0},
-    )  # fmt: skip
+        source,
+        max(len(found["pattern"]) for found in kept),
+        options.neurons,
+        tokens=text,
+        token_ids=ids,
+        model=_called(model),
+        mixers=[""] * len(kept),
+        shapes=["sequential" if "mid" in found else "parallel" for found in kept],
+        floor=options.floor,
+        precision=options.precision,
+        measure=options.measure,
+        backend=options.backend,
+        bias=options.bias,
+        tolerance=options.tolerance,
+        thresholds=options.thresholds,
+        timings={"total": time.perf_counter() - start, "importances": 0.0},
+    )
 
 
 def _called(model: Any) -> str:
@@ -503,7 +631,9 @@ def _sizes(cfg: Any) -> Any:
     """What the checks of a prompt ask of a model: how many tokens there are, and how many fit."""
     config = SimpleNamespace(max_position_embeddings=cfg.n_ctx)
     weight = torch.empty(cfg.d_vocab, 0, dtype=torch.float32, device="cpu")
-    return SimpleNamespace(config=config, get_input_embeddings=lambda: SimpleNamespace(weight=weight), forward=lambda input_ids: None)
+    return SimpleNamespace(
+        config=config, get_input_embeddings=lambda: SimpleNamespace(weight=weight), forward=lambda input_ids: None
+    )
 
 
 def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any]) -> Any:
@@ -519,7 +649,14 @@ def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any])
             hooks = []
             for layer in range(model.cfg.n_layers):
                 for role, name in _names(model, layer, given["neurons"]).items():
-                    hooks.append((name, _keeper(kept, role, partial(on_layer, layer, kept, 0, slice(None)) if role == "post" else None)))
+                    hooks.append(
+                        (
+                            name,
+                            _keeper(
+                                kept, role, partial(on_layer, layer, kept, 0, slice(None)) if role == "post" else None
+                            ),
+                        )
+                    )
             ids = torch.tensor([prompts[n]], device=model.blocks[0].attn.W_O.device)
             with undisturbed(model), torch.no_grad(), model.hooks(fwd_hooks=hooks):
                 return model(ids, return_type="logits", attention_mask=torch.ones_like(ids))[0, -1]
@@ -527,12 +664,19 @@ def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any])
         return run
 
     given["advice"] = (
-        "a hook changes this forward pass (model.reset_hooks() takes hooks away), or this architecture adds something that its hook points "
+        "a hook changes this forward pass (model.reset_hooks() takes hooks away), or this architecture adds something "
+        "that its hook points "
         "do not show; a transformers model of the same weights can be traced itself"
     )
     traces = _traces(
-        model, prompts, texts, tokenizer, given, runner(model), lambda: None if (alive := weak()) is None else runner(alive)
-    )  # fmt: skip
+        model,
+        prompts,
+        texts,
+        tokenizer,
+        given,
+        runner(model),
+        lambda: None if (alive := weak()) is None else runner(alive),
+    )
     return traces if several else traces[0]
 
 
@@ -561,11 +705,14 @@ def _of_cache(cache: Any, tokenizer: Any, text: Any, given: dict[str, Any]) -> A
             after["pre"] = before["post"]  # the same state
     if missing := [name for layer in names for name in layer.values() if name not in cache.cache_dict]:
         raise ValueError(
-            f"the cache has no {_listed(missing)}: add them to names_filter, for which flowroutes_fast.integrations.transformer_lens."
+            f"the cache has no {_listed(missing)}: add them to names_filter, for which "
+            f"flowroutes_fast.integrations.transformer_lens."
             f"hooks_for(model{', neurons=True' if given['neurons'] else ''}) lists what is needed"
         )
     batched = cache.has_batch_dim
-    batch, tokens = (cache.cache_dict[names[0]["pre"]] if batched else cache.cache_dict[names[0]["pre"]][None]).shape[:2]
+    batch, tokens = (cache.cache_dict[names[0]["pre"]] if batched else cache.cache_dict[names[0]["pre"]][None]).shape[
+        :2
+    ]
     mask = given["attention_mask"]
     mask = torch.ones(batch, tokens) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
     if tuple(mask.shape) != (batch, tokens):
@@ -583,14 +730,23 @@ def _of_cache(cache: Any, tokenizer: Any, text: Any, given: dict[str, Any]) -> A
         return run
 
     given["advice"] = (
-        "the cache does not belong to the model's present weights (processed after the cache was made? fold_value_biases, "
-        "center_writing_weights and refactor_factored_attn_matrices change W_O and b_O), hooks changed activations while it was made, or "
-        "it was padded (give attention_mask), or this architecture adds something that its hook points do not show; make a new cache with the "
+        "the cache does not belong to the model's present weights (processed after the cache was made? "
+        "fold_value_biases, "
+        "center_writing_weights and refactor_factored_attn_matrices change W_O and b_O), hooks changed activations "
+        "while it was made, or "
+        "it was padded (give attention_mask), or this architecture adds something that its hook points do not show; "
+        "make a new cache with the "
         "model as it is, or trace the model"
     )
     with torch.no_grad():
         traces = _traces(
-            model, prompts, texts, tokenizer, given, runner(cache), lambda: None if (alive := weak()) is None else runner(alive)
+            model,
+            prompts,
+            texts,
+            tokenizer,
+            given,
+            runner(cache),
+            lambda: None if (alive := weak()) is None else runner(alive),
         )
     return traces if several else traces[0]
 
@@ -604,13 +760,20 @@ def _cached_tokens(
         return [[-1] * n for n in lengths], [[str(p) for p in range(n)] for n in lengths], len(spans) > 1
     if tokenizer is None and getattr(model, "tokenizer", None) is not None:
         tokenizer = _OwnTokenizer(model)
-    whole = [len(ids) for ids in text] if isinstance(text, (list, tuple)) and text and isinstance(text[0], (list, tuple)) else []
+    whole = (
+        [len(ids) for ids in text]
+        if isinstance(text, (list, tuple)) and text and isinstance(text[0], (list, tuple))
+        else []
+    )
     several = len(whole) > 0 or (isinstance(text, Tensor) and text.dim() == 2)
-    read = refuse_inputs(read_prompts(_sizes(model.cfg), tokenizer, text, mask if several and not bool(mask.all()) else None))
+    read = refuse_inputs(
+        read_prompts(_sizes(model.cfg), tokenizer, text, mask if several and not bool(mask.all()) else None)
+    )
     prompts, several = read.ids, read.several
     if [len(ids) for ids in prompts] != lengths:
         raise ValueError(
-            f"the text has {[len(ids) for ids in prompts]} tokens but the cache was made from {lengths}: give what it was made from, "
+            f"the text has {[len(ids) for ids in prompts]} tokens but the cache was made from {lengths}: give what it "
+            f"was made from, "
             "with its BOS token (ids are the safest)"
         )
     return prompts, [token_texts(tokenizer, ids) for ids in prompts], several

@@ -21,9 +21,25 @@ from flowroutes_fast.system.files import said
 MOST_HEADER = 10**8  # bytes, as safetensors has it
 MOST_LAYERS = 10_000
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+}
 CHUNK = 2**23  # bytes that are read at a time to bring a file into memory
 
 
@@ -75,7 +91,9 @@ def tensor_places(folder: Path) -> Places:
             raise FileNotFoundError(f"shard '{file.name}' of '{folder}' is missing")
         found = _header(file)
         if twice := sorted({*found} & {*places}):
-            raise ValueError(f"shard '{file.name}' of '{folder}' holds {twice[0]}, and so does '{places[twice[0]].file.name}'")
+            raise ValueError(
+                f"shard '{file.name}' of '{folder}' holds {twice[0]}, and so does '{places[twice[0]].file.name}'"
+            )
         places |= found
     for tensor, name in wanted.items():
         if tensor not in places or places[tensor].file.name != name:
@@ -98,7 +116,9 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def _header(file: Path) -> Places:
-    """A shard's tensors; ``ValueError`` unless they fill the file one after another, with the bytes that their shapes take."""
+    """A shard's tensors; ``ValueError`` unless they fill the file one after another, with the bytes that their
+    shapes take.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -119,7 +139,10 @@ def _header(file: Path) -> Places:
     end = 8 + length
     for place in sorted(found.values(), key=lambda place: (place.offset, place.count)):
         if place.offset != end:
-            raise ValueError(f"shard '{file.name}' is damaged: {place.tensor} starts at byte {place.offset}, the one before ends at {end}")
+            raise ValueError(
+                f"shard '{file.name}' is damaged: {place.tensor} starts at byte {place.offset}, the one "
+                f"before ends at {end}"
+            )
         end = place.offset + place.count
     if end != size:
         raise ValueError(f"shard '{file.name}' is damaged: it has {size} bytes, its tensors end at {end}")
@@ -247,7 +270,9 @@ class SafetensorsSource:
             with safe_open(place.file, framework="pt") as file:
                 return file.get_tensor(place.tensor)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise OSError(f"{name} cannot be read from shard '{place.file.name}' of {self.label}: {said(error)}") from error
+            raise OSError(
+                f"{name} cannot be read from shard '{place.file.name}' of {self.label}: {said(error)}"
+            ) from error
 
 
 class LoadedSource:
@@ -282,7 +307,12 @@ class GgufSource:
 
     def __init__(self, path: Path, model: nn.Module, label: str) -> None:
         from gguf import GGUFReader
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, read_field
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+            read_field,
+        )
 
         self.label, self.path, self.size, self.files = label, path, path.stat().st_size, [path]
         reader = GGUFReader(path)
@@ -297,7 +327,9 @@ class GgufSource:
         }
         for name, place in self.places.items():
             if place.offset + place.count > self.size:
-                raise ValueError(f"'{path.name}' is cut short: {self.size} bytes, and {name} ends at {place.offset + place.count}")
+                raise ValueError(
+                    f"'{path.name}' is cut short: {self.size} bytes, and {name} ends at {place.offset + place.count}"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -317,7 +349,9 @@ class GgufSource:
             weights[start : start + step] = dequantize(rows[start : start + step], found.tensor_type)
         weights = weights.reshape(*found.data.shape[:-1], -1)
         self._forget(self.places[name])
-        done = self.processor.process(weights=weights, name=found.name, tensor_key_mapping=self.names, parsed_parameters={"tensors": {}})
+        done = self.processor.process(
+            weights=weights, name=found.name, tensor_key_mapping=self.names, parsed_parameters={"tensors": {}}
+        )
         if done.name != found.name:
             raise ValueError(f"'{self.path.name}' cannot be read tensor by tensor: {found.name} is merged with others")
         return torch.from_numpy(np.require(done.weights, requirements=["C", "W"]))
@@ -330,14 +364,18 @@ class GgufSource:
 
 
 def check_size(file: Path, size: int) -> None:
-    """``OSError`` if a file is not what it was when it was opened: reading a mapped file that was cut would kill the process."""
+    """``OSError`` if a file is not what it was when it was opened: reading a mapped file that was cut would kill
+    the process.
+    """
     now = os.stat(file).st_size
     if now != size:
         raise OSError(f"the file has {now} bytes, it had {size} when the model was opened")
 
 
 def read_through(places: Iterable[Place], stop: Any = None) -> int:
-    """Read the tensors' bytes and forget them, so that the system has them at hand. Returns bytes; ``OSError`` names the file."""
+    """Read the tensors' bytes and forget them, so that the system has them at hand. Returns bytes; ``OSError``
+    names the file.
+    """
     buffer, total = memoryview(bytearray(CHUNK)), 0
     by_file: dict[Path, list[Place]] = {}
     for place in places:

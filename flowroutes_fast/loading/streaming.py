@@ -1,7 +1,9 @@
-"""Models that do not fit: weights stay on disk, one layer at a time comes in while a forward pass goes through the layers.
+"""Models that do not fit: weights stay on disk, one layer at a time comes in while a forward pass goes through the
+layers.
 
-transformers builds the model, accelerate's hooks put weights in and take them out, a :class:`~flowroutes_fast.loading.layer_feed.Feed` supplies them.
-Every layer is read once for all prompts of a ``trace()``, however many (:mod:`flowroutes_fast.tracing.layer_by_layer`).
+transformers builds the model, accelerate's hooks put weights in and take them out, a
+:class:`~flowroutes_fast.loading.layer_feed.Feed` supplies them. Every layer is read once for all prompts of a
+``trace()``, however many (:mod:`flowroutes_fast.tracing.layer_by_layer`).
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ _feeds: weakref.WeakKeyDictionary[nn.Module, Stream] = weakref.WeakKeyDictionary
 
 
 class Stream:
-    """What :func:`open_streaming` knows of a model: its feed, and how many bytes weights and waiting states may take (None: unknown)."""
+    """What :func:`open_streaming` knows of a model: its feed, and how many bytes weights and waiting states may
+    take (None: unknown).
+    """
 
     def __init__(self, feed: Feed, budget: int | None, dtype: torch.dtype) -> None:
         self.feed, self.budget, self.dtype = feed, budget, dtype
@@ -67,32 +71,43 @@ def stream_of(model: nn.Module) -> Stream | None:
 def open_streaming(
     name: str | os.PathLike[str], memory: str | int | None = None, device: str = "cpu", *, dtype: Any = None
 ) -> tuple[Any, Any]:
-    """Open a model whose weights stay on disk; :func:`flowroutes_fast.trace` takes it like any other, with the same results.
+    """Open a model whose weights stay on disk; :func:`flowroutes_fast.trace` takes it like any other, with the same
+    results.
 
     Args:
-        name: a folder or hub id with safetensors weights, sharded or not; a ``.gguf`` file or ``"demo"``, whose quantised tensors are decoded
-            a layer at a time.
-        memory: most bytes that weights and the states of waiting prompts may take, as a number or ``"8GiB"``; None for what is available.
-            A layer is held whole where it fits, else its modules come in one by one; the largest must fit.
+        name: a folder or hub id with safetensors weights, sharded or not; a ``.gguf`` file or ``"demo"``, whose
+            quantised tensors are decoded a layer at a time.
+        memory: most bytes that weights and the states of waiting prompts may take, as a number or ``"8GiB"``; None for
+            what is available. A layer is held whole where it fits, else its modules come in one by one; the largest
+            must fit.
         device: ``"cpu"`` or ``"cuda"``, where weights are computed with; ``memory`` is that device's.
-        dtype: a torch dtype to compute with; None for float32 on the CPU, as :func:`flowroutes_fast.load` does, and the checkpoint's own on a
-            GPU. Weights are cast as they come in; the checkpoint stays as it is.
+        dtype: a torch dtype to compute with; None for float32 on the CPU, as :func:`flowroutes_fast.load` does, and the
+            checkpoint's own on a GPU. Weights are cast as they come in; the checkpoint stays as it is.
 
     Returns:
         (transformers model, tokenizer; None if the folder has none). Temporary files, if any, go when the model does.
 
     Raises:
-        FileNotFoundError: no such folder, a shard that the index names is missing. ValueError: weights that are not safetensors, a damaged file,
-            a family that is not known, an index that names a tensor no shard holds. OSError: a file that cannot be read. MemoryError: the
-            largest module does not fit. All name the file or the folder in one sentence.
+        FileNotFoundError: no such folder, a shard that the index names is missing. ValueError: weights that are not
+            safetensors, a damaged file, a family that is not known, an index that names a tensor no shard holds.
+            OSError: a file that cannot be read. MemoryError: the largest module does not fit. All name the file or the
+            folder in one sentence.
     """
     where = torch.device(device)
     if where.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch sees no GPU here; choose device='cpu'")
-    budget = parse_memory(memory) if memory is not None else available_memory() if where.type == "cpu" else available_device_memory(where)
-    model, tokenizer, source, label, finish = _open(name, dtype if dtype is not None else torch.float32 if where.type == "cpu" else None)
+    budget = (
+        parse_memory(memory)
+        if memory is not None
+        else available_memory()
+        if where.type == "cpu"
+        else available_device_memory(where)
+    )
+    model, tokenizer, source, label, finish = _open(
+        name, dtype if dtype is not None else torch.float32 if where.type == "cpu" else None
+    )
     try:
         compute = next(p.dtype for p in model.parameters() if p.is_floating_point())
         stored = _stored_names(model, source)
@@ -102,7 +117,8 @@ def open_streaming(
         need = int(PIECE_COPIES * found.piece)
         if budget is not None and need > budget:
             raise MemoryError(
-                f"streaming {label} needs about {need / 1e9:.2f} GB for its largest piece; {budget / 1e9:.2f} GB are allowed or available"
+                f"streaming {label} needs about {need / 1e9:.2f} GB for its largest piece; {budget / 1e9:.2f} GB are "
+                f"allowed or available"
             )
         feed = Feed(source, model, blocks, stored, where, found)
         _attach(model, feed, where)
@@ -176,8 +192,12 @@ def _from_gguf(file: Path, label: str, dtype: Any) -> tuple[Any, Any, Source, st
     return model, tokenizer, source, label, _nothing
 
 
-def _by_transformers(folder: Path, tokenizer: Any, places: Any, label: str, dtype: Any) -> tuple[Any, Any, Source, str, Any]:
-    """Checkpoints whose tensors transformers renames or merges: opened by it; what it converts goes into a temporary folder."""
+def _by_transformers(
+    folder: Path, tokenizer: Any, places: Any, label: str, dtype: Any
+) -> tuple[Any, Any, Source, str, Any]:
+    """Checkpoints whose tensors transformers renames or merges: opened by it; what it converts goes into a
+    temporary folder.
+    """
     from accelerate.hooks import remove_hook_from_submodules
 
     offload, finish = temporary_folder("flowroutes-offload-")
@@ -185,11 +205,17 @@ def _by_transformers(folder: Path, tokenizer: Any, places: Any, label: str, dtyp
         need, free = sum(p.count for p in places.values()), shutil.disk_usage(offload).free
         if need > free:
             raise OSError(
-                f"opening {label} needs up to {need / 1e9:.1f} GB in '{offload.parent}' for converted weights, {free / 1e9:.1f} GB are free"
+                f"opening {label} needs up to {need / 1e9:.1f} GB in '{offload.parent}' for converted weights, "
+                f"{free / 1e9:.1f} GB are free"
             )
         model = open_weights(folder, f"'{folder}'", device_map={"": "disk"}, offload_folder=offload, dtype="auto")
         hooks = [getattr(m, "_hf_hook", None) for m in model.modules()]
-        maps = [h.weights_map for hook in hooks for h in getattr(hook, "hooks", [hook]) if getattr(h, "weights_map", None) is not None]
+        maps = [
+            h.weights_map
+            for hook in hooks
+            for h in getattr(hook, "hooks", [hook])
+            if getattr(h, "weights_map", None) is not None
+        ]
         weights = getattr(maps[0], "dataset", maps[0])
         remove_hook_from_submodules(model)
         if dtype is not None:
@@ -206,7 +232,9 @@ def _recast(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                new = done.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), False))
+                new = done.setdefault(
+                    id(parameter), nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), False)
+                )
                 module._parameters[name] = new
     model.config.dtype = dtype  # type: ignore[union-attr]
 
@@ -220,13 +248,15 @@ def _stored_names(model: nn.Module, source: Source) -> dict[str, str]:
             first.setdefault(id(parameter), name)
     missing = [name for name, p in parameters.items() if name not in source and id(p) not in first]
     if missing:
-        raise ValueError(f"{source.label} has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        raise ValueError(
+            f"{source.label} has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
     return {name: name if name in source else first[id(p)] for name, p in parameters.items()}
 
 
 def _ends_as_stored(model: Any, source: Source, stored: dict[str, str], compute: torch.dtype) -> None:
-    """A plain embedding and a plain unembedding stay mapped in the checkpoint's dtype: the rows that are looked up are cast, and the
-    unembedding a piece at a time, not all of it into fresh memory."""
+    """A plain embedding and a plain unembedding stay mapped in the checkpoint's dtype: the rows that are looked up are
+    cast, and the unembedding a piece at a time, not all of it into fresh memory."""
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is None or type(module) not in (nn.Embedding, nn.Linear) or source.costly:

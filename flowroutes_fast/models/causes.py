@@ -19,11 +19,22 @@ from flowroutes_fast.models.modules import modules_of
 from flowroutes_fast.models.rounding import stores_few_bits
 from flowroutes_fast.models.weights import is_adapter, named
 
-HARMLESS = ("flowroutes_fast", "accelerate", "transformers", "torch.nn.utils")  # whose hooks change no output that we do not see
+# whose hooks change no output that we do not see
+HARMLESS = ("flowroutes_fast", "accelerate", "transformers", "torch.nn.utils")
 IDLE = ("nnsight",)  # whose forwards, put on once and for all, do nothing outside its own contexts
 LIBRARIES = (  # whose code does alike at all positions
-    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "flowroutes_fast", "flash_attn", "causal_conv1d", "mamba_ssm", "fla", "kernels",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "flowroutes_fast",
+    "flash_attn",
+    "causal_conv1d",
+    "mamba_ssm",
+    "fla",
+    "kernels",
+)
 CALLED = ("forward", "__call__", "_wrapped_call_impl", "_call_impl")  # methods that a call of a module goes through
 MOST = 3  # examples of a kind
 
@@ -91,7 +102,9 @@ def _hooks(model: nn.Module, block: Block) -> Iterator[str]:
 
 
 def put_on(model: nn.Module, block: Block) -> str:
-    """What others put on a block and may do different things at different positions, as one phrase; empty for nothing."""
+    """What others put on a block and may do different things at different positions, as one phrase; empty for
+    nothing.
+    """
     forwards = (
         f"the forward of {name or 'the block'}"
         for name, module in block.module.named_modules()
@@ -100,7 +113,9 @@ def put_on(model: nn.Module, block: Block) -> str:
         and type(module.__dict__["forward"]).__module__.split(".")[0] not in IDLE
     )
     return " and ".join(
-        phrase for phrase in (_several("forward hooks", _hooks(model, block)), _several("replaced methods", forwards)) if phrase
+        phrase
+        for phrase in (_several("forward hooks", _hooks(model, block)), _several("replaced methods", forwards))
+        if phrase
     )
 
 
@@ -116,12 +131,16 @@ def _patched(block: Block) -> Iterator[str]:
 
 
 def written_elsewhere(function: Any) -> bool:
-    """Whether a function is, or wraps or is wrapped by, one that is not of PyTorch, transformers or the libraries that serve them."""
+    """Whether a function is, or wraps or is wrapped by, one that is not of PyTorch, transformers or the libraries
+    that serve them.
+    """
     return bool(_foreign(function))
 
 
 def _foreign(function: Any, home: str = "torch") -> str:
-    """The first module that a function or what it wraps was written in and that is neither of LIBRARIES nor of ``home``'s package."""
+    """The first module that a function or what it wraps was written in and that is neither of LIBRARIES nor of
+    ``home``'s package.
+    """
     known = (*LIBRARIES, home.split(".")[0])
     while function is not None:
         function = getattr(function, "__func__", function)
@@ -144,17 +163,30 @@ def foreign_classes(blocks: list[Block]) -> set[type]:
 
 
 def replaced_functions(blocks: list[Block]) -> Iterator[str]:
-    """Functions that the model's code or attention calls and that something has put in the place of the libraries' own."""
+    """Functions that the model's code or attention calls and that something has put in the place of the libraries'
+    own.
+    """
     calls = torch.nn.functional
-    for owner, names in ((calls, ("scaled_dot_product_attention", "softmax", "linear")), (torch, ("matmul", "softmax", "bmm"))):
+    for owner, names in (
+        (calls, ("scaled_dot_product_attention", "softmax", "linear")),
+        (torch, ("matmul", "softmax", "bmm")),
+    ):
         for name in names:
             if written := _foreign(getattr(owner, name)):
                 yield f"{name} (by {written})"
-    for config in {id(c): c for block in blocks if (c := getattr(block.attention, "config", None)) is not None}.values():
+    for config in {
+        id(c): c for block in blocks if (c := getattr(block.attention, "config", None)) is not None
+    }.values():
         name = str(getattr(config, "_attn_implementation", "") or "").removeprefix("flowroutes_capture_")
         if written := _foreign(_attention_functions().get(name)):
             yield f"the attention function {name!r} (by {written})"
-    homes = {kind.__module__ for block in blocks for m in (block.module, block.attention) if m is not None for kind in type(m).__mro__}
+    homes = {
+        kind.__module__
+        for block in blocks
+        for m in (block.module, block.attention)
+        if m is not None
+        for kind in type(m).__mro__
+    }
     homes.add("transformers.integrations.sdpa_attention")
     for home in sorted(home for home in homes if home.startswith("transformers.") and home in sys.modules):
         for name, function in vars(sys.modules[home]).items():

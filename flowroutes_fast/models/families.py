@@ -1,7 +1,8 @@
 """What a decoder block is, family by family: one table, no if-chains elsewhere.
 
-A family says where the modules of a block are, what multiplies what they add to the residual stream, and which of them read the same
-input. Everything that only changes the attention weights (rotary embedding, q/k norm, masks, multipliers) needs no entry.
+A family says where the modules of a block are, what multiplies what they add to the residual stream, and which of them
+read the same input. Everything that only changes the attention weights (rotary embedding, q/k norm, masks, multipliers)
+needs no entry.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Values = Callable[[nn.Module, Tensor], Tensor]  # attention module, output of its value module [1, token, n] -> [1, kv_head, token, d_head]
+# attention module, output of its value module [1, token, n] -> [1, kv_head, token, d_head]
+Values = Callable[[nn.Module, Tensor], Tensor]
 Number = Callable[[nn.Module], float]
 
 
@@ -36,7 +38,11 @@ def _gpt2(attention: Any, x: Tensor) -> Tensor:
 
 
 def _bigcode(attention: Any, x: Tensor) -> Tensor:
-    return _heads(x[..., -attention.head_dim :], attention.head_dim) if attention.multi_query else _interleaved(attention, x)
+    return (
+        _heads(x[..., -attention.head_dim :], attention.head_dim)
+        if attention.multi_query
+        else _interleaved(attention, x)
+    )
 
 
 def _falcon(attention: Any, x: Tensor) -> Tensor:
@@ -75,11 +81,12 @@ def _sigmoid(attention: Any, x: Tensor) -> Tensor:
 class Family:
     """Where a block's parts are; see MODELS in the documentation for the table made of this.
 
-    Names are attribute paths below the decoder (``layers``), the block, or the attention module (``output``, ``values``, ``inner_norm``,
-    ``gate``). Where a name is absent from a block, the block has no such part.
+    Names are attribute paths below the decoder (``layers``), the block, or the attention module (``output``,
+    ``values``, ``inner_norm``, ``gate``). Where a name is absent from a block, the block has no such part.
 
     Attributes:
-        mid: the module whose input is the state after attention. None: there is no such state, attention and FFN read one input.
+        mid: the module whose input is the state after attention. None: there is no such state, attention and FFN read
+            one input.
         ffn: modules whose outputs together are what the FFN adds.
         down: the FFN's last projection, whose inputs are its neurons.
         parallel: decides from the config whether attention and FFN both read the block's input.
@@ -87,10 +94,11 @@ class Family:
         post_norm, ffn_norm: norms between attention (FFN) and the residual stream; linearised: their divisor is frozen.
         inner_norm: a norm between the heads and W_O, linearised too. gate: the module whose output, through ``gate_of``
             -> [1, token, head, d_head], multiplies the heads' outputs.
-        attention_scale, mixer_scale, ffn_scale: what multiplies the parts, from the block. residual_scale, through_scale: what multiplies
-            the state itself on its way past attention (FFN). state_scale: what multiplies everything at the end of the block.
-        residual: "block": the residual connection carries the block's input; "attention": the (normalised) input of attention;
-            "argument": the second argument of the attention module.
+        attention_scale, mixer_scale, ffn_scale: what multiplies the parts, from the block. residual_scale,
+            through_scale: what multiplies the state itself on its way past attention (FFN). state_scale: what
+            multiplies everything at the end of the block.
+        residual: "block": the residual connection carries the block's input; "attention": the (normalised) input of
+            attention; "argument": the second argument of the attention module.
         through: the module whose input passes the FFN by; default: the state after attention itself.
         post: the module whose input is the block's last sum; default: the block's output.
         values, value_of: the module that projects the values, and how its output splits into heads.
@@ -131,8 +139,11 @@ class Family:
 def _opt(config: Any) -> Family:
     before = config.do_layer_norm_before
     return replace(
-        _OPT, mid="final_layer_norm" if before else "self_attn_layer_norm", through="fc1" if not before else "", post="" if before else "final_layer_norm"
-    )  # fmt: skip
+        _OPT,
+        mid="final_layer_norm" if before else "self_attn_layer_norm",
+        through="fc1" if not before else "",
+        post="" if before else "final_layer_norm",
+    )
 
 
 def _bloom(config: Any) -> Family:
@@ -142,7 +153,8 @@ def _bloom(config: Any) -> Family:
 def _falcon_family(config: Any) -> Family:
     if config.alibi and config._attn_implementation not in (None, "eager"):
         raise ValueError(
-            "falcon with ALiBi computes something else in transformers' sdpa attention than in its eager one, which alone gives its "
+            "falcon with ALiBi computes something else in transformers' sdpa attention than in its eager one, which "
+            "alone gives its "
             "attention weights: load the model with attn_implementation='eager'"
         )
     return _FALCON
@@ -150,37 +162,98 @@ def _falcon_family(config: Any) -> Family:
 
 _LLAMA = Family("llama")
 _GPT2 = Family(
-    "gpt2", layers="h", attention="attn", output="c_proj", mid="ln_2", down="mlp.c_proj", values="c_attn", value_of=_gpt2,
-)  # fmt: skip
+    "gpt2",
+    layers="h",
+    attention="attn",
+    output="c_proj",
+    mid="ln_2",
+    down="mlp.c_proj",
+    values="c_attn",
+    value_of=_gpt2,
+)
 _NEOX = Family(
-    "gpt_neox", attention="attention", output="dense", down="mlp.dense_4h_to_h", values="query_key_value", value_of=_interleaved,
-    parallel=lambda config: bool(getattr(config, "use_parallel_residual", True)), note="parallel unless use_parallel_residual=False",
-)  # fmt: skip
-_OPT = Family("opt", layers="layers", output="out_proj", ffn=("fc2",), down="fc2", note="norms before, or after the sums (OPT-350m)")
-_GEMMA2 = Family("gemma2", mid="pre_feedforward_layernorm", post_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
+    "gpt_neox",
+    attention="attention",
+    output="dense",
+    down="mlp.dense_4h_to_h",
+    values="query_key_value",
+    value_of=_interleaved,
+    parallel=lambda config: bool(getattr(config, "use_parallel_residual", True)),
+    note="parallel unless use_parallel_residual=False",
+)
+_OPT = Family(
+    "opt",
+    layers="layers",
+    output="out_proj",
+    ffn=("fc2",),
+    down="fc2",
+    note="norms before, or after the sums (OPT-350m)",
+)
+_GEMMA2 = Family(
+    "gemma2",
+    mid="pre_feedforward_layernorm",
+    post_norm="post_attention_layernorm",
+    ffn_norm="post_feedforward_layernorm",
+)
 _OLMO2 = Family("olmo2", mid="mlp", post_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
 _COHERE = Family("cohere", parallel=lambda config: True, mid=None)
 _JAMBA = Family(
-    "jamba", mid="pre_ff_layernorm", ffn=("feed_forward",), down="feed_forward.down_proj", mixers=("mamba",), note="mixture of experts"
+    "jamba",
+    mid="pre_ff_layernorm",
+    ffn=("feed_forward",),
+    down="feed_forward.down_proj",
+    mixers=("mamba",),
+    note="mixture of experts",
 )
 _GRANITE = Family(
-    "granite", attention_scale=_number("residual_multiplier"), ffn_scale=_number("residual_multiplier"), note="residual multiplier"
+    "granite",
+    attention_scale=_number("residual_multiplier"),
+    ffn_scale=_number("residual_multiplier"),
+    note="residual multiplier",
 )
 _GPTJ = Family(
-    "gptj", layers="h", attention="attn", output="out_proj", mid=None, parallel=lambda config: True, down="mlp.fc_out", hooked=True,
-)  # fmt: skip
+    "gptj",
+    layers="h",
+    attention="attn",
+    output="out_proj",
+    mid=None,
+    parallel=lambda config: True,
+    down="mlp.fc_out",
+    hooked=True,
+)
 _BLOOM = Family(
-    "bloom", layers="h", attention="self_attention", output="dense", ffn=("mlp.dense_4h_to_h",), down="mlp.dense_4h_to_h",
-    residual="argument", values="query_key_value", value_of=_interleaved, hooked=True, note="residual inside the attention module",
-)  # fmt: skip
+    "bloom",
+    layers="h",
+    attention="self_attention",
+    output="dense",
+    ffn=("mlp.dense_4h_to_h",),
+    down="mlp.dense_4h_to_h",
+    residual="argument",
+    values="query_key_value",
+    value_of=_interleaved,
+    hooked=True,
+    note="residual inside the attention module",
+)
 
 _FALCON = replace(
-    _BLOOM, name="falcon", residual="block", value_of=_falcon, ffn=("mlp",),
-    parallel=lambda config: config.new_decoder_architecture or config.parallel_attn, note="parallel, or sequential (falcon-rw)",
-)  # fmt: skip
+    _BLOOM,
+    name="falcon",
+    residual="block",
+    value_of=_falcon,
+    ffn=("mlp",),
+    parallel=lambda config: config.new_decoder_architecture or config.parallel_attn,
+    note="parallel, or sequential (falcon-rw)",
+)
 
 FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
-    "afmoe": replace(_GEMMA2, name="afmoe", mid="pre_mlp_layernorm", ffn_norm="post_mlp_layernorm", gate="gate_proj", note="mixture of experts"),
+    "afmoe": replace(
+        _GEMMA2,
+        name="afmoe",
+        mid="pre_mlp_layernorm",
+        ffn_norm="post_mlp_layernorm",
+        gate="gate_proj",
+        note="mixture of experts",
+    ),
     "apertus": replace(_LLAMA, name="apertus", mid="feedforward_layernorm"),
     "bamba": replace(_JAMBA, name="bamba", note=""),
     "bitnet": replace(_LLAMA, name="bitnet", inner_norm="attn_sub_norm", note="norm before W_O"),
@@ -194,50 +267,110 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "exaone4": replace(_OLMO2, name="exaone4"),
     "falcon": _falcon_family,
     "falcon_h1": replace(
-        _JAMBA, name="falcon_h1", attention_scale=_number("attn_out_multiplier"), mixer_scale=_number("ssm_out_multiplier"),
+        _JAMBA,
+        name="falcon_h1",
+        attention_scale=_number("attn_out_multiplier"),
+        mixer_scale=_number("ssm_out_multiplier"),
         note="attention and Mamba side by side",
     ),
     "gemma": replace(_LLAMA, name="gemma"),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, name="gemma3_text"),
     "gemma4_text": replace(
-        _GEMMA2, name="gemma4_text", ffn=("mlp", "post_per_layer_input_norm"), state_scale=_number("layer_scalar"), values="", last_logits=False, down="", note="layer scalar",
+        _GEMMA2,
+        name="gemma4_text",
+        ffn=("mlp", "post_per_layer_input_norm"),
+        state_scale=_number("layer_scalar"),
+        values="",
+        last_logits=False,
+        down="",
+        note="layer scalar",
     ),
     "glm": replace(_LLAMA, name="glm"),
     "glm4": replace(_LLAMA, name="glm4", post_norm="post_self_attn_layernorm", ffn_norm="post_mlp_layernorm"),
     "gpt2": _GPT2,
     "gpt_bigcode": replace(_GPT2, name="gpt_bigcode", value_of=_bigcode, note="multi-query"),
-    "gpt_neo": replace(_GPT2, name="gpt_neo", attention="attn.attention", output="out_proj", values="v_proj", value_of=_plain, hooked=True),
+    "gpt_neo": replace(
+        _GPT2,
+        name="gpt_neo",
+        attention="attn.attention",
+        output="out_proj",
+        values="v_proj",
+        value_of=_plain,
+        hooked=True,
+    ),
     "gpt_neox": _NEOX,
     "gpt_oss": replace(_LLAMA, name="gpt_oss", down="", note="attention sinks; mixture of experts"),
     "gptj": _GPTJ,
     "granite": _GRANITE,
-    "granitemoe": replace(_GRANITE, name="granitemoe", ffn=("block_sparse_moe",), down="", note="residual multiplier; mixture of experts"),
+    "granitemoe": replace(
+        _GRANITE, name="granitemoe", ffn=("block_sparse_moe",), down="", note="residual multiplier; mixture of experts"
+    ),
     "granitemoehybrid": replace(
-        _GRANITE, name="granitemoehybrid", mixer_scale=_number("residual_multiplier"), ffn=("block_sparse_moe", "shared_mlp"), down="",
-        mixers=("mamba",), note="residual multiplier; mixture of experts",
+        _GRANITE,
+        name="granitemoehybrid",
+        mixer_scale=_number("residual_multiplier"),
+        ffn=("block_sparse_moe", "shared_mlp"),
+        down="",
+        mixers=("mamba",),
+        note="residual multiplier; mixture of experts",
     ),
     "helium": replace(_LLAMA, name="helium"),
     "hunyuan_v1_dense": replace(_LLAMA, name="hunyuan_v1_dense"),
     "jamba": _JAMBA,
     "lfm2": replace(
-        _LLAMA, name="lfm2", output="out_proj", mid="ffn_norm", ffn=("feed_forward",), down="feed_forward.w2", mixers=("conv",),
+        _LLAMA,
+        name="lfm2",
+        output="out_proj",
+        mid="ffn_norm",
+        ffn=("feed_forward",),
+        down="feed_forward.w2",
+        mixers=("conv",),
     ),
     "llama": _LLAMA,
-    "llama4_text": replace(_LLAMA, name="llama4_text", ffn=("feed_forward",), down="feed_forward.down_proj", note="chunked attention; mixture of experts"),
+    "llama4_text": replace(
+        _LLAMA,
+        name="llama4_text",
+        ffn=("feed_forward",),
+        down="feed_forward.down_proj",
+        note="chunked attention; mixture of experts",
+    ),
     "minicpm3": replace(
-        _GRANITE, name="minicpm3", attention_scale=_number("residual_scale"), ffn_scale=_number("residual_scale"), values="", note="latent attention",
+        _GRANITE,
+        name="minicpm3",
+        attention_scale=_number("residual_scale"),
+        ffn_scale=_number("residual_scale"),
+        values="",
+        note="latent attention",
     ),
     "minimax": replace(
-        _LLAMA, name="minimax", residual="attention", residual_scale=_number("attn_alpha_factor"), attention_scale=_number("attn_beta_factor"),
-        mixer_scale=_number("attn_beta_factor"), through="mlp", through_scale=_number("mlp_alpha_factor"),
-        ffn_scale=_number("mlp_beta_factor"), down="", note="the residual stream is normalised before every sum",
+        _LLAMA,
+        name="minimax",
+        residual="attention",
+        residual_scale=_number("attn_alpha_factor"),
+        attention_scale=_number("attn_beta_factor"),
+        mixer_scale=_number("attn_beta_factor"),
+        through="mlp",
+        through_scale=_number("mlp_alpha_factor"),
+        ffn_scale=_number("mlp_beta_factor"),
+        down="",
+        note="the residual stream is normalised before every sum",
     ),
     "mistral": replace(_LLAMA, name="mistral"),
     "mixtral": replace(_LLAMA, name="mixtral", down="", note="mixture of experts"),
     "mpt": replace(
-        _BLOOM, name="mpt", layers="blocks", attention="attn", output="out_proj", mid="norm_2", residual="block",
-        ffn=("ffn.down_proj",), down="ffn.down_proj", values="Wqkv", value_of=_mpt, note="",
+        _BLOOM,
+        name="mpt",
+        layers="blocks",
+        attention="attn",
+        output="out_proj",
+        mid="norm_2",
+        residual="block",
+        ffn=("ffn.down_proj",),
+        down="ffn.down_proj",
+        values="Wqkv",
+        value_of=_mpt,
+        note="",
     ),
     "nemotron": replace(_LLAMA, name="nemotron"),
     "olmo": replace(_LLAMA, name="olmo"),
@@ -251,24 +384,39 @@ FAMILIES: dict[str, Family | Callable[[Any], Family]] = {
     "qwen3": replace(_LLAMA, name="qwen3"),
     "qwen3_moe": replace(_LLAMA, name="qwen3_moe", note="mixture of experts"),
     "qwen3_next": replace(
-        _LLAMA, name="qwen3_next", mixers=("linear_attn",), gate="q_proj", gate_of=_second_half, note="mixture of experts",
+        _LLAMA,
+        name="qwen3_next",
+        mixers=("linear_attn",),
+        gate="q_proj",
+        gate_of=_second_half,
+        note="mixture of experts",
     ),
     "recurrent_gemma": replace(
-        _LLAMA, name="recurrent_gemma", attention="temporal_block", mid="channel_pre_norm", ffn=("mlp_block",), down="mlp_block.down_proj",
+        _LLAMA,
+        name="recurrent_gemma",
+        attention="temporal_block",
+        mid="channel_pre_norm",
+        ffn=("mlp_block",),
+        down="mlp_block.down_proj",
         mixers=("temporal_block",),
     ),
     "seed_oss": replace(_LLAMA, name="seed_oss"),
     "smollm3": replace(_LLAMA, name="smollm3"),
     "stablelm": replace(
-        _LLAMA, name="stablelm", parallel=lambda config: bool(config.use_parallel_residual), note="sequential unless use_parallel_residual=True",
+        _LLAMA,
+        name="stablelm",
+        parallel=lambda config: bool(config.use_parallel_residual),
+        note="sequential unless use_parallel_residual=True",
     ),
     "starcoder2": replace(_LLAMA, name="starcoder2", down="mlp.c_proj"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Block:
-    """The modules of one layer, resolved on a real model. ``attention`` is None in a layer without attention weights."""
+    """The modules of one layer, resolved on a real model. ``attention`` is None in a layer without attention
+    weights.
+    """
 
     index: int
     family: Family
@@ -334,7 +482,9 @@ def _bias(module: Any, layer: int) -> Tensor | None:
 
 
 def _find(root: Any, path: str) -> Any:
-    """The module at an attribute path, or None; inside torch.compile's wrapper where one of its modules was compiled alone."""
+    """The module at an attribute path, or None; inside torch.compile's wrapper where one of its modules was
+    compiled alone.
+    """
     for name in path.split(".") if path else ():
         root = getattr(root, name, None)
         root = _in_use(getattr(root, "_orig_mod", root))
@@ -347,7 +497,9 @@ def _in_use(module: Any) -> Any:
     """The module that runs: PEFT's modules_to_save stand beside the original in a wrapper."""
     if type(module).__name__ != "ModulesToSaveWrapper":
         return module
-    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
+    active = (
+        [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
+    )
     return module.modules_to_save[active[0]] if active else module.original_module
 
 
@@ -357,15 +509,20 @@ def family_of(config: Any) -> Family:
     if kind is None:
         raise ValueError("this is not a transformers model (it has no config.model_type)")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind} is an encoder-decoder model; information flow routes are defined for decoder-only models")
+        raise ValueError(
+            f"{kind} is an encoder-decoder model; information flow routes are defined for decoder-only models"
+        )
     if getattr(config, "is_decoder", True) is False and kind in _ENCODERS:
         raise ValueError(
-            f"{kind} is an encoder; information flow routes are defined for decoders, where positions see only what came before"
+            f"{kind} is an encoder; information flow routes are defined for decoders, where positions see only what "
+            f"came before"
         )
     if kind in REFUSED:
         raise ValueError(f"model family {kind!r} cannot be traced: {REFUSED[kind]}")
     if kind not in FAMILIES:
-        raise ValueError(f"model family {kind!r} is not known to flowroutes_fast; known families: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"model family {kind!r} is not known to flowroutes_fast; known families: {', '.join(sorted(FAMILIES))}"
+        )
     found = FAMILIES[kind]
     return found if isinstance(found, Family) else found(config)
 
@@ -387,7 +544,8 @@ REFUSED = {
     "deepseek_v4": "it has several residual streams, and a route is defined on one",
     "gemma3n": "it has several residual streams, and a route is defined on one",
     "gemma3n_text": "it has several residual streams, and a route is defined on one",
-    "diffllama": "its heads subtract two attention patterns and normalise the difference, so that sub-edges are not parts of a sum",
+    "diffllama": "its heads subtract two attention patterns and normalise the difference, so that sub-edges are not "
+    "parts of a sum",
     "mamba": "it has no attention weights; a route needs sub-edges between positions",
     "mamba2": "it has no attention weights; a route needs sub-edges between positions",
     "falcon_mamba": "it has no attention weights; a route needs sub-edges between positions",
@@ -408,7 +566,9 @@ def _layers(model: Any, family: Family) -> nn.ModuleList:
         for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
             if name.split(".")[-1] == family.layers and isinstance(module, nn.ModuleList):
                 return module
-    raise ValueError(f"this {family.name} model is not built as expected: it has no list of blocks named {family.layers!r}")
+    raise ValueError(
+        f"this {family.name} model is not built as expected: it has no list of blocks named {family.layers!r}"
+    )
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
@@ -439,18 +599,38 @@ def _block(index: int, layer: nn.Module, family: Family, config: Any) -> Block:
     mid = None if parallel or family.mid is None else _find(layer, family.mid)
     ffn = tuple(m for name in family.ffn if (m := _find(layer, name)) is not None)
     for found, what in (
-        (attention if mixer is None else mixer, family.attention), (output if attention is not None else mixer, family.output),
-        (ffn or None, " or ".join(family.ffn)), (mid or (True if parallel else None), family.mid),
-    ):  # fmt: skip
+        (attention if mixer is None else mixer, family.attention),
+        (output if attention is not None else mixer, family.output),
+        (ffn or None, " or ".join(family.ffn)),
+        (mid or (True if parallel else None), family.mid),
+    ):
         if found is None:
             changed = [type(m).__name__ for m in layer.modules() if type(m).__module__.startswith("peft.")]
-            why = f" (an adapter has put its {changed[0]} there: remove it, or merge it where it can be)" if changed else ""
+            why = (
+                f" (an adapter has put its {changed[0]} there: remove it, or merge it where it can be)"
+                if changed
+                else ""
+            )
             raise ValueError(f"this {family.name} model is not built as expected: layer {index} has no {what!r}{why}")
     return Block(
-        index, family, layer, attention, output, mixer, ffn, mid,
-        _find(layer, family.post_norm), _find(layer, family.ffn_norm), _find(attention, family.inner_norm), _find(attention, family.gate),
-        _find(attention, family.values), _find(layer, family.through), _find(layer, family.post), parallel, _find(layer, family.down),
-    )  # fmt: skip
+        index,
+        family,
+        layer,
+        attention,
+        output,
+        mixer,
+        ffn,
+        mid,
+        _find(layer, family.post_norm),
+        _find(layer, family.ffn_norm),
+        _find(attention, family.inner_norm),
+        _find(attention, family.gate),
+        _find(attention, family.values),
+        _find(layer, family.through),
+        _find(layer, family.post),
+        parallel,
+        _find(layer, family.down),
+    )
 
 
 def context_length(config: Any) -> int | None:
@@ -460,7 +640,8 @@ def context_length(config: Any) -> int | None:
         return None
     ropes = _ropes(config)
     if any("dynamic" in _rope_type(rope) and not rope.get("original_max_position_embeddings") for rope in ropes):
-        return int(limit * max(float(rope.get("factor") or 1) for rope in ropes))  # stretched beyond what it was trained on
+        # stretched beyond what it was trained on
+        return int(limit * max(float(rope.get("factor") or 1) for rope in ropes))
     return limit
 
 
@@ -475,11 +656,15 @@ def _rope_type(rope: dict[str, Any]) -> str:
 
 
 def rotary_regime(config: Any, length: int) -> int:
-    """Prompts of one regime are rotated alike when they run together: some rotary embeddings change with the longest prompt of a batch."""
+    """Prompts of one regime are rotated alike when they run together: some rotary embeddings change with the
+    longest prompt of a batch.
+    """
     regime = 0
     for rope in _ropes(config):
         kind = _rope_type(rope)
-        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
         limit = int(limit or getattr(config, "max_position_embeddings", None) or 0)
         if kind == "longrope":
             regime = max(regime, int(length > limit))

@@ -10,7 +10,8 @@ from flowroutes_fast.models.weights import rounding_of
 
 
 def coarsest_dtype(block: Block, states_dtype: torch.dtype) -> torch.dtype:
-    """The type with the largest rounding error among those of the states, of the block's modules and of what W_O's module does.
+    """The type with the largest rounding error among those of the states, of the block's modules and of what W_O's
+    module does.
 
     int8 and float8_e4m3fn stand for a W_O whose inputs are rounded to 8 bits; a plain float32 block gives float32.
     """

@@ -29,23 +29,36 @@ def coarsest_of(types: set[torch.dtype], device: torch.device) -> torch.dtype:
 
 
 def _float32_product(device: torch.device) -> torch.dtype:
-    """What torch.set_float32_matmul_precision and its relatives make of float32 products: TF32 has float16's precision."""
+    """What torch.set_float32_matmul_precision and its relatives make of float32 products: TF32 has float16's
+    precision.
+    """
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     kind = getattr(getattr(backend, "matmul", None), "fp32_precision", "ieee")
-    return {"bf16": torch.bfloat16, "tf32": torch.float16 if device.type == "cuda" else torch.float32}.get(kind, torch.float32)
+    return {"bf16": torch.bfloat16, "tf32": torch.float16 if device.type == "cuda" else torch.float32}.get(
+        kind, torch.float32
+    )
 
 
 def computing_types(module: nn.Module) -> set[torch.dtype]:
-    """Floating types that a module's parts say they compute in: of parameters and buffers, and ``compute_dtype`` of quantised ones."""
-    found = {t.dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point() and t.element_size() > 1}
+    """Floating types that a module's parts say they compute in: of parameters and buffers, and ``compute_dtype`` of
+    quantised ones.
+    """
+    found = {
+        t.dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point() and t.element_size() > 1
+    }
     said = {getattr(m, "compute_dtype", None) for m in module.modules()}
     return found | {t for t in said if isinstance(t, torch.dtype)}
 
 
 def stores_few_bits(module: nn.Module) -> bool:
-    """Whether a module keeps weights as integers, as 8-bit floats or in a format of its own, and so may round its inputs too."""
-    return any(_few_bits(t) for m in module.modules() for t in [*m._parameters.values(), *m._buffers.values()] if t is not None) or any(
-        type(m).__module__.startswith(("bitsandbytes", "torch.ao")) or "BitLinear" in type(m).__name__ for m in module.modules()
+    """Whether a module keeps weights as integers, as 8-bit floats or in a format of its own, and so may round its
+    inputs too.
+    """
+    return any(
+        _few_bits(t) for m in module.modules() for t in [*m._parameters.values(), *m._buffers.values()] if t is not None
+    ) or any(
+        type(m).__module__.startswith(("bitsandbytes", "torch.ao")) or "BitLinear" in type(m).__name__
+        for m in module.modules()
     )
 
 
@@ -56,7 +69,13 @@ def _few_bits(t: Tensor) -> bool:
 
 def type_of_error(error: float) -> torch.dtype:
     """The type that a layer of few bits rounds its inputs to, from the relative error of its additivity."""
-    for dtype, largest in ((torch.float32, 3e-5), (torch.float16, 1.5e-3), (torch.bfloat16, 6e-3), (torch.int8, 2.5e-2)):
+    for dtype, largest in (
+        (torch.float32, 3e-5),
+        (torch.float16, 1.5e-3),
+        (torch.bfloat16, 6e-3),
+        (torch.int8, 2.5e-2),
+    ):
         if error <= largest:
             return dtype
-    return torch.float8_e4m3fn if error <= LOW_BIT_AGREEMENT else torch.float32  # not linear: rounding does not excuse it
+    # not linear: rounding does not excuse it
+    return torch.float8_e4m3fn if error <= LOW_BIT_AGREEMENT else torch.float32

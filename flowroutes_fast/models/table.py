@@ -8,8 +8,12 @@ COLUMNS = ("family", "block", "attention weights", "particulars", "FFN neurons")
 
 
 def rows() -> list[tuple[str, str, str, str, str]]:
-    """One row per family: name, block shape, how its attention weights are had, what is particular, whether its FFN splits into neurons."""
-    return [_row(kind) for kind in sorted(FAMILIES)] + [(kind, "–", "–", f"refused: {why}", "–") for kind, why in sorted(REFUSED.items())]
+    """One row per family: name, block shape, how its attention weights are had, what is particular, whether its FFN
+    splits into neurons.
+    """
+    return [_row(kind) for kind in sorted(FAMILIES)] + [
+        (kind, "–", "–", f"refused: {why}", "–") for kind, why in sorted(REFUSED.items())
+    ]
 
 
 def _row(kind: str) -> tuple[str, str, str, str, str]:
@@ -35,7 +39,9 @@ def _particulars(family: Family) -> list[str]:
     ):
         if getattr(family, name) and says not in found:
             found.append(says)
-    if any(getattr(family, name) is not getattr(plain, name) for name in ("attention_scale", "ffn_scale", "state_scale")):
+    if any(
+        getattr(family, name) is not getattr(plain, name) for name in ("attention_scale", "ffn_scale", "state_scale")
+    ):
         found += [] if any(word in family.note for word in ("multiplier", "scalar")) else ["multipliers"]
     if family.mixers:
         found.append(f"{' or '.join(family.mixers)} is one opaque part")
@@ -48,12 +54,17 @@ def markdown() -> str:
     lines = [
         "# Model families",
         "",
-        "Written by `flowroutes models --markdown`. Every family is tested on tiny random models: the parts add up to the residual state at every",
-        "node, exact importances equal a float64 evaluation, certified routes equal exact ones. Every pass through a checkpoint is checked,",
-        "and refused if the parts do not add up. Where a wrapper holds the language model (images, PEFT), the inner family counts.",
+        "Written by `flowroutes models --markdown`. Every family is tested on tiny random models: the parts add up to "
+        "the residual state at every",
+        "node, exact importances equal a float64 evaluation, certified routes equal exact ones. Every pass through a "
+        "checkpoint is checked,",
+        "and refused if the parts do not add up. Where a wrapper holds the language model (images, PEFT), the inner "
+        "family counts.",
         "",
-        "Norms between a part and the residual stream are linearised: their divisor is the one of this forward pass. Mixers without attention",
-        "weights (Mamba, linear attention, convolutions) are one part of their node, `mixer`, without source positions.",
+        "Norms between a part and the residual stream are linearised: their divisor is the one of this forward pass. "
+        "Mixers without attention",
+        "weights (Mamba, linear attention, convolutions) are one part of their node, `mixer`, without source "
+        "positions.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -9,7 +9,8 @@ SPACE = "▁"  # U+2581, which SentencePiece writes for a space
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """A token as it stands in a text, with its leading spaces, which decoding a SentencePiece token alone drops; without a tokenizer its id.
+    """A token as it stands in a text, with its leading spaces, which decoding a SentencePiece token alone drops;
+    without a tokenizer its id.
 
     An id that the tokenizer does not know (models have more rows than it has tokens) is ``<id>``.
     """
@@ -39,7 +40,8 @@ def token_texts(tokenizer: Any, tokens: Iterable[int]) -> list[str]:
 
 
 def single_token(tokenizer: Any, text: str, name: str = "answer") -> int:
-    """The one token that ``text`` is, leading space included: ``" Mary"`` is SentencePiece's ``▁Mary``, ``"Mary"`` is not.
+    """The one token that ``text`` is, leading space included: ``" Mary"`` is SentencePiece's ``▁Mary``, ``"Mary"`` is
+    not.
 
     ``ValueError`` naming the pieces if there is none.
     """
@@ -54,7 +56,8 @@ def single_token(tokenizer: Any, text: str, name: str = "answer") -> int:
     unknown = ids[:1] == [getattr(tokenizer, "unk_token_id", None)]
     if unknown and len(ids) == 1:
         raise ValueError(f"{name} {text!r} is unknown to the tokenizer, which gives {pieces[0]!r} for it")
-    if len(ids) == 1 and not pieces[0].startswith(" ") and not _spaced(tokenizer, ids[0]):  # a tokenizer that changes texts (lower case)
+    # a tokenizer that changes texts (lower case)
+    if len(ids) == 1 and not pieces[0].startswith(" ") and not _spaced(tokenizer, ids[0]):
         return ids[0]
     what = f"{len(ids)} tokens {pieces}, not one" if len(ids) != 1 else f"the token {pieces[0]!r}"
     raise ValueError(f"{name} {text!r} is {what}; does it lack its leading space?")

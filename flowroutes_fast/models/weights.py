@@ -1,7 +1,9 @@
-"""What a linear module multiplies by and adds, whatever stores it: plain, adapted, quantised, packed, masked, offloaded.
+"""What a linear module multiplies by and adds, whatever stores it: plain, adapted, quantised, packed, masked,
+offloaded.
 
-PyTorch's own linear layer is read. A known stored format is taken apart and believed only if it gives what the module gives. Any other module
-is asked: its answers to zero and to the identity are its bias and its weight, if it answers like a linear map.
+PyTorch's own linear layer is read. A known stored format is taken apart and believed only if it gives what the module
+gives. Any other module is asked: its answers to zero and to the identity are its bias and its weight, if it answers
+like a linear map.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from flowroutes_fast.models.modules import modules_of, name_of
-from flowroutes_fast.models.rounding import AGREEMENT, LOW_BIT_AGREEMENT, coarsest_of, computing_types, stores_few_bits, type_of_error
+from flowroutes_fast.models.rounding import (
+    AGREEMENT,
+    LOW_BIT_AGREEMENT,
+    coarsest_of,
+    computing_types,
+    stores_few_bits,
+    type_of_error,
+)
 
 NUMBERS_AT_ONCE = 2**24  # of the identity and of the answers to it, in float32
 _LINEAR = {"torch.nn.modules.linear.Linear.forward", "transformers.pytorch_utils.Conv1D.forward"}
@@ -36,12 +45,16 @@ def plain(module: Any) -> Any:
 
 
 def effective_weight(module: Any, layer: int) -> Tensor:
-    """The weight ``[out, in]`` that the module multiplies by, float32, with active adapters; ``ValueError`` if there is no such weight."""
+    """The weight ``[out, in]`` that the module multiplies by, float32, with active adapters; ``ValueError`` if
+    there is no such weight.
+    """
     return module.weight.detach().float() if _is_untouched(module) else _read(module, layer)[0]
 
 
 def effective_bias(module: Any, layer: int = -1) -> Tensor | None:
-    """What the module adds ``[out]``, float32, with active adapters; None if nothing. ``ValueError`` if it cannot be asked."""
+    """What the module adds ``[out]``, float32, with active adapters; None if nothing. ``ValueError`` if it cannot
+    be asked.
+    """
     if module is None:
         return None
     if _is_untouched(module):
@@ -56,7 +69,9 @@ def effective_bias(module: Any, layer: int = -1) -> Tensor | None:
 
 
 def _is_untouched(module: Any) -> bool:
-    """PyTorch's own linear layer with nothing on it, told in microseconds: it is asked for every layer of every pass."""
+    """PyTorch's own linear layer with nothing on it, told in microseconds: it is asked for every layer of every
+    pass.
+    """
     if (
         type(module) is not nn.Linear
         or not module.__dict__.keys().isdisjoint(("forward", "_hf_hook", "_old_forward"))
@@ -64,7 +79,11 @@ def _is_untouched(module: Any) -> bool:
     ):
         return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return type(weight) is nn.Parameter and _is_readable(weight) and (bias is None or (type(bias) is nn.Parameter and _is_readable(bias)))
+    return (
+        type(weight) is nn.Parameter
+        and _is_readable(weight)
+        and (bias is None or (type(bias) is nn.Parameter and _is_readable(bias)))
+    )
 
 
 def _is_readable(t: Tensor) -> bool:
@@ -76,11 +95,16 @@ def check_adapters(model: nn.Module) -> None:
     for module in modules_of(model):
         if (why := _depends_on_wrapper(module)) is not None:
             name = name_of(module, model)
-            raise ValueError(f"the adapter on {name or 'the model'} ({why}) cannot be traced: disable it, or merge it where it can be")
+            raise ValueError(
+                f"the adapter on {name or 'the model'} ({why}) cannot be traced: disable it, or merge it "
+                f"where it can be"
+            )
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What changes when a model's weights are written to or its adapters switched; weights that come and go (offloaded, packed) are left out."""
+    """What changes when a model's weights are written to or its adapters switched; weights that come and go
+    (offloaded, packed) are left out.
+    """
     held = [m for m in modules_of(model) if "_hf_hook" not in m.__dict__]
     return _versions(_weights(held)), _switches(held)
 
@@ -93,7 +117,12 @@ def state_and_places(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _weights(held: list[nn.Module]) -> list[nn.Parameter]:
-    return [p for m in held for p in m._parameters.values() if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta]
+    return [
+        p
+        for m in held
+        for p in m._parameters.values()
+        if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta
+    ]
 
 
 def _versions(weights: list[nn.Parameter]) -> tuple[Any, ...]:
@@ -102,7 +131,10 @@ def _versions(weights: list[nn.Parameter]) -> tuple[Any, ...]:
 
 def _switches(held: list[nn.Module]) -> tuple[Any, ...]:
     adapters = [m for m in held if is_adapter(m)]
-    return tuple(tuple(map(str, (getattr(m, name, "") for name in ("disable_adapters", "merged", "active_adapters")))) for m in adapters)
+    return tuple(
+        tuple(map(str, (getattr(m, name, "") for name in ("disable_adapters", "merged", "active_adapters"))))
+        for m in adapters
+    )
 
 
 def _depends_on_wrapper(module: Any) -> str | None:
@@ -120,7 +152,9 @@ def _depends_on_wrapper(module: Any) -> str | None:
 
 
 def rounding_of(module: Any, layer: int) -> torch.dtype:
-    """The coarsest type a linear module says or shows to compute in; int8 and float8_e4m3fn: it rounds its inputs to 8 bits."""
+    """The coarsest type a linear module says or shows to compute in; int8 and float8_e4m3fn: it rounds its inputs
+    to 8 bits.
+    """
     stand_in = quiet(module)
     with _undisturbed():
         if _is_linear(stand_in):
@@ -133,7 +167,9 @@ def rounding_of(module: Any, layer: int) -> torch.dtype:
 
 
 def quiet(module: nn.Module) -> Any:
-    """A stand-in that shares a module's tensors: in evaluation mode, without hooks; asking it leaves the module as it was."""
+    """A stand-in that shares a module's tensors: in evaluation mode, without hooks; asking it leaves the module as
+    it was.
+    """
     return _copied(module, {})
 
 
@@ -144,9 +180,13 @@ def _copied(module: Any, made: dict[int, Any]) -> Any:
     found = made[id(module)] = object.__new__(type(module))
     state = found.__dict__
     state.update({name: _rebound(value, module, found) for name, value in module.__dict__.items()})
-    state["_parameters"] = {n: nn.Parameter(p.detach(), False) if type(p) is nn.Parameter else p for n, p in module._parameters.items()}
+    state["_parameters"] = {
+        n: nn.Parameter(p.detach(), False) if type(p) is nn.Parameter else p for n, p in module._parameters.items()
+    }
     state["_buffers"] = dict(module._buffers)
-    state["_modules"] = {name: None if child is None else _copied(child, made) for name, child in module._modules.items()}
+    state["_modules"] = {
+        name: None if child is None else _copied(child, made) for name, child in module._modules.items()
+    }
     state["training"], state["_compiled_call_impl"] = False, None
     for hook in module._forward_pre_hooks.values():  # pruning and the older norms of weights make the weight in a hook
         if type(hook).__module__.startswith("torch.nn.utils."):
@@ -185,7 +225,9 @@ def _is_linear(module: Any) -> bool:
         return False
     weight, bias = module.weight, module.bias
     return all(
-        type(t) in (nn.Parameter, Tensor) and t.is_floating_point() and t.element_size() > 1 for t in (weight, bias) if t is not None
+        type(t) in (nn.Parameter, Tensor) and t.is_floating_point() and t.element_size() > 1
+        for t in (weight, bias)
+        if t is not None
     )
 
 
@@ -211,13 +253,18 @@ def _plain_parts(module: Any, layer: int) -> tuple[Tensor, Tensor | None]:
         if weight.is_meta or weight.dim() != 2:
             shape = list(weight.shape)
             raise ValueError(
-                f"layer {layer}: the weight {shape} of {named(module)} on {weight.device} cannot be read: load the model whole, "
+                f"layer {layer}: the weight {shape} of {named(module)} on {weight.device} cannot be read: load the "
+                f"model whole, "
                 "on this process alone, or with device_map="
             )
         weight = weight.T if "Conv1D.forward" in _forward_name(module) else weight
         bias = None if bias is None else bias.detach().float()
         # offloaded weights go back to disk when the context ends
-        return (weight.float().clone(), bias if bias is None else bias.clone()) if _offloaded(module) else (weight.float(), bias)
+        return (
+            (weight.float().clone(), bias if bias is None else bias.clone())
+            if _offloaded(module)
+            else (weight.float(), bias)
+        )
 
 
 def _forward_name(module: Any) -> str:
@@ -247,7 +294,9 @@ class _Answers:
         self.module, self.layer = module, layer
         for part in module.modules():
             if not hasattr(part, "_hf_hook") and any(p is not None and p.is_meta for p in part._parameters.values()):
-                raise ValueError(f"layer {layer}: {named(module)} has no weights: its {type(part).__name__} is on the meta device")
+                raise ValueError(
+                    f"layer {layer}: {named(module)} has no weights: its {type(part).__name__} is on the meta device"
+                )
         self.device = _device(module)
         self.width, self.dtype = self._accepted()
         self.bias = self._bias()
@@ -270,8 +319,12 @@ class _Answers:
                         return width, dtype
                 except Exception as error:  # a module may say in any way that it does not take this
                     why = error
-        reason = "it does not say how wide its input is (in_features)" if why is None else f"it fails: {_first_line(why)}"
-        raise ValueError(f"layer {self.layer}: {named(self.module)} cannot be asked what it multiplies by: {reason}") from why
+        reason = (
+            "it does not say how wide its input is (in_features)" if why is None else f"it fails: {_first_line(why)}"
+        )
+        raise ValueError(
+            f"layer {self.layer}: {named(self.module)} cannot be asked what it multiplies by: {reason}"
+        ) from why
 
     def _bias(self) -> Tensor:
         found = self(torch.zeros(1, self.width, dtype=torch.float32, device=self.device))[0]
@@ -281,7 +334,9 @@ class _Answers:
         return (self(x) + self(-x))[0] / 2
 
     def _random(self, rows: int) -> Tensor:
-        found = torch.randn(rows, self.width, generator=torch.Generator("cpu").manual_seed(rows), dtype=torch.float32, device="cpu")
+        found = torch.randn(
+            rows, self.width, generator=torch.Generator("cpu").manual_seed(rows), dtype=torch.float32, device="cpu"
+        )
         return (found / 2).to(self.dtype).float().to(self.device)
 
     def _allowed(self, rounded: bool) -> float:
@@ -319,7 +374,9 @@ class _Answers:
             if self.agree(found):
                 return found
         x = self._random(3)
-        self._refuse(f"what it gives is {_distance(x @ found.T + self.bias, self(x)):.1%} off what one matrix would give")
+        self._refuse(
+            f"what it gives is {_distance(x @ found.T + self.bias, self(x)):.1%} off what one matrix would give"
+        )
 
     def _identity(self) -> Tensor:
         scale = self._scale()
@@ -341,9 +398,14 @@ class _Answers:
                 self._refuse(f"{factor} times an input misses {factor} times its output by {error:.1%}")
 
     def _refuse(self, what: str) -> NoReturn:
-        way_out = "merge the adapter first (model.merge_and_unload()) or disable it" if is_adapter(self.module) else "replace it"
+        way_out = (
+            "merge the adapter first (model.merge_and_unload()) or disable it"
+            if is_adapter(self.module)
+            else "replace it"
+        )
         raise ValueError(
-            f"layer {self.layer}: {named(self.module)} is not linear ({what}), so its output cannot be split into parts: {way_out}"
+            f"layer {self.layer}: {named(self.module)} is not linear ({what}), so its output cannot be split into "
+            f"parts: {way_out}"
         )
 
     def _scale(self) -> float:
@@ -374,7 +436,11 @@ def named(module: Any) -> str:
     """A module for a message: its type, and what it wraps."""
     kind = type(module)
     base = plain(module)
-    name = f"{kind.__module__.removeprefix('peft.tuners.').split('.')[0]} adapter" if is_adapter(module) else f"a {kind.__name__}"
+    name = (
+        f"{kind.__module__.removeprefix('peft.tuners.').split('.')[0]} adapter"
+        if is_adapter(module)
+        else f"a {kind.__name__}"
+    )
     return name if base is module else f"the {name} on a {type(base).__name__}".replace("the a ", "a ")
 
 

@@ -1,8 +1,9 @@
 """The functions everything is built on: they check their arguments, choose a backend and return tensors.
 
-:func:`attention_importances`, :func:`part_proximity` and :func:`component_proximity` are public. They take PyTorch tensors, or arrays of
-any library that speaks DLPack (NumPy, JAX, CuPy), and may be called inside ``torch.compile(fullgraph=True)``; there, shapes and dtypes
-are checked and numbers are not. None of them has a gradient. What they call is registered with ``torch.library`` (namespace ``flowroutes``).
+:func:`attention_importances`, :func:`part_proximity` and :func:`component_proximity` are public. They take PyTorch
+tensors, or arrays of any library that speaks DLPack (NumPy, JAX, CuPy), and may be called inside
+``torch.compile(fullgraph=True)``; there, shapes and dtypes are checked and numbers are not. None of them has a
+gradient. What they call is registered with ``torch.library`` (namespace ``flowroutes``).
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ def backend_status() -> dict[str, str | None]:
 
 
 def choose_backend(backend: str, tensor: Tensor) -> str:
-    """Resolve ``"auto"`` for this tensor: ``"cpu"`` or ``"triton"`` by its device, ``"reference"`` where they are missing.
+    """Resolve ``"auto"`` for this tensor: ``"cpu"`` or ``"triton"`` by its device, ``"reference"`` where they are
+    missing.
 
     Raises:
-        ValueError: an unknown name, or one that does not serve this tensor's device or dtype. RuntimeError: a missing backend.
+        ValueError: an unknown name, or one that does not serve this tensor's device or dtype. RuntimeError: a missing
+            backend.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}: choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -82,7 +85,9 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
         return wanted
     reason = _MISSING[backend]()
     if reason:
-        raise RuntimeError(reason if reason.startswith("backend") else f"backend {backend!r} is not available: {reason}")
+        raise RuntimeError(
+            reason if reason.startswith("backend") else f"backend {backend!r} is not available: {reason}"
+        )
     if backend != "reference" and tensor.dtype == torch.float64:
         raise ValueError(f"backend {backend!r} computes in float32; use backend='reference' for float64 tensors")
     if backend == "cpu" and tensor.device.type != "cpu":
@@ -95,7 +100,9 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
 
 
 def _resolve(backend: str, tensor: Tensor) -> str:
-    """:func:`choose_backend` now, or (while torch.compile traces, which must not look for libraries) when the registered op runs."""
+    """:func:`choose_backend` now, or (while torch.compile traces, which must not look for libraries) when the
+    registered op runs.
+    """
     return backend if torch.compiler.is_compiling() else choose_backend(backend, tensor)
 
 
@@ -109,11 +116,16 @@ def _say_once(message: str) -> None:
 
 
 def as_tensor(given: Any, name: str = "the array") -> Tensor:
-    """A tensor that shares memory with ``given``: a tensor itself, or anything with ``__dlpack__`` (a read-only or reversed array is copied)."""
+    """A tensor that shares memory with ``given``: a tensor itself, or anything with ``__dlpack__`` (a read-only or
+    reversed array is copied).
+    """
     if isinstance(given, Tensor):
         return given
     if not hasattr(given, "__dlpack__"):
-        raise TypeError(f"{name} must be a torch.Tensor or an array that supports DLPack (NumPy, JAX, CuPy), got {type(given).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor or an array that supports DLPack (NumPy, JAX, CuPy), got "
+            f"{type(given).__name__}"
+        )
     if hasattr(given, "filled") and hasattr(given, "mask"):  # numpy.ma: DLPack would forget the mask
         raise TypeError(f"{name} is a masked array, whose mask would be lost: give .filled(value)")
     strides = getattr(given, "strides", None)
@@ -139,7 +151,8 @@ def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int
     but summed termwise, so that nothing cancels.
 
     Args:
-        part, whole: ``[..., d_model]``, of one shape, float32, bfloat16 or float16 (float64: computed by the reference).
+        part, whole: ``[..., d_model]``, of one shape, float32, bfloat16 or float16 (float64: computed by the
+            reference).
         backend: see :func:`attention_importances`. threads: of the CPU kernel; 0 for OpenMP's default.
 
     Returns:
@@ -159,7 +172,8 @@ def part_proximity(part: Any, whole: Any, *, backend: str = "auto", threads: int
 
 @in_neutral
 def component_proximity(outputs: Any, state: Any, *, backend: str = "auto", threads: int = 0) -> Tensor:
-    """Proximity of every component's output to the state it is added to, at the same position: the component-to-component variant.
+    """Proximity of every component's output to the state it is added to, at the same position: the
+    component-to-component variant.
 
     Equivalent to::
 
@@ -192,16 +206,23 @@ def _check_states(**named: Tensor) -> None:
         raise TypeError(f"{' and '.join(named)} must both be float64, or neither")
     for name, tensor in named.items():
         if tensor.dtype not in _FLOAT:
-            raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}"
+            )
         _check_real(name, tensor)
         if not tensor.dim() or not tensor.shape[-1]:
             raise ValueError(f"{name} must be [..., d_model], got shape {tuple(tensor.shape)}")
 
 
 def _check_components(outputs: Tensor, state: Tensor) -> None:
-    if outputs.dim() != state.dim() + 1 or outputs.shape[:-2] != state.shape[:-1] or outputs.shape[-1] != state.shape[-1]:
+    if (
+        outputs.dim() != state.dim() + 1
+        or outputs.shape[:-2] != state.shape[:-1]
+        or outputs.shape[-1] != state.shape[-1]
+    ):
         raise ValueError(
-            f"outputs {tuple(outputs.shape)} must be [..., component, d_model] for a state [..., d_model] = {tuple(state.shape)}"
+            f"outputs {tuple(outputs.shape)} must be [..., component, d_model] for a state [..., d_model] = "
+            f"{tuple(state.shape)}"
         )
 
 
@@ -232,7 +253,9 @@ def check_tensors(**named: tuple[Tensor | None, int]) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _FLOAT:
-            raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}"
+            )
         if tensor.dim() != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got shape {list(tensor.shape)}")
         if 0 in tensor.shape:
@@ -243,33 +266,61 @@ def check_tensors(**named: tuple[Tensor | None, int]) -> None:
 
 
 def check_layer(
-    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, *, base: Tensor | None = None, mask: Tensor | None = None,
-    sinks: Tensor | None = None, row_scale: Tensor | None = None, gate: Tensor | None = None, softcap: float = 0.0, window: int = 0,
-) -> None:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    *,
+    base: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> None:
     """Check that one layer's tensors fit together (shapes as in :class:`flowroutes_fast.ops.bounds.Attention`).
 
     Raises:
-        ValueError: a shape or device that does not fit, heads that do not divide, causal attention with fewer keys than queries.
+        ValueError: a shape or device that does not fit, heads that do not divide, causal attention with fewer keys than
+            queries.
         TypeError: no floating point numbers.
     """
     check_tensors(
-        query=(query, 3), key=(key, 3), value=(value, 3), w_o=(w_o, 3), whole=(whole, 2), base=(base, 1), sinks=(sinks, 1),
-        row_scale=(row_scale, 1), gate=(gate, 3), mask=(mask, mask.dim() if mask is not None and mask.dim() in (2, 3) else 3),
-    )  # fmt: skip
+        query=(query, 3),
+        key=(key, 3),
+        value=(value, 3),
+        w_o=(w_o, 3),
+        whole=(whole, 2),
+        base=(base, 1),
+        sinks=(sinks, 1),
+        row_scale=(row_scale, 1),
+        gate=(gate, 3),
+        mask=(mask, mask.dim() if mask is not None and mask.dim() in (2, 3) else 3),
+    )
     (n_head, n_query, d_qk), (kv, n_key) = query.shape, key.shape[:2]
     d_v, d_model = w_o.shape[1:]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "key": (key, (kv, n_key, d_qk)), "value": (value, (kv, n_key, d_v)), "w_o": (w_o, (n_head, d_v, d_model)),
-        "whole": (whole, (n_query, d_model)), "base": (base, (n_query,)), "sinks": (sinks, (n_head,)), "row_scale": (row_scale, (n_query,)),
-        "gate": (gate, (n_query, n_head, d_v)), "mask": (mask, (n_head, n_query, n_key)[3 - (mask.dim() if mask is not None else 3) :]),
-    }  # fmt: skip
+        "key": (key, (kv, n_key, d_qk)),
+        "value": (value, (kv, n_key, d_v)),
+        "w_o": (w_o, (n_head, d_v, d_model)),
+        "whole": (whole, (n_query, d_model)),
+        "base": (base, (n_query,)),
+        "sinks": (sinks, (n_head,)),
+        "row_scale": (row_scale, (n_query,)),
+        "gate": (gate, (n_query, n_head, d_v)),
+        "mask": (mask, (n_head, n_query, n_key)[3 - (mask.dim() if mask is not None else 3) :]),
+    }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; with the other shapes it must be {list(shape)}")
     if n_head % kv:
         raise ValueError(f"the number of key-value heads {kv} does not divide the number of heads {n_head}")
     if mask is None and n_query > n_key:
-        raise ValueError(f"causal attention of {n_query} queries needs as many keys, got {n_key}; give a mask for another order")
+        raise ValueError(
+            f"causal attention of {n_query} queries needs as many keys, got {n_key}; give a mask for another order"
+        )
     if not softcap >= 0 or window < 0:
         raise ValueError(f"softcap and window must be zero or positive, got {softcap} and {window}")
 
@@ -324,7 +375,8 @@ def attention_importances(
 
     Returns:
         importances ``[batch, query, key, head]`` and residual ``[batch, query]``, dimensionless, float32 (float64 for
-        float64 inputs). Over keys and heads, together with the residual, a row sums to 1 (0 where no part is closer than none).
+        float64 inputs). Over keys and heads, together with the residual, a row sums to 1 (0 where no part is closer
+        than none).
 
     Raises:
         ValueError: shapes that do not fit, NaN or infinity in a state, an unknown backend.
@@ -335,9 +387,13 @@ def attention_importances(
     _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm, clip)
     chosen = _resolve(backend, resid_mid)
     if backend not in ("auto", "reference") and distance_norm != 1:
-        raise ValueError(f"backend {chosen!r} computes distance_norm=1 only, not {distance_norm}; use backend='reference'")
+        raise ValueError(
+            f"backend {chosen!r} computes distance_norm=1 only, not {distance_norm}; use backend='reference'"
+        )
     dtype = _result(resid_mid)
-    pattern, value, w_o, resid_pre, resid_mid = (t.detach().to(dtype) for t in (pattern, value, w_o, resid_pre, resid_mid))
+    pattern, value, w_o, resid_pre, resid_mid = (
+        t.detach().to(dtype) for t in (pattern, value, w_o, resid_pre, resid_mid)
+    )
     rows, residuals = [], []
     for b in range(pattern.shape[0]):
         v, y = value[b].transpose(0, 1), resid_mid[b]
@@ -360,13 +416,17 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
     rank = {"pattern": 4, "value": 4, "w_o": 3, "resid_pre": 3, "resid_mid": 3}
     for name, tensor in named.items():
         if tensor.dtype not in _FLOAT:
-            raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}"
+            )
         if tensor.dim() != rank[name]:
             raise ValueError(f"{name} must have {rank[name]} dimensions, got shape {tuple(tensor.shape)}")
         if 0 in tensor.shape:
             raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}")
         if tensor.device != resid_mid.device:
-            raise ValueError(f"{name} is on {tensor.device} but resid_mid is on {resid_mid.device}: move them to one device")
+            raise ValueError(
+                f"{name} is on {tensor.device} but resid_mid is on {resid_mid.device}: move them to one device"
+            )
         _check_real(name, tensor)
     batch, head, query, key = pattern.shape
     d_head, d_model = w_o.shape[1:]
@@ -380,7 +440,9 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
         if tuple(named[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(named[name].shape)}; with the other shapes it must be {shape}")
     if head % value.shape[2]:
-        raise ValueError(f"value has {value.shape[2]} key-value heads, which does not divide the pattern's {head} heads")
+        raise ValueError(
+            f"value has {value.shape[2]} key-value heads, which does not divide the pattern's {head} heads"
+        )
     for name, tensor in named.items():
         if not torch.compiler.is_compiling() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinite numbers")
@@ -391,11 +453,20 @@ def _check_importances(pattern, value, w_o, resid_pre, resid_mid, distance_norm,
 
 
 def layer_arguments(value: Tensor, w_o: Tensor, whole: Tensor, g: Tensor, threads: int) -> native.Arguments:
-    """What every native operation on one layer takes, float32 on the CPU; where attention weights come from is added."""
+    """What every native operation on one layer takes, float32 on the CPU; where attention weights come from is
+    added.
+    """
     n_query, (kv, n_key), (n_head, d_v, d_model) = whole.shape[0], value.shape[:2], w_o.shape
     check_threads(threads)
     arguments = native.Arguments(
-        queries=n_query, keys=n_key, heads=n_head, group=n_head // kv, d_v=d_v, d_model=d_model, w_row=n_head * d_v, threads=threads
+        queries=n_query,
+        keys=n_key,
+        heads=n_head,
+        group=n_head // kv,
+        d_v=d_v,
+        d_model=d_model,
+        w_row=n_head * d_v,
+        threads=threads,
     )
     arguments.take_rows("value", value, (kv, n_key, d_v), ("v_head", "v_row"), where="v")
     arguments.take("g", g, n_query, n_head, d_v)
@@ -405,16 +476,24 @@ def layer_arguments(value: Tensor, w_o: Tensor, whole: Tensor, g: Tensor, thread
 
 
 def _linear(w_o: Tensor) -> Tensor:
-    """``[head, d_head, d_model]`` as a linear layer stores it ``[d_model, head * d_head]``: no copy when it views one."""
+    """``[head, d_head, d_model]`` as a linear layer stores it ``[d_model, head * d_head]``: no copy when it views
+    one.
+    """
     return native.contiguous(w_o.permute(2, 0, 1).reshape(w_o.shape[2], -1))
 
 
 def _native_attention(
     arguments: native.Arguments, dense: bool, floor: float, normalise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the native kernel; returns dense (or empty), by_head, normaliser, edge index ``[3, n]``, edge value ``[n]``."""
+    """Run the native kernel; returns dense (or empty), by_head, normaliser, edge index ``[3, n]``, edge value
+    ``[n]``.
+    """
     n_query, n_key, n_head = (arguments[name] for name in ("queries", "keys", "heads"))
-    out = arguments.make("dense", n_head, n_query, n_key) if dense else torch.empty((0, 0, 0), dtype=torch.float32, device="cpu")
+    out = (
+        arguments.make("dense", n_head, n_query, n_key)
+        if dense
+        else torch.empty((0, 0, 0), dtype=torch.float32, device="cpu")
+    )
     by_head, normaliser = arguments.make("by_head", n_query, n_head), arguments.make("normaliser", n_query)
     arguments |= {"floor": floor, "normalise": normalise}
     return out, by_head, normaliser, *native.edges(arguments.call("attention_proximity"))
@@ -422,19 +501,30 @@ def _native_attention(
 
 def _native_layer(value: Tensor, w_o: Tensor, whole: Tensor, threads: int) -> native.Arguments:
     sign = torch.copysign(torch.ones_like(whole), whole)
-    g = matmul(sign, _linear(w_o)).view(len(whole), *w_o.shape[:2])  # W_O[h] sign(y_i), the sign bit as the sign of zero
+    # W_O[h] sign(y_i), the sign bit as the sign of zero
+    g = matmul(sign, _linear(w_o)).view(len(whole), *w_o.shape[:2])
     return layer_arguments(value, w_o, whole, g, threads)
 
 
 def take_qk(
-    arguments: native.Arguments, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float, window: int,
+    arguments: native.Arguments,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float,
+    window: int,
     sinks: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """Attention weights are recomputed from queries and keys."""
     (n_head, n_query, d_qk), n_key = query.shape, key.shape[1]
     arguments |= {"d_qk": d_qk, "scale": scaling, "softcap": softcap, "window": window, "offset": n_key - n_query}
-    arguments.take_rows("query", query, (arguments["heads"], arguments["queries"], d_qk), ("q_head", "q_row"), where="q")
-    arguments.take_rows("key", key, (n_head // arguments["group"], arguments["keys"], d_qk), ("k_head", "k_row"), where="k")
+    arguments.take_rows(
+        "query", query, (arguments["heads"], arguments["queries"], d_qk), ("q_head", "q_row"), where="q"
+    )
+    arguments.take_rows(
+        "key", key, (n_head // arguments["group"], arguments["keys"], d_qk), ("k_head", "k_row"), where="k"
+    )
     if mask is not None:
         strides = ("mask_head", "mask_query") if mask.dim() == 3 else ("mask_query",)
         arguments.take_rows("mask", mask, (n_head, n_query, n_key)[3 - mask.dim() :], strides)
@@ -448,7 +538,8 @@ _library.define(
     "attention_proximity(Tensor pattern, Tensor value, Tensor w_o, Tensor whole, str backend, int threads=0) -> Tensor",
 )
 _library.define(
-    "attention_layer(Tensor query, Tensor key, Tensor value, Tensor w_o, Tensor whole, Tensor base, Tensor? mask, Tensor? sinks, "
+    "attention_layer(Tensor query, Tensor key, Tensor value, Tensor w_o, Tensor whole, Tensor base, Tensor? mask, "
+    "Tensor? sinks, "
     "float scaling, float softcap, int window, bool dense, float floor, str backend, int threads=0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -461,7 +552,9 @@ def _part_proximity(part: Tensor, whole: Tensor, backend: str, threads: int = 0)
     _check_states(part=part, whole=whole)
     check_threads(threads)
     if part.dim() != 2 or whole.dim() != 2 or part.shape[1] != whole.shape[1] or len(part) not in (1, len(whole)):
-        raise ValueError(f"part must be [n or 1, d_model] for whole [n, d_model], got {list(part.shape)} and {list(whole.shape)}")
+        raise ValueError(
+            f"part must be [n or 1, d_model] for whole [n, d_model], got {list(part.shape)} and {list(whole.shape)}"
+        )
     chosen = choose_backend(backend, whole)
     if chosen == "reference":
         dtype = _result(whole)
@@ -496,7 +589,8 @@ def _component_proximity(outputs: Tensor, state: Tensor, backend: str, threads: 
     if not outputs.numel():
         return torch.zeros(shape, dtype=dtype, device=state.device)
     if chosen == "reference":
-        return torch.stack([reference.proximity(one.to(dtype), state.to(dtype)) for one in outputs.unbind(-2)], -1)  # one at a time
+        # one at a time
+        return torch.stack([reference.proximity(one.to(dtype), state.to(dtype)) for one in outputs.unbind(-2)], -1)
     if chosen != "cpu":  # the kernel of whole parts, one component at a time
         flat = state.reshape(-1, state.shape[-1])
         found = [_part_proximity(one.reshape(flat.shape), flat, chosen) for one in outputs.unbind(-2)]
@@ -505,9 +599,14 @@ def _component_proximity(outputs: Tensor, state: Tensor, backend: str, threads: 
     (rows, count, d_model), packed = outputs.shape, outputs[:1].is_contiguous() and not outputs.is_neg()
     outputs = outputs if packed and (rows == 1 or outputs.stride(0) >= count * d_model) else native.contiguous(outputs)
     arguments = native.Arguments(rows=rows, count=count, d_model=d_model, threads=threads)
-    span = outputs.stride(0) if rows > 1 else count * d_model  # the rows as one tensor whose last dimension holds the components
+    # the rows as one tensor whose last dimension holds the components
+    span = outputs.stride(0) if rows > 1 else count * d_model
     arguments.take_rows(
-        "outputs", outputs.as_strided((rows, count * d_model), (span, 1)), (rows, count * d_model), ("stride",), where="output"
+        "outputs",
+        outputs.as_strided((rows, count * d_model), (span, 1)),
+        (rows, count * d_model),
+        ("stride",),
+        where="output",
     )
     arguments.take("state", state, rows, d_model, where="whole")
     out = arguments.make("out", rows, count)
@@ -517,7 +616,9 @@ def _component_proximity(outputs: Tensor, state: Tensor, backend: str, threads: 
 
 @torch.library.impl(_library, "attention_proximity", "CompositeExplicitAutograd")
 @in_neutral
-def _attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, backend: str, threads: int = 0) -> Tensor:
+def _attention_proximity(
+    pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, backend: str, threads: int = 0
+) -> Tensor:
     """Proximity of all sub-edges ``[head, query, key]`` from stored attention weights."""
     check_tensors(pattern=(pattern, 3), value=(value, 3), w_o=(w_o, 3), whole=(whole, 2))
     check_threads(threads)
@@ -531,7 +632,9 @@ def _attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Ten
     chosen = choose_backend(backend, whole)
     if chosen == "triton":  # it recomputes attention weights; a stored pattern is the CUDA kernel's
         if backend != "auto":
-            raise ValueError("backend 'triton' has no kernel for a stored pattern; use backend='cuda', 'reference' or 'auto'")
+            raise ValueError(
+                "backend 'triton' has no kernel for a stored pattern; use backend='cuda', 'reference' or 'auto'"
+            )
         reason = _cuda_missing()
         if reason:
             _say_once(f"flowroutes_fast takes stored attention patterns with its slow 'reference' backend: {reason}")
@@ -552,20 +655,35 @@ def _attention_proximity(pattern: Tensor, value: Tensor, w_o: Tensor, whole: Ten
 @torch.library.impl(_library, "attention_layer", "CompositeExplicitAutograd")
 @in_neutral
 def _attention_layer(
-    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, base: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    scaling: float, softcap: float, window: int, dense: bool, floor: float, backend: str, threads: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    base: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float,
+    window: int,
+    dense: bool,
+    floor: float,
+    backend: str,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Importances of one layer's sub-edges, attention recomputed from queries and keys.
 
     Args:
-        query: ``[head, query, d_qk]``; key: ``[kv_head, key, d_qk]``; value: ``[kv_head, key, d_head]``; w_o: ``[head, d_head, d_model]``.
+        query: ``[head, query, d_qk]``; key: ``[kv_head, key, d_qk]``; value: ``[kv_head, key, d_head]``; w_o: ``[head,
+            d_head, d_model]``.
         whole: the state the parts add up to ``[query, d_model]``; base: proximity of the other parts ``[query]``.
         mask: additive ``[query, key]`` or ``[head, query, key]``, None for causal; sinks: ``[head]`` or None.
-        dense: return all importances; floor: if >= 0, return the sub-edges of all (query, key) pairs whose sum over heads is above it.
+        dense: return all importances; floor: if >= 0, return the sub-edges of all (query, key) pairs whose sum over
+            heads is above it.
 
     Returns:
-        dense importances ``[head, query, key]`` (or empty), by_head ``[query, head]``, normaliser ``[query]`` (a proximity),
-        edge index ``[3, n]`` (query, key, head; int32), edge importance ``[n]``.
+        dense importances ``[head, query, key]`` (or empty), by_head ``[query, head]``, normaliser ``[query]`` (a
+        proximity), edge index ``[3, n]`` (query, key, head; int32), edge importance ``[n]``.
     """
     check_layer(query, key, value, w_o, whole, base=base, mask=mask, sinks=sinks, softcap=softcap, window=window)
     check_threads(threads)
@@ -602,7 +720,9 @@ def _attention_layer(
     return (edge if dense else edge.new_empty(0, 0, 0)), by_head, normaliser, index, found
 
 
-def _triton_dense(query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, options: dict[str, Any]) -> Tensor:
+def _triton_dense(
+    query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, options: dict[str, Any]
+) -> Tensor:
     from flowroutes_fast.kernels.bound import attention_rows
     from flowroutes_fast.kernels.dense import dense_proximity
 

@@ -1,7 +1,7 @@
 """Bounds, listed pairs and intervals of one layer's sub-edges, on every backend.
 
-``bound`` and ``candidates`` cost an attention-shaped pass over the head's width; ``pairs`` evaluates what is listed. No backend but
-``reference`` stores anything of the size of ``[head, query, key]``.
+``bound`` and ``candidates`` cost an attention-shaped pass over the head's width; ``pairs`` evaluates what is listed. No
+backend but ``reference`` stores anything of the size of ``[head, query, key]``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from flowroutes_fast.system.ambient import in_neutral, matmul
 class Attention:
     """One layer's sub-edges z = r_i·α[h,i,j]·(v[h,j] ∘ gate[i,h])·W_O[h] and the state they belong to.
 
-    query ``[head, query, d_qk]``, key ``[kv_head, key, d_qk]``, value ``[kv_head, key, d_head]``, w_o ``[head, d_head, d_model]``, whole
-    ``[query, d_model]``; mask additive ``[query, key]`` or ``[head, query, key]``, None for causal, limited to ``window`` keys if
-    positive; positions ``[query]`` (int64, rising, on the CPU): where causal queries stand among the keys, None for the last ones (the
-    kernels of the CPU alone; :meth:`masked` says the same by a mask); sinks ``[head]``: one more logit per row; row_scale ``[query]``: what a linearised norm after attention divides by, inverted;
-    gate ``[query, head, d_head]``.
+    query ``[head, query, d_qk]``, key ``[kv_head, key, d_qk]``, value ``[kv_head, key, d_head]``, w_o ``[head, d_head,
+    d_model]``, whole ``[query, d_model]``; mask additive ``[query, key]`` or ``[head, query, key]``, None for causal,
+    limited to ``window`` keys if positive; positions ``[query]`` (int64, rising, on the CPU): where causal queries
+    stand among the keys, None for the last ones (the kernels of the CPU alone; :meth:`masked` says the same by a mask);
+    sinks ``[head]``: one more logit per row; row_scale ``[query]``: what a linearised norm after attention divides by,
+    inverted; gate ``[query, head, d_head]``.
     """
 
     query: Tensor
@@ -60,17 +61,30 @@ class Attention:
         """Raise ValueError or TypeError where shapes, dtypes or devices do not fit together."""
         if "checked" not in self.__dict__:
             ops.check_layer(
-                self.query, self.key, self.value, self.w_o, self.whole, mask=self.mask, sinks=self.sinks, row_scale=self.row_scale,
-                gate=self.gate, softcap=self.softcap, window=self.window,
-            )  # fmt: skip
+                self.query,
+                self.key,
+                self.value,
+                self.w_o,
+                self.whole,
+                mask=self.mask,
+                sinks=self.sinks,
+                row_scale=self.row_scale,
+                gate=self.gate,
+                softcap=self.softcap,
+                window=self.window,
+            )
             if self.positions is not None and (self.mask is not None or self.positions.shape != (self.n_query,)):
-                raise ValueError(f"positions must be [query = {self.n_query}], without a mask, got {list(self.positions.shape)}")
+                raise ValueError(
+                    f"positions must be [query = {self.n_query}], without a mask, got {list(self.positions.shape)}"
+                )
             self.__dict__["checked"] = True
 
     @cached_property
     @in_neutral
     def gradient(self) -> Tensor:
-        """g[i,h] = W_O[h] sign(y_i) ∘ gate ``[query, head, d_head]``, in float32 (float64 for float64 states): one GEMM of o_proj's size."""
+        """g[i,h] = W_O[h] sign(y_i) ∘ gate ``[query, head, d_head]``, in float32 (float64 for float64 states): one
+        GEMM of o_proj's size.
+        """
         dtype = torch.float64 if self.whole.dtype == torch.float64 else torch.float32
         flat = self.w_o.permute(2, 0, 1).reshape(self.w_o.shape[2], -1)  # a view when W_O views a linear layer
         g = _sign_product(self.whole, flat, dtype).view(self.n_query, self.n_head, -1)
@@ -81,7 +95,13 @@ class Attention:
     def pattern(self) -> Tensor:
         """α ``[head, query, key]``; for the reference backend alone."""
         return reference.attention_pattern(
-            self.query, self.key, scaling=self.scaling, mask=self.mask, softcap=self.softcap, window=self.window, sinks=self.sinks
+            self.query,
+            self.key,
+            scaling=self.scaling,
+            mask=self.mask,
+            softcap=self.softcap,
+            window=self.window,
+            sinks=self.sinks,
         ).to(self.whole.dtype)
 
     def masked(self) -> Attention:
@@ -100,17 +120,25 @@ class Attention:
         if all(t is None or t.dtype == torch.float32 for t in tensors.values()):
             return self
         cast: dict[str, Any] = {n: None if t is None else t.float() for n, t in tensors.items()}
-        return Attention(**cast, scaling=self.scaling, softcap=self.softcap, window=self.window, positions=self.positions)
+        return Attention(
+            **cast, scaling=self.scaling, softcap=self.softcap, window=self.window, positions=self.positions
+        )
 
     @property
     def triton_options(self) -> dict[str, Any]:
         return {
-            "scaling": self.scaling, "mask": self.mask, "window": self.window, "softcap": self.softcap, "row_scale": self.row_scale,
-        }  # fmt: skip
+            "scaling": self.scaling,
+            "mask": self.mask,
+            "window": self.window,
+            "softcap": self.softcap,
+            "row_scale": self.row_scale,
+        }
 
 
 def causal_mask(positions: Tensor, n_key: int, window: int = 0) -> Tensor:
-    """Additive mask ``[query, key]`` (float32) of causal queries at these positions, limited to ``window`` keys if positive."""
+    """Additive mask ``[query, key]`` (float32) of causal queries at these positions, limited to ``window`` keys if
+    positive.
+    """
     age = positions[:, None] - torch.arange(n_key, dtype=positions.dtype, device=positions.device)
     hidden = (age < 0) | (age >= window if window else False)
     return torch.zeros(age.shape, dtype=torch.float32, device=age.device).masked_fill_(hidden, float("-inf"))
@@ -126,7 +154,8 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Sub-edges whose bound is above a cut: index ``[3, n]`` (query, key, head; int32), bound ``[n]``, how many each row has ``[query]``.
+    """Sub-edges whose bound is above a cut: index ``[3, n]`` (query, key, head; int32), bound ``[n]``, how many each
+    row has ``[query]``.
 
     A row with more than the capacity is listed in part: its count says so.
     """
@@ -138,7 +167,9 @@ class Candidates:
 
 @dataclass
 class Counts:
-    """How much work a certificate took: (query, key, head) sub-edges bounded and evaluated, rows refined, rows evaluated whole."""
+    """How much work a certificate took: (query, key, head) sub-edges bounded and evaluated, rows refined, rows
+    evaluated whole.
+    """
 
     bounded: int = 0
     evaluated: int = 0
@@ -150,10 +181,10 @@ class Counts:
 class Certified:
     """What is known of one layer's sub-edges. Proximities are in units of the state's L1 norm.
 
-    ``low``, ``high`` ``[query]`` bound the normaliser; ``head_low``, ``head_high`` ``[query, head]`` a head's sum over keys. ``index [3, n]``
-    (query, key, head; int32) and ``value [n]``: exact proximities of the evaluated sub-edges of every (query, key) pair that may reach the
-    floor; head -1 stands for the pair's other heads, whose sum lies between 0 and its value. With ``measure="signed"`` everything is a
-    share of ‖y‖₁, signed, and known.
+    ``low``, ``high`` ``[query]`` bound the normaliser; ``head_low``, ``head_high`` ``[query, head]`` a head's sum over
+    keys. ``index [3, n]`` (query, key, head; int32) and ``value [n]``: exact proximities of the evaluated sub-edges of
+    every (query, key) pair that may reach the floor; head -1 stands for the pair's other heads, whose sum lies between
+    0 and its value. With ``measure="signed"`` everything is a share of ‖y‖₁, signed, and known.
     """
 
     low: Tensor
@@ -177,7 +208,9 @@ def visible(attention: Attention) -> int:
 
 
 def _sign_product(whole: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """sign(whole) @ weight in ``dtype``; 16-bit weights on a GPU are multiplied as they are and summed in float32 (signs are exact)."""
+    """sign(whole) @ weight in ``dtype``; 16-bit weights on a GPU are multiplied as they are and summed in float32
+    (signs are exact).
+    """
     if whole.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
         sign = torch.copysign(torch.ones_like(whole, dtype=weight.dtype), whole.to(weight.dtype))
         try:
@@ -205,7 +238,10 @@ def bound(attention: Attention, backend: str, slack: float = 0.0, threads: int =
 
     a = attention
     lse, flow = passes.attention_rows(a.query, a.key, a.value, a.gradient, sinks=a.sinks, **a.triton_options)
-    g, v = gradient.gradient(a.whole, a.w_o, a.gate), gradient.values(a.value, passes.tile_of(a.query, a.value.shape[2]).columns)
+    g, v = (
+        gradient.gradient(a.whole, a.w_o, a.gate),
+        gradient.values(a.value, passes.tile_of(a.query, a.value.shape[2]).columns),
+    )
     sums = passes.sums_below(a.query, a.key, v, g, lse, torch.zeros_like(lse[0]), **a.triton_options)
     assert flow is not None
     return Bounds(sums[-1], flow, lse)
@@ -222,7 +258,9 @@ def candidates(
     capacity: int = 0,
     threads: int = 0,
 ) -> Candidates:
-    """Sub-edges with a bound above ``cut [query]``, and all positive ones of (query, key) pairs whose sum over heads is above ``pair_cut``."""
+    """Sub-edges with a bound above ``cut [query]``, and all positive ones of (query, key) pairs whose sum over
+    heads is above ``pair_cut``.
+    """
     attention.check()
     if backend == "reference":
         attention = attention.float()
@@ -269,9 +307,16 @@ def pairs(attention: Attention, bounds: Bounds, index: Tensor, backend: str, thr
     from flowroutes_fast.kernels.pairs import pair_proximity
 
     return pair_proximity(  # type: ignore[no-any-return]
-        attention.query, attention.key, attention.value, attention.w_o, attention.whole, bounds.lse, index,
-        gate=attention.gate, **attention.triton_options,
-    )  # fmt: skip
+        attention.query,
+        attention.key,
+        attention.value,
+        attention.w_o,
+        attention.whole,
+        bounds.lse,
+        index,
+        gate=attention.gate,
+        **attention.triton_options,
+    )
 
 
 @in_neutral
@@ -308,7 +353,9 @@ def _positive(attention: Attention, flow: Tensor, slack: float) -> Tensor:
 def _limited(index: Tensor, value: Tensor, n_query: int, capacity: int) -> Candidates:
     """Sorted by (query, key, head), at most ``capacity`` of a row (0: all)."""
     query, key, head = index.long()
-    order = ((query * (int(key.max()) + 1 if key.numel() else 1) + key) * (int(head.max()) + 1 if head.numel() else 1) + head).argsort()
+    order = (
+        (query * (int(key.max()) + 1 if key.numel() else 1) + key) * (int(head.max()) + 1 if head.numel() else 1) + head
+    ).argsort()
     index, value, query = index[:, order], value[order], query[order]
     counts = torch.bincount(query, minlength=n_query)
     if capacity:

@@ -1,8 +1,8 @@
 """Certified importances of one layer: intervals that hold the exact values, tight where it matters.
 
-Every sub-edge is bounded, those above a cut are evaluated, and the rest widens an interval around the row's normaliser. Rows are refined
-with smaller cuts until their normaliser is known to the tolerance and nothing is ambiguous at the thresholds asked for; a row that has
-more candidates than the buffer holds is evaluated whole.
+Every sub-edge is bounded, those above a cut are evaluated, and the rest widens an interval around the row's normaliser.
+Rows are refined with smaller cuts until their normaliser is known to the tolerance and nothing is ambiguous at the
+thresholds asked for; a row that has more candidates than the buffer holds is evaluated whole.
 """
 
 from __future__ import annotations
@@ -83,15 +83,24 @@ def certified(
 
 
 def _fused(
-    attention: Attention, others: Tensor, floor: float, thresholds: tuple[float, ...], tolerance: float | Tensor,
-    measure: str, capacity: int, threads: int,
-) -> Certified:  # fmt: skip
+    attention: Attention,
+    others: Tensor,
+    floor: float,
+    thresholds: tuple[float, ...],
+    tolerance: float | Tensor,
+    measure: str,
+    capacity: int,
+    threads: int,
+) -> Certified:
     arguments = native_arguments(attention, threads)
     n_query, n_head = attention.n_query, attention.n_head
     arguments |= {
-        "n_others": others.shape[0], "floor": floor, "cut": min(FIRST_CUT, floor) or FIRST_CUT, "capacity": capacity,
+        "n_others": others.shape[0],
+        "floor": floor,
+        "cut": min(FIRST_CUT, floor) or FIRST_CUT,
+        "capacity": capacity,
         "n_thresholds": len(thresholds),
-    }  # fmt: skip
+    }
     arguments.take("others", others, others.shape[0], n_query)
     arguments.take("thresholds", torch.tensor(thresholds, dtype=torch.float32, device="cpu"), len(thresholds))
     low, high = (arguments.make(name, n_query) for name in ("low", "high"))
@@ -106,7 +115,9 @@ def _fused(
     return Certified(low, high, head_low, head_high, *edges((index, value)), Counts(*counts))
 
 
-def _check(attention: Attention, others: Tensor, tolerance: float | Tensor, measure: str, capacity: int, threads: int) -> None:
+def _check(
+    attention: Attention, others: Tensor, tolerance: float | Tensor, measure: str, capacity: int, threads: int
+) -> None:
     attention.check()
     check_threads(threads)
     if measure not in MEASURES:
@@ -114,7 +125,9 @@ def _check(attention: Attention, others: Tensor, tolerance: float | Tensor, meas
     if others.dim() != 2 or others.shape[1] != attention.n_query:
         raise ValueError(f"others must be [part, query = {attention.n_query}], got shape {list(others.shape)}")
     if isinstance(tolerance, Tensor) and tolerance.shape != (attention.n_query,):
-        raise ValueError(f"tolerance must be a number or [query = {attention.n_query}], got shape {list(tolerance.shape)}")
+        raise ValueError(
+            f"tolerance must be a number or [query = {attention.n_query}], got shape {list(tolerance.shape)}"
+        )
     if capacity < 0:
         raise ValueError(f"capacity must be zero or positive, got {capacity}")
 
@@ -123,10 +136,24 @@ class _Rounds:
     """Certification in whole passes: bound, list, evaluate, and again with a smaller cut for the rows that need it."""
 
     def __init__(
-        self, attention: Attention, others: Tensor, floor: float, thresholds: tuple[float, ...], tolerance: float | Tensor, backend: str,
-        capacity: int, slack: float, threads: int,
-    ) -> None:  # fmt: skip
-        self.attention, self.others, self.floor, self.thresholds, self.tolerance = attention, others, floor, thresholds, tolerance
+        self,
+        attention: Attention,
+        others: Tensor,
+        floor: float,
+        thresholds: tuple[float, ...],
+        tolerance: float | Tensor,
+        backend: str,
+        capacity: int,
+        slack: float,
+        threads: int,
+    ) -> None:
+        self.attention, self.others, self.floor, self.thresholds, self.tolerance = (
+            attention,
+            others,
+            floor,
+            thresholds,
+            tolerance,
+        )
         self.backend, self.capacity, self.slack, self.threads = backend, capacity, slack, threads
         self.base = others.sum(0)
         self.counts = Counts(bounded=visible(attention))
@@ -166,7 +193,9 @@ class _Rounds:
         found = (high - low > self.tolerance * (high + low)) | (low < assumed)
         query, key, _ = self.found["index"].long()
         pair, first = torch.unique(query * self.attention.n_key + key, return_inverse=True)
-        sums = torch.zeros(len(pair), dtype=low.dtype, device=low.device).index_add_(0, first, self.found["value"].to(low.dtype))
+        sums = torch.zeros(len(pair), dtype=low.dtype, device=low.device).index_add_(
+            0, first, self.found["value"].to(low.dtype)
+        )
         rows = torch.cat([query, pair // self.attention.n_key])
         values = torch.cat([self.found["value"].to(low.dtype), sums])
         for threshold in self.thresholds:
@@ -180,9 +209,15 @@ class _Rounds:
         """List and evaluate the given rows; rows that overflow are evaluated whole."""
         never = torch.full_like(cut, torch.inf)
         listed = candidates(
-            self.attention, self.bounds, torch.where(rows, cut, never), torch.where(rows, pair_cut, never), self.backend, self.slack,
-            self.capacity, self.threads,
-        )  # fmt: skip
+            self.attention,
+            self.bounds,
+            torch.where(rows, cut, never),
+            torch.where(rows, pair_cut, never),
+            self.backend,
+            self.slack,
+            self.capacity,
+            self.threads,
+        )
         overflowed = (listed.counts > self.capacity) & rows if self.capacity else torch.zeros_like(rows)
         keep = ~overflowed[listed.index[0].long()]
         self._take(rows & ~overflowed, listed.index[:, keep], listed.bound[keep])
@@ -200,7 +235,10 @@ class _Rounds:
         self.covered.index_put_(at, upper.to(self.covered.dtype), accumulate=True)
         if self.found:
             keep = ~rows[self.found["index"][0].long()]
-            index, value = torch.cat([self.found["index"][:, keep], index], 1), torch.cat([self.found["value"][keep], value])
+            index, value = (
+                torch.cat([self.found["index"][:, keep], index], 1),
+                torch.cat([self.found["value"][keep], value]),
+            )
         self.found = {"index": index, "value": value}
 
     def _exhaust(self, rows: Tensor) -> None:
@@ -213,7 +251,9 @@ class _Rounds:
             chosen[some] = True
             cut = torch.where(chosen, torch.zeros_like(never), never)
             everything = self.attention.n_key * self.attention.n_head
-            listed = candidates(self.attention, self.bounds, cut, never, self.backend, self.slack, everything, self.threads)
+            listed = candidates(
+                self.attention, self.bounds, cut, never, self.backend, self.slack, everything, self.threads
+            )
             self._take(chosen, listed.index, listed.bound)
         self.whole_rows |= rows
         self.counts.exhausted += int(rows.sum())
@@ -256,11 +296,16 @@ def _reference_shares(attention: Attention) -> Tensor:
 def _both_signs(
     attention: Attention, bounds: Bounds, floor: float, norm: Tensor, backend: str, slack: float, threads: int
 ) -> tuple[Tensor, Tensor]:
-    """Sub-edges of all (query, key) pairs that one sign alone takes past the floor; a sum of both signs cannot pass it otherwise."""
+    """Sub-edges of all (query, key) pairs that one sign alone takes past the floor; a sum of both signs cannot pass
+    it otherwise.
+    """
     if backend == "cpu":
         mirrored = replace(attention)
         mirrored.__dict__["gradient"] = -attention.gradient
-        lists = [candidates(side, bounds, floor * norm, floor * norm, backend, slack, 0, threads).index for side in (attention, mirrored)]
+        lists = [
+            candidates(side, bounds, floor * norm, floor * norm, backend, slack, 0, threads).index
+            for side in (attention, mirrored)
+        ]
         pair = torch.cat([index[0].long() * attention.n_key + index[1].long() for index in lists]).unique()
     else:
         from flowroutes_fast.ops.certified_gpu import one_sided_pairs

@@ -1,8 +1,10 @@
-"""Certified importances of one layer on a GPU: two passes over bounds, one list, one evaluation, and few waits for the device.
+"""Certified importances of one layer on a GPU: two passes over bounds, one list, one evaluation, and few waits for the
+device.
 
-The first pass sums the bounds below a few cuts; from these sums every row takes the largest cut that leaves its normaliser within the
-tolerance. The second lists what is above it and sums the rest. Sums over the heads of a pair come from a pass of their own. Rows of which a
-decision is still open then are listed again, with smaller cuts, at last whole.
+The first pass sums the bounds below a few cuts; from these sums every row takes the largest cut that leaves its
+normaliser within the tolerance. The second lists what is above it and sums the rest. Sums over the heads of a pair come
+from a pass of their own. Rows of which a decision is still open then are listed again, with smaller cuts, at last
+whole.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ class Passes:
     """One layer on its way through the passes. All tensors stay on the device."""
 
     def __init__(
-        self, attention: Attention, others: Tensor, floor: float, thresholds: tuple[float, ...], tolerance: float | Tensor, backend: str
+        self,
+        attention: Attention,
+        others: Tensor,
+        floor: float,
+        thresholds: tuple[float, ...],
+        tolerance: float | Tensor,
+        backend: str,
     ) -> None:
         from flowroutes_fast.kernels import bound, decide, gradient
 
@@ -48,7 +56,9 @@ class Passes:
         self.g = gradient.gradient(a.whole, a.w_o, a.gate)
         self.v = gradient.values(a.value, bound.tile_of(a.query, a.value.shape[2]).columns)
         self.inputs = (a.query, a.key, self.v, self.g, self.lse)
-        self.rest, self.evaluated = (torch.zeros(a.n_query, a.n_head, dtype=torch.float32, device=device) for _ in range(2))
+        self.rest, self.evaluated = (
+            torch.zeros(a.n_query, a.n_head, dtype=torch.float32, device=device) for _ in range(2)
+        )
         self.last = torch.zeros(a.n_query, dtype=torch.int32, device=device)  # round of a row's list
         self.counts = Counts(bounded=visible(a))
         self.listed: list[_List] = []
@@ -122,7 +132,17 @@ class Passes:
         from flowroutes_fast.kernels.pairs import pair_proximity
 
         return pair_proximity(  # type: ignore[no-any-return]
-            a.query, a.key, a.value, a.w_o, a.whole, self.lse, index, gate=a.gate, ordered=True, head_start=head_start, **a.triton_options
+            a.query,
+            a.key,
+            a.value,
+            a.w_o,
+            a.whole,
+            self.lse,
+            index,
+            gate=a.gate,
+            ordered=True,
+            head_start=head_start,
+            **a.triton_options,
         )
 
     def _normaliser(self) -> tuple[Tensor, Tensor]:
@@ -168,7 +188,16 @@ class Passes:
     def _states(self, name: Tensor, value: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = self.attention
         return self.decide.pair_states(  # type: ignore[no-any-return]
-            name, value, low, high, self.tolerance, self.thresholds, size=a.n_head + 1, n_key=a.n_key, floor=self.floor, well=WELL_ABOVE
+            name,
+            value,
+            low,
+            high,
+            self.tolerance,
+            self.thresholds,
+            size=a.n_head + 1,
+            n_key=a.n_key,
+            floor=self.floor,
+            well=WELL_ABOVE,
         )
 
     def _completed(self, name: Tensor, value: Tensor, unclear: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +205,11 @@ class Passes:
         n_key, n_head = self.attention.n_key, self.attention.n_head
         pairs = (name[unclear] // (n_head + 1)).unique_consecutive()
         head = torch.arange(n_head, dtype=torch.int64, device=pairs.device)[:, None].expand(-1, len(pairs))
-        index = torch.stack([(pairs // n_key).expand(n_head, -1), (pairs % n_key).expand(n_head, -1), head]).reshape(3, -1).to(torch.int32)
+        index = (
+            torch.stack([(pairs // n_key).expand(n_head, -1), (pairs % n_key).expand(n_head, -1), head])
+            .reshape(3, -1)
+            .to(torch.int32)
+        )
         self.counts.evaluated += index.shape[1]
         keep = (~unclear).nonzero()[:, 0]
         every = (pairs * (n_head + 1) + head + 1).reshape(-1)
@@ -191,7 +224,9 @@ def _small(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def one_sided_pairs(attention: Attention, lse: Tensor, cut: Tensor) -> Tensor:
-    """Pairs (query · key count + key, int64) of which one sign alone takes a sub-edge, or the sum over heads, past ``cut [query]``."""
+    """Pairs (query · key count + key, int64) of which one sign alone takes a sub-edge, or the sum over heads, past
+    ``cut [query]``.
+    """
     from flowroutes_fast.kernels import bound, gradient
 
     a = attention

@@ -1,6 +1,8 @@
-"""The CUDA kernels of the native extension on torch tensors: exact proximities of listed sub-edges, of all sub-edges, of whole parts.
+"""The CUDA kernels of the native extension on torch tensors: exact proximities of listed sub-edges, of all sub-edges,
+of whole parts.
 
-Work is queued on the current stream of the tensors' device. Indices are not checked against the shapes: that would wait for the device.
+Work is queued on the current stream of the tensors' device. Indices are not checked against the shapes: that would wait
+for the device.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ def missing() -> str | None:
     if module is None:
         return reason
     if not module.cuda:
-        return "the native extension was built without CUDA (no nvcc was found, or it failed); install the CUDA toolkit and reinstall"
+        return (
+            "the native extension was built without CUDA (no nvcc was found, or it failed); install the CUDA "
+            "toolkit and reinstall"
+        )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     try:
@@ -77,21 +82,33 @@ def _pieces(tensor: Tensor) -> Tensor:
     if padding:
         return torch.nn.functional.pad(tensor, (0, padding))
     fits = (
-        not tensor.is_neg() and tensor.stride(-1) == 1 and all(n % each == 0 for n in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
+        not tensor.is_neg()
+        and tensor.stride(-1) == 1
+        and all(n % each == 0 for n in tensor.stride()[:-1])
+        and tensor.data_ptr() % 16 == 0
     )
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @in_neutral
 def pair_proximity(
-    alpha: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, index: Tensor, gate: Tensor | None = None, *, ordered: bool = False
+    alpha: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    index: Tensor,
+    gate: Tensor | None = None,
+    *,
+    ordered: bool = False,
 ) -> Tensor:
     """Proximity of listed sub-edges ``[n]``, float32.
 
     Args:
         alpha: attention weight of every listed sub-edge ``[n]``, times whatever scales its row.
-        value: ``[kv_head, key, d_head]`` in float32, bfloat16 or float16; products of 16-bit types are summed in float32.
-        w_o: ``[head, d_head, d_model]`` in the type of ``value``; not copied if it is a view of a linear layer's weight.
+        value: ``[kv_head, key, d_head]`` in float32, bfloat16 or float16; products of 16-bit types are summed in
+            float32.
+        w_o: ``[head, d_head, d_model]`` in the type of ``value``; not copied if it is a view of a linear layer's
+            weight.
         whole: ``[query, d_model]``.
         index: query, key and head of every sub-edge ``[3, n]``.
         gate: an output gate ``[query, head, d_head]``, or None.
@@ -131,17 +148,41 @@ def pair_proximity(
     head_start = torch.searchsorted(head, torch.arange(n_head + 1, dtype=torch.int32, device=device), out_int32=True)
     tile_start = torch.zeros_like(head_start)
     torch.cumsum((head_start.diff() + _TILE - 1) // _TILE, 0, dtype=torch.int32, out=tile_start[1:])
-    alpha, v, w, y = native.contiguous(alpha.float()), _pieces(value), _pieces(w_o.transpose(1, 2)), _pieces(whole.float())
+    alpha, v, w, y = (
+        native.contiguous(alpha.float()),
+        _pieces(value),
+        _pieces(w_o.transpose(1, 2)),
+        _pieces(whole.float()),
+    )
     tiles = -(-n // _TILE) + n_head
     splits = max(1, min(4 * _processors(device) // tiles, -(-d_model // (4 * _CHANNELS))))
     partial = out.new_empty(splits, n) if splits > 1 else None
     arguments = {
-        **place, "type": _TYPES[value.dtype], "pairs": n, "heads": n_head, "group": n_head // value.shape[0], "d_v": v.shape[2],
-        "d_model": d_model, "query": index[0].data_ptr(), "key": index[1].data_ptr(), "order": 0 if order is None else order.data_ptr(),
-        "head_start": head_start.data_ptr(), "tile_start": tile_start.data_ptr(), "alpha": alpha.data_ptr(), "v": v.data_ptr(),
-        "v_head": v.stride(0), "v_row": v.stride(1), "w_o": w.data_ptr(), "w_head": w.stride(0), "w_row": w.stride(1), "y": y.data_ptr(),
-        "y_row": y.stride(0), "splits": splits, "partial": 0 if partial is None else partial.data_ptr(), "out": out.data_ptr(),
-    }  # fmt: skip
+        **place,
+        "type": _TYPES[value.dtype],
+        "pairs": n,
+        "heads": n_head,
+        "group": n_head // value.shape[0],
+        "d_v": v.shape[2],
+        "d_model": d_model,
+        "query": index[0].data_ptr(),
+        "key": index[1].data_ptr(),
+        "order": 0 if order is None else order.data_ptr(),
+        "head_start": head_start.data_ptr(),
+        "tile_start": tile_start.data_ptr(),
+        "alpha": alpha.data_ptr(),
+        "v": v.data_ptr(),
+        "v_head": v.stride(0),
+        "v_row": v.stride(1),
+        "w_o": w.data_ptr(),
+        "w_head": w.stride(0),
+        "w_row": w.stride(1),
+        "y": y.data_ptr(),
+        "y_row": y.stride(0),
+        "splits": splits,
+        "partial": 0 if partial is None else partial.data_ptr(),
+        "out": out.data_ptr(),
+    }
     if gate is not None:
         gate = native.contiguous(torch.nn.functional.pad(gate.float(), (0, v.shape[2] - d_head)))
         arguments |= {"gate": gate.data_ptr(), "gate_query": gate.stride(0), "gate_head": gate.stride(1)}
@@ -164,7 +205,8 @@ def dense_proximity(
 
     Args:
         alpha: attention weights ``[head, query, key]``, times whatever scales a row.
-        value, w_o, whole: as for :func:`pair_proximity`; what is written is computed in float32 whatever torch's TF32 setting.
+        value, w_o, whole: as for :func:`pair_proximity`; what is written is computed in float32 whatever torch's TF32
+            setting.
         causal: query i sees keys up to i + n_key - n_query; ``alpha`` is not read beyond, and the result is zero there.
         out: where the result goes, float32; may be ``alpha`` itself.
         by_head: where its sum over keys goes ``[query, head]``, float32, if wanted.
@@ -205,21 +247,40 @@ def dense_proximity(
         heads = torch.arange(first, min(first + each, n_head), dtype=torch.int64, device=device)
         u = _pieces(matmul(value[heads // group].float(), w_o[first : first + each].float()))
         arguments = {
-            **place, "heads": len(heads), "queries": n_query, "keys": n_key, "d_model": u.shape[2], "alpha": alpha[first:].data_ptr(),
-            "alpha_head": alpha.stride(0), "alpha_query": alpha.stride(1), "u": u.data_ptr(), "u_head": u.stride(0), "u_row": u.stride(1),
-            "y": y.data_ptr(), "y_row": y.stride(0), "causal": causal, "out": out[first:].data_ptr(), "out_head": out.stride(0),
+            **place,
+            "heads": len(heads),
+            "queries": n_query,
+            "keys": n_key,
+            "d_model": u.shape[2],
+            "alpha": alpha[first:].data_ptr(),
+            "alpha_head": alpha.stride(0),
+            "alpha_query": alpha.stride(1),
+            "u": u.data_ptr(),
+            "u_head": u.stride(0),
+            "u_row": u.stride(1),
+            "y": y.data_ptr(),
+            "y_row": y.stride(0),
+            "causal": causal,
+            "out": out[first:].data_ptr(),
+            "out_head": out.stride(0),
             "out_query": out.stride(1),
-        }  # fmt: skip
+        }
         if by_head is not None:
             partial = y.new_empty(-(-n_key // _TILE), len(heads), n_query)
-            arguments |= {"partial": partial.data_ptr(), "by_head": by_head[:, first:].data_ptr(), "by_head_query": by_head.stride(0)}
+            arguments |= {
+                "partial": partial.data_ptr(),
+                "by_head": by_head[:, first:].data_ptr(),
+                "by_head_query": by_head.stride(0),
+            }
         module.cuda_dense(arguments)
     return out
 
 
 @in_neutral
 def part_proximity(part: Tensor, whole: Tensor) -> Tensor:
-    """Proximity of rows ``[n]``, float32: ``whole [n, d_model]``, ``part [m, d_model]``, of which row ``i % m`` belongs to row ``i``."""
+    """Proximity of rows ``[n]``, float32: ``whole [n, d_model]``, ``part [m, d_model]``, of which row ``i % m``
+    belongs to row ``i``.
+    """
     module = _extension()
     _rank("whole", whole, 2)
     _rank("part", part, 2)
@@ -229,8 +290,15 @@ def part_proximity(part: Tensor, whole: Tensor) -> Tensor:
     place = _place(whole.device)
     out = torch.empty(whole.shape[0], dtype=torch.float32, device=whole.device)
     part, whole = native.contiguous(part.float()), native.contiguous(whole.float())
-    module.cuda_parts({
-        **place, "rows": whole.shape[0], "part_rows": part.shape[0], "d_model": whole.shape[1], "part": part.data_ptr(),
-        "whole": whole.data_ptr(), "out": out.data_ptr(),
-    })  # fmt: skip
+    module.cuda_parts(
+        {
+            **place,
+            "rows": whole.shape[0],
+            "part_rows": part.shape[0],
+            "d_model": whole.shape[1],
+            "part": part.data_ptr(),
+            "whole": whole.data_ptr(),
+            "out": out.data_ptr(),
+        }
+    )
     return out

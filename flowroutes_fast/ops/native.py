@@ -1,4 +1,6 @@
-"""The native extension, imported on first use, and its calls: every tensor is checked right where its address is taken."""
+"""The native extension, imported on first use, and its calls: every tensor is checked right where its address is
+taken.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,18 @@ def extension() -> ModuleType:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the kernels are compiled for and this processor runs, the fastest first; none without the extension."""
+    """Those that the kernels are compiled for and this processor runs, the fastest first; none without the
+    extension.
+    """
     module = load()[0]
     return [] if module is None else list(module.instruction_sets())
 
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Run the block's native kernels on one instruction set (``"baseline"``, ``"avx2"``, ``"avx512"``) instead of the fastest."""
+    """Run the block's native kernels on one instruction set (``"baseline"``, ``"avx2"``, ``"avx512"``) instead of
+    the fastest.
+    """
     token = _isa.set(name)
     try:
         yield
@@ -59,14 +65,18 @@ def instruction_set(name: str) -> Iterator[None]:
         _isa.reset(token)
 
 
-def address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, inner: bool = False) -> int:
+def address(
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, inner: bool = False
+) -> int:
     """Where a tensor's numbers lie, once it is what the kernel takes it for.
 
     Args:
-        name: for the messages. shape, dtype: what it must have. inner: only the last dimension must be contiguous, not the whole.
+        name: for the messages. shape, dtype: what it must have. inner: only the last dimension must be contiguous, not
+            the whole.
 
     Raises:
-        ValueError: another shape, device, layout, or strides. TypeError: another dtype, or a tensor without memory (fake, meta, of vmap).
+        ValueError: another shape, device, layout, or strides. TypeError: another dtype, or a tensor without memory
+            (fake, meta, of vmap).
     """
     try:  # as nearly always, told in half a microsecond; whatever else is looked at closely
         if (
@@ -99,7 +109,8 @@ def address_within(name: str, tensor: Tensor, shape: tuple[int, ...], strides: t
             and strides[-1] == 1
             and not tensor.is_neg()
             and (at := tensor.data_ptr())
-            and tensor.untyped_storage().nbytes() >= 4 * (tensor.storage_offset() + sum(map(mul, shape, strides)) - sum(strides) + 1)
+            and tensor.untyped_storage().nbytes()
+            >= 4 * (tensor.storage_offset() + sum(map(mul, shape, strides)) - sum(strides) + 1)
         ):
             return at
     except RuntimeError:
@@ -122,23 +133,38 @@ def _address(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype
     except RuntimeError:  # a wrapper, say of torch.func.vmap
         at = 0
     if not at and tensor.numel():
-        raise TypeError(f"{name} is a {type(tensor).__name__} without memory of its own: the native kernels take real tensors")
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__} without memory of its own: the native kernels take real tensors"
+        )
     count = tensor.numel()
-    last: Any = count - 1 if whole else sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last: Any = (
+        count - 1 if whole else sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    )
     last += tensor.storage_offset()
     if count and tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size():
-        raise ValueError(f"{name} has a storage of {tensor.untyped_storage().nbytes()} bytes, too few for shape {list(tensor.shape)}")
+        raise ValueError(
+            f"{name} has a storage of {tensor.untyped_storage().nbytes()} bytes, too few for shape {list(tensor.shape)}"
+        )
     return at
 
 
 class Arguments(dict[str, Any]):
-    """What a native operation is called with: numbers as they are, tensors by their addresses, kept alive as long as this."""
+    """What a native operation is called with: numbers as they are, tensors by their addresses, kept alive as long
+    as this.
+    """
 
     def __init__(self, **numbers: Any) -> None:
         super().__init__(numbers)
         self.kept: list[Tensor] = []
 
-    def take(self, name: str, tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32, where: str | None = None) -> None:
+    def take(
+        self,
+        name: str,
+        tensor: Tensor | None,
+        *shape: int,
+        dtype: torch.dtype = torch.float32,
+        where: str | None = None,
+    ) -> None:
         """A contiguous tensor of this shape, or nothing for None; ``where``: its field's name."""
         if tensor is None:
             return
@@ -147,7 +173,9 @@ class Arguments(dict[str, Any]):
         self[where or name] = address(name, tensor, shape, dtype)
         self.kept.append(tensor)
 
-    def take_rows(self, name: str, tensor: Tensor, shape: tuple[int, ...], strides: Sequence[str | None], where: str | None = None) -> None:
+    def take_rows(
+        self, name: str, tensor: Tensor, shape: tuple[int, ...], strides: Sequence[str | None], where: str | None = None
+    ) -> None:
         """A tensor whose last dimension is contiguous, and the strides of the others as the fields of these names."""
         steps = tensor.stride()
         if steps[-1] != 1 or tensor.is_neg():
@@ -169,7 +197,8 @@ class Arguments(dict[str, Any]):
         """Run the operation of the extension on these arguments.
 
         Raises:
-            RuntimeError: no extension. ValueError: arguments that do not fit, NaN among them. IndexError: an index outside. MemoryError.
+            RuntimeError: no extension. ValueError: arguments that do not fit, NaN among them. IndexError: an index
+                outside. MemoryError.
         """
         return getattr(extension(), operation)(self, _isa.get())
 

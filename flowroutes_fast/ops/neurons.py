@@ -1,8 +1,8 @@
 """Importances of FFN neurons: rank-1 parts a_n·w_n of the state after the FFN.
 
-A neuron's part is its activation times its column of the down projection. The neurons take the FFN's place among the parts of the state,
-so they share one normalisation with the residual (and, in a parallel block, with the attention). The sign bound of all neurons costs one
-GEMM, sign(Y) W_down; only neurons above a cut are evaluated.
+A neuron's part is its activation times its column of the down projection. The neurons take the FFN's place among the
+parts of the state, so they share one normalisation with the residual (and, in a parallel block, with the attention).
+The sign bound of all neurons costs one GEMM, sign(Y) W_down; only neurons above a cut are evaluated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass
 class NeuronImportances:
-    """Neurons of one layer: index ``[2, n]`` (position, neuron; int32), importance ``[n]``, bounds of the normaliser ``[token]``."""
+    """Neurons of one layer: index ``[2, n]`` (position, neuron; int32), importance ``[n]``, bounds of the
+    normaliser ``[token]``.
+    """
 
     index: Tensor
     importance: Tensor
@@ -52,27 +54,34 @@ def neuron_importances(
         whole: the state after the FFN ``[token, d_model]``.
         others: summed proximities of the state's other parts ``[token]``; not used for signed flow.
         floor: share above which a neuron is listed.
-        tolerance: largest (high − low) / (high + low) of a row's normaliser; 0 evaluates every neuron with a positive bound.
-        backend: ``"cpu"``: the native kernel, which evaluates every neuron, so that ``low`` and ``high`` are equal; ``"reference"``: PyTorch
-            on any device, which evaluates those above a cut; ``"triton"`` and ``"cuda"`` have no kernel of their own for neurons: the
-            same, on a CUDA device; ``"auto"``.
+        tolerance: largest (high − low) / (high + low) of a row's normaliser; 0 evaluates every neuron with a positive
+            bound.
+        backend: ``"cpu"``: the native kernel, which evaluates every neuron, so that ``low`` and ``high`` are equal;
+            ``"reference"``: PyTorch on any device, which evaluates those above a cut; ``"triton"`` and ``"cuda"`` have
+            no kernel of their own for neurons: the same, on a CUDA device; ``"auto"``.
         measure: ``"proximity"``, or ``"signed"``: a_n ⟨w_n, sign(y)⟩ / ‖y‖₁.
 
     Returns:
-        importances in the dtype of ``whole`` and positions in ascending order; ``low`` and ``high`` are in units of ‖y‖₁ and equal for
-        signed flow.
+        importances in the dtype of ``whole`` and positions in ascending order; ``low`` and ``high`` are in units of
+        ‖y‖₁ and equal for signed flow.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown measure. TypeError: no floating point numbers. RuntimeError: a missing backend.
+        ValueError: shapes or devices that do not fit, an unknown measure. TypeError: no floating point numbers.
+            RuntimeError: a missing backend.
     """
     if measure not in ("proximity", "signed"):
         raise ValueError(f"measure must be 'proximity' or 'signed', got {measure!r}")
     check_threads(threads)
     check_tensors(activation=(activation, 2), w_down=(w_down, 2), whole=(whole, 2), others=(others, 1))
-    if activation.shape != (len(whole), len(w_down)) or w_down.shape[1] != whole.shape[1] or others.shape != whole.shape[:1]:
+    if (
+        activation.shape != (len(whole), len(w_down))
+        or w_down.shape[1] != whole.shape[1]
+        or others.shape != whole.shape[:1]
+    ):
         shapes = ", ".join(str(list(t.shape)) for t in (activation, w_down, whole, others))
         raise ValueError(
-            f"activation [token, neuron], w_down [neuron, d_model], whole [token, d_model] and others [token] do not fit: {shapes}"
+            f"activation [token, neuron], w_down [neuron, d_model], whole [token, d_model] and others [token] do not "
+            f"fit: {shapes}"
         )
     backend = choose_backend(backend, whole)
     sign = torch.copysign(torch.ones_like(whole), whole)

@@ -29,7 +29,9 @@ def proximity(part: Tensor, whole: Tensor, distance_norm: float = 1) -> Tensor:
 
 
 def signed_share(part: Tensor, whole: Tensor) -> Tensor:
-    """Signed flow ⟨sign(y), z⟩ / ‖y‖₁ over the last dimension, broadcasting; over all parts of y it sums to 1 (0 where y = 0)."""
+    """Signed flow ⟨sign(y), z⟩ / ‖y‖₁ over the last dimension, broadcasting; over all parts of y it sums to 1 (0
+    where y = 0).
+    """
     norm = whole.abs().sum(-1)
     return (torch.copysign(torch.ones_like(whole), whole) * part).sum(-1) * torch.where(norm > 0, 1 / norm, 0)
 
@@ -46,8 +48,8 @@ def attention_pattern(
 ) -> Tensor:
     """Attention weights α ``[head, query, key]`` from ``query [head, query, d]`` and ``key [kv_head, key, d]``.
 
-    ``mask`` is additive, ``[query, key]`` or ``[head, query, key]``; None means causal, limited to ``window`` keys if positive.
-    ``sinks [head]`` adds one logit to every softmax denominator.
+    ``mask`` is additive, ``[query, key]`` or ``[head, query, key]``; None means causal, limited to ``window`` keys if
+    positive. ``sinks [head]`` adds one logit to every softmax denominator.
     """
     group = query.shape[0] // key.shape[0]
     scores = matmul(query, key.repeat_interleave(group, 0).transpose(-1, -2)) * scaling
@@ -68,7 +70,8 @@ def attention_pattern(
 
 
 def sign_gradient(whole: Tensor, w_o: Tensor, gate: Tensor | None = None) -> Tensor:
-    """g[i,h] = W_O[h] sign(y_i) ``[query, head, d_head]``, the sign bit as the sign of zero; times the output gate if there is one.
+    """g[i,h] = W_O[h] sign(y_i) ``[query, head, d_head]``, the sign bit as the sign of zero; times the output gate if
+    there is one.
 
     ⟨sign(y_i), u[h,j]⟩ = ⟨v[h,j], g[i,h]⟩: a dot product over the head's width instead of the model's.
     """
@@ -78,7 +81,13 @@ def sign_gradient(whole: Tensor, w_o: Tensor, gate: Tensor | None = None) -> Ten
 
 
 def sign_flow(
-    pattern: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, *, row_scale: Tensor | None = None, gate: Tensor | None = None
+    pattern: Tensor,
+    value: Tensor,
+    w_o: Tensor,
+    whole: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Signed flow ⟨sign(y_i), z⟩ of every sub-edge ``[head, query, key]``: summed over all parts it is ‖y_i‖₁ exactly.
 
@@ -91,7 +100,9 @@ def sign_flow(
 
 
 def bound_slack(pattern: Tensor, value: Tensor, g: Tensor, slack: float) -> Tensor:
-    """What rounding ``g`` to a relative precision of ``slack`` can add to a sign bound: slack·α·‖v‖₂·‖g‖₂ (Cauchy–Schwarz)."""
+    """What rounding ``g`` to a relative precision of ``slack`` can add to a sign bound: slack·α·‖v‖₂·‖g‖₂
+    (Cauchy–Schwarz).
+    """
     group = pattern.shape[0] // value.shape[0]
     length = torch.linalg.vector_norm(value, dim=-1).repeat_interleave(group, 0)  # [head, key]
     return slack * pattern * length[:, None] * torch.linalg.vector_norm(g, dim=-1).T[..., None]  # type: ignore[no-any-return]
@@ -109,9 +120,10 @@ def attention_proximity(
 ) -> Tensor:
     """Proximity of every sub-edge z = r_i·α[h,i,j]·(v[h,j] ∘ gate[i,h])·W_O[h] to y_i (equations 3 and 4).
 
-    ``pattern [head, query, key]``, ``value [kv_head, key, d_head]``, ``w_o [head, d_head, d_model]``, ``whole [query, d_model]``,
-    ``row_scale [query]`` (a linearised norm after attention) and ``gate [query, head, d_head]`` (an output gate) where the model has
-    them -> ``[head, query, key]``. Queries are taken in chunks so that no more than 64 MB of terms exist at once.
+    ``pattern [head, query, key]``, ``value [kv_head, key, d_head]``, ``w_o [head, d_head, d_model]``, ``whole [query,
+    d_model]``, ``row_scale [query]`` (a linearised norm after attention) and ``gate [query, head, d_head]`` (an output
+    gate) where the model has them -> ``[head, query, key]``. Queries are taken in chunks so that no more than 64 MB of
+    terms exist at once.
     """
     n_head, n_query, n_key = pattern.shape
     group = n_head // value.shape[0]

@@ -1,4 +1,6 @@
-"""Every native operation on every instruction set of this processor against float64, on small odd shapes: what ``flowroutes doctor`` says."""
+"""Every native operation on every instruction set of this processor against float64, on small odd shapes: what
+``flowroutes doctor`` says.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,11 @@ def _run(operation: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]) -> st
             worst = max(worst, float(error.max()) if error.numel() else 0.0)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return f"differs from float64 by {worst:.1e} of the state's norm, more than {TOLERANCE:.0e}" if worst > TOLERANCE else None
+    return (
+        f"differs from float64 by {worst:.1e} of the state's norm, more than {TOLERANCE:.0e}"
+        if worst > TOLERANCE
+        else None
+    )
 
 
 def _layer(shape: tuple[int, ...], **options: Any) -> Attention:
@@ -58,11 +64,20 @@ def _layer(shape: tuple[int, ...], **options: Any) -> Attention:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float32, device="cpu")
 
-    query, key, value, w_o = 2 * normal(heads, queries, d_qk), normal(kv, keys, d_qk), normal(kv, keys, d_v), normal(heads, d_v, d_model)
+    query, key, value, w_o = (
+        2 * normal(heads, queries, d_qk),
+        normal(kv, keys, d_qk),
+        normal(kv, keys, d_v),
+        normal(heads, d_v, d_model),
+    )
     whole = normal(queries, d_model) * 2
     whole[:, ::5] *= 0.01
     whole[:, 1::7] = -0.0
-    extra = {"sinks": normal(heads), "gate": normal(queries, heads, d_v).sigmoid(), "row_scale": normal(queries).abs() + 0.1}
+    extra = {
+        "sinks": normal(heads),
+        "gate": normal(queries, heads, d_v).sigmoid(),
+        "row_scale": normal(queries).abs() + 0.1,
+    }
     chosen: dict[str, Any] = {name: extra[name] if value is True else value for name, value in options.items()}
     return Attention(query, key, value, w_o, whole, d_qk**-0.5, **chosen)
 
@@ -70,7 +85,11 @@ def _layer(shape: tuple[int, ...], **options: Any) -> Attention:
 def _layers() -> Iterator[tuple[Attention, Attention, Tensor]]:
     """Layers, the same in float64, and what errors are measured in ``[query]``."""
     for shape in SHAPES:
-        variants: tuple[dict[str, Any], ...] = ({}, {"window": 4, "softcap": 3.0, "sinks": True}, {"gate": True, "row_scale": True})
+        variants: tuple[dict[str, Any], ...] = (
+            {},
+            {"window": 4, "softcap": 3.0, "sinks": True},
+            {"gate": True, "row_scale": True},
+        )
         for options in variants:
             layer = _layer(shape, **options)
             names = ("query", "key", "value", "w_o", "whole", "sinks", "row_scale", "gate")
@@ -130,7 +149,11 @@ def _certified() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         signed = certified(layer, others, floor=0.0, measure="signed")
         norm = exact.whole.abs().sum(-1)
         scale = torch.where(norm > 0, norm, 1)
-        yield signed.head_low * norm[:, None], torch.where(norm > 0, _flow(exact).sum(-1), 0).T * (norm / scale)[:, None], unit[:, None]
+        yield (
+            signed.head_low * norm[:, None],
+            torch.where(norm > 0, _flow(exact).sum(-1), 0).T * (norm / scale)[:, None],
+            unit[:, None],
+        )
 
 
 def _few_rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -148,7 +171,9 @@ def _few_rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             past = parts[1] if parallel else reference.proximity(exact.whole, post)
             total = near.sum((0, 2)) + parts[0] + past * parallel
             below = total if parallel else parts[1] + past
-            wanted = torch.stack([total, total, _share(parts[0], total), 0 * total, 0 * total, _share(parts[1], below)], 1)
+            wanted = torch.stack(
+                [total, total, _share(parts[0], total), 0 * total, 0 * total, _share(parts[1], below)], 1
+            )
             one = torch.ones_like(unit)
             yield table[:, :6], wanted[at], torch.stack([unit, unit, one, one, one, one], 1)[at]
             if not parallel:
@@ -162,17 +187,37 @@ def _share(part: Tensor, total: Tensor) -> Tensor:
     return torch.where(total > 0, part / total, 0)
 
 
-def _rows_of(layer: Attention, at: Tensor, states: tuple[Tensor, Tensor, Tensor], parallel: bool) -> tuple[Tensor, Tensor]:
+def _rows_of(
+    layer: Attention, at: Tensor, states: tuple[Tensor, Tensor, Tensor], parallel: bool
+) -> tuple[Tensor, Tensor]:
     """What the operation says of rows ``at``: its table and its list of sub-edges, dense ``[head, row, key]``."""
     (heads, queries, d_qk), (kv, keys, d_v) = layer.query.shape, layer.value.shape
     d_model, n = layer.whole.shape[1], len(at)
     whole = native.contiguous(layer.whole[at])
     flat = native.contiguous(layer.w_o.permute(2, 0, 1).reshape(d_model, -1))
     a = native.Arguments(
-        queries=n, stored=queries, keys=keys, heads=heads, group=heads // kv, d_v=d_v, d_model=d_model, d_qk=d_qk, w_row=heads * d_v,
-        scale=layer.scaling, softcap=layer.softcap, window=layer.window, floor=1e-6, cut=1e-6, capacity=keys * heads, tolerance=0.0,
-        n_thresholds=0, thresholds=0, threads=1, parallel=parallel, exact=True,
-    )  # fmt: skip
+        queries=n,
+        stored=queries,
+        keys=keys,
+        heads=heads,
+        group=heads // kv,
+        d_v=d_v,
+        d_model=d_model,
+        d_qk=d_qk,
+        w_row=heads * d_v,
+        scale=layer.scaling,
+        softcap=layer.softcap,
+        window=layer.window,
+        floor=1e-6,
+        cut=1e-6,
+        capacity=keys * heads,
+        tolerance=0.0,
+        n_thresholds=0,
+        thresholds=0,
+        threads=1,
+        parallel=parallel,
+        exact=True,
+    )
     residual, ffn, post = (state.float() for state in states)
     a.take_rows("query", native.contiguous(layer.query), (heads, queries, d_qk), ("q_head", "q_row"), where="q")
     a.take_rows("key", layer.key, (kv, keys, d_qk), ("k_head", "k_row"), where="k")
@@ -232,7 +277,11 @@ def _parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         part, whole = _states(rows, width)
         unit = whole.double().abs().sum(-1) + part.double().abs().sum(-1)
         for some in (part, part[:1]):
-            yield torch.ops.flowroutes.part_proximity(some, whole, "cpu"), reference.proximity(some.double(), whole.double()), unit
+            yield (
+                torch.ops.flowroutes.part_proximity(some, whole, "cpu"),
+                reference.proximity(some.double(), whole.double()),
+                unit,
+            )
 
 
 def _components() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -248,7 +297,8 @@ def _components() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def _rank1() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for rows, width in ((1, 1), (5, 33), (27, 67)):
         w_down, whole = _states(rows, width)
-        activation = (whole @ w_down.T / (30 * width)).contiguous()  # small: else no part is close, and all that is compared is nothing
+        # small: else no part is close, and all that is compared is nothing
+        activation = (whole @ w_down.T / (30 * width)).contiguous()
         near = reference.proximity(activation.double()[..., None] * w_down.double(), whole.double()[:, None])
         found = neuron_importances(activation, w_down, whole, torch.ones_like(whole[:, 0]), floor=0.0, backend="cpu")
         dense = torch.zeros_like(activation)

@@ -1,8 +1,8 @@
 """``estimate()``: what a trace will take, from a config alone.
 
-Bytes are counted from shapes, tensor by tensor, for the forward pass, for one layer of ours, and for what the trace keeps. What shapes do
-not say (how many sub-edges lie above the floor, what the C allocator keeps back, what share of a matrix product's speed is reached) was
-measured once on the demo model and stands in the constants below.
+Bytes are counted from shapes, tensor by tensor, for the forward pass, for one layer of ours, and for what the trace
+keeps. What shapes do not say (how many sub-edges lie above the floor, what the C allocator keeps back, what share of a
+matrix product's speed is reached) was measured once on the demo model and stands in the constants below.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowroutes_fast.loading.load import DEMO, DEMO_NAME, _quiet, config_of, copy_of, demo_file, gguf_file, gguf_head, model_folder, named
+from flowroutes_fast.loading.load import (
+    DEMO,
+    DEMO_NAME,
+    _quiet,
+    config_of,
+    copy_of,
+    demo_file,
+    gguf_file,
+    gguf_head,
+    model_folder,
+    named,
+)
 from flowroutes_fast.models.families import blocks_of, context_length
 from flowroutes_fast.ops import BACKENDS, choose_backend
 from flowroutes_fast.ops.certified import MEASURES
@@ -30,26 +41,40 @@ FORWARD_SHARE = 0.67  # of a matrix product's speed; those of our kernels follow
 SHARES = {"certified": 0.17, "exact": 0.24, "signed": 0.4}
 REFERENCE_SPEED = 2e8  # elements of [query, key, head, d_model] per second: PyTorch on two cores
 DATASHEET = {  # dense FLOP/s in 16 bits and in float32, NVIDIA's datasheets
-    "B200": (2.25e15, 75e12), "H200": (989e12, 67e12), "H100": (989e12, 67e12), "A100": (312e12, 19.5e12), "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12), "A10": (125e12, 31.2e12), "V100": (125e12, 15.7e12), "T4": (65e12, 8.1e12), "4090": (165e12, 82.6e12),
-}  # fmt: skip
+    "B200": (2.25e15, 75e12),
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "A10": (125e12, 31.2e12),
+    "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12),
+    "4090": (165e12, 82.6e12),
+}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory in bytes and duration in seconds of one ``trace()``. :meth:`rows` says what is measured and what is predicted.
+    """Peak memory in bytes and duration in seconds of one ``trace()``. :meth:`rows` says what is measured and what is
+    predicted.
 
     Attributes:
-        weights: parameters and buffers of the model. process: Python, torch, transformers and whatever else this process holds, and the
-            tokenizer (on a GPU: the CUDA context).
-        activations: the forward pass's own peak. captured: those of one layer that our kernels read; they live while our kernels run.
-        buffers: what our kernels allocate for one layer. results: what the Trace keeps, all layers together (always in main memory).
+        weights: parameters and buffers of the model. process: Python, torch, transformers and whatever else this
+            process holds, and the tokenizer (on a GPU: the CUDA context).
+        activations: the forward pass's own peak. captured: those of one layer that our kernels read; they live while
+            our kernels run.
+        buffers: what our kernels allocate for one layer. results: what the Trace keeps, all layers together (always in
+            main memory).
         allocator: freed memory that the C allocator keeps back.
-        throughput: FLOP per second that a matrix product reaches; seconds follow from it. throughput_source: where it comes from.
-        flops: floating point operations, the forward pass's and ours. read: bytes read from disk while streaming (0: none).
+        throughput: FLOP per second that a matrix product reaches; seconds follow from it. throughput_source: where it
+            comes from.
+        flops: floating point operations, the forward pass's and ours. read: bytes read from disk while streaming (0:
+            none).
         bandwidth: bytes per second of that disk, measured; None if the checkpoint is not here.
-        states: bytes that a lazy trace keeps instead of ``results``: ``whole`` (by reference), ``inputs`` (block inputs, keys and values; as
-            much with ``host`` and ``disk``), ``cache`` (keys and values, which the caller has already).
+        states: bytes that a lazy trace keeps instead of ``results``: ``whole`` (by reference), ``inputs`` (block
+            inputs, keys and values; as much with ``host`` and ``disk``), ``cache`` (keys and values, which the caller
+            has already).
     """
 
     model: str
@@ -79,7 +104,9 @@ class Estimate:
 
     @property
     def additional(self) -> int:
-        """Bytes that a process needs beyond the opened model. The forward pass's temporaries are gone when our buffers are there."""
+        """Bytes that a process needs beyond the opened model. The forward pass's temporaries are gone when our
+        buffers are there.
+        """
         working = max(self.activations, self.captured + self.buffers) + self.allocator
         return working + (self.results if self.device == "cpu" else 0)
 
@@ -91,12 +118,20 @@ class Estimate:
     def rows(self) -> list[tuple[str, int, str]]:
         """(item, bytes, how it is known)."""
         where = "" if self.device == "cpu" else ", in main memory, not in the total"
-        process = "Python, torch, transformers: measured; tokenizer: predicted" if self.process_measured else "CUDA context: predicted"
+        process = (
+            "Python, torch, transformers: measured; tokenizer: predicted"
+            if self.process_measured
+            else "CUDA context: predicted"
+        )
         return [
             ("weights", self.weights, f"counted, {self.dtype}" + (", those in memory at a time" if self.read else "")),
             ("process", self.process, process),
             ("activations", self.activations, "predicted from shapes: the forward pass's peak"),
-            ("buffers", self.buffers, f"predicted from shapes: one layer's, beside {size_text(self.captured)} of its activations"),
+            (
+                "buffers",
+                self.buffers,
+                f"predicted from shapes: one layer's, beside {size_text(self.captured)} of its activations",
+            ),
             ("results", self.results, f"predicted from sub-edges per row of the demo model{where}"),
             ("allocator", self.allocator, "predicted: freed memory kept back"),
             ("total", self.total, "peak; of activations and buffers (with what they read) the larger counts"),
@@ -109,7 +144,9 @@ class Estimate:
             + f", {self.precision}, {self.measure}, backend {self.backend}"
         )
         table = "\n".join(f"{name:12}{size_text(size):>10}  {how}" for name, size, how in self.rows())
-        return "\n".join([head, table, *self._lazy(), f"{'time':12}{_duration(self.seconds):>10}  {self.time_source}", *self.notes])
+        return "\n".join(
+            [head, table, *self._lazy(), f"{'time':12}{_duration(self.seconds):>10}  {self.time_source}", *self.notes]
+        )
 
     def _lazy(self) -> list[str]:
         if not self.states:
@@ -124,7 +161,10 @@ class Estimate:
 
     @property
     def time_source(self) -> str:
-        return f"{self.flops / 1e12:.3g} TFLOP, predicted at {self.throughput / 1e9:.3g} GFLOP/s of a matrix product ({self.throughput_source})"
+        return (
+            f"{self.flops / 1e12:.3g} TFLOP, predicted at {self.throughput / 1e9:.3g} GFLOP/s of a matrix product "
+            f"({self.throughput_source})"
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -149,20 +189,25 @@ def estimate(
     """Peak memory and duration of :func:`flowroutes_fast.trace`, before anything is loaded.
 
     Args:
-        model: a transformers model, a config, or a name that :func:`flowroutes_fast.load` knows, of which the configuration alone is read.
+        model: a transformers model, a config, or a name that :func:`flowroutes_fast.load` knows, of which the
+            configuration alone is read.
         tokens: length of the prompt.
-        dtype: of the weights (torch dtype or its name); None: the loaded model's; for a hub name the checkpoint's; else float32.
-        backend: ``"auto"``: for a loaded model that of its device, else ``"triton"`` where torch sees a GPU and ``"cpu"`` elsewhere. Others
-            need not be available here.
+        dtype: of the weights (torch dtype or its name); None: the loaded model's; for a hub name the checkpoint's; else
+            float32.
+        backend: ``"auto"``: for a loaded model that of its device, else ``"triton"`` where torch sees a GPU and
+            ``"cpu"`` elsewhere. Others need not be available here.
         batch: sequences per forward pass.
-        memory: weights stay on disk, and those in memory at a time may take so much (:func:`flowroutes_fast.open_streaming`). Other arguments: as for :func:`flowroutes_fast.trace`.
+        memory: weights stay on disk, and those in memory at a time may take so much
+            (:func:`flowroutes_fast.open_streaming`). Other arguments: as for :func:`flowroutes_fast.trace`.
 
     Returns:
-        Bytes and seconds, see :class:`Estimate`. The process is measured as it is now, without the model that is passed: call it in a fresh
-        process for the peak of a fresh process (``flowroutes estimate`` does). On a GPU memory is the device's.
+        Bytes and seconds, see :class:`Estimate`. The process is measured as it is now, without the model that is
+        passed: call it in a fresh process for the peak of a fresh process (``flowroutes estimate`` does). On a GPU
+        memory is the device's.
 
     Raises:
-        ValueError: fewer than 1 token, more than the context holds, an unknown option or family. FileNotFoundError: no such model.
+        ValueError: fewer than 1 token, more than the context holds, an unknown option or family. FileNotFoundError: no
+            such model.
     """
     for name, value, known in (
         ("precision", precision, ("certified", "exact")),
@@ -172,7 +217,9 @@ def estimate(
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, known))}")
     if measure == "signed" and precision == "exact":
-        raise ValueError("measure='signed' is known exactly with precision='certified'; precision='exact' is about proximities")
+        raise ValueError(
+            "measure='signed' is known exactly with precision='certified'; precision='exact' is about proximities"
+        )
     for name, number in (("tokens", tokens), ("batch", batch)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
@@ -186,12 +233,20 @@ def estimate(
     dtype = _dtype(dtype) or (loaded.dtype if real else wanted) or torch.float32
     device = _device(loaded if real else None, backend)
     if backend == "auto":
-        backend = choose_backend("auto", torch.empty(0, device=device)) if device == "cpu" or torch.cuda.is_available() else "triton"
+        backend = (
+            choose_backend("auto", torch.empty(0, device=device))
+            if device == "cpu" or torch.cuda.is_available()
+            else "triton"
+        )
     if dense is None:
         dense = precision == "exact" and 4 * s.layers * s.heads * tokens**2 < DENSE_LIMIT
     options = Options(precision, measure, backend, dense, floor, threads=threads, neurons=neurons)
     need = needs(s, tokens, options, device=device, element=dtype.itemsize, batch=batch)
-    process = CONTEXT_BYTES if device != "cpu" else _resident() - (_resident_weights(loaded) if real else TOKENIZER_BYTES * -s.vocabulary)
+    process = (
+        CONTEXT_BYTES
+        if device != "cpu"
+        else _resident() - (_resident_weights(loaded) if real else TOKENIZER_BYTES * -s.vocabulary)
+    )
     speed, source = _speed(dtype, device)
     kind = measure if measure == "signed" else precision
     forward, ours = _flops(loaded, s, tokens, neurons)
@@ -215,16 +270,40 @@ def estimate(
         seconds = max(seconds, least or 0.0)
     if device != "cpu" and precision == "certified":
         notes.append(
-            f"Rows that must be evaluated whole take up to {size_text(17 * s.heads * tokens**2)} of device memory more for a moment."
+            f"Rows that must be evaluated whole take up to {size_text(17 * s.heads * tokens**2)} of device memory "
+            f"more for a moment."
         )
     return Estimate(
-        label, tokens, batch, precision, measure, backend, device, str(dtype).removeprefix("torch."), weights, max(process, 0),
-        need.activations, need.captured, need.buffers, need.results, need.allocator, seconds, speed, source, device == "cpu", tuple(notes),
-        batch * (forward + ours), read, disk, {} if read else kept_states(s, tokens, dtype.itemsize, batch),
-    )  # fmt: skip
+        label,
+        tokens,
+        batch,
+        precision,
+        measure,
+        backend,
+        device,
+        str(dtype).removeprefix("torch."),
+        weights,
+        max(process, 0),
+        need.activations,
+        need.captured,
+        need.buffers,
+        need.results,
+        need.allocator,
+        seconds,
+        speed,
+        source,
+        device == "cpu",
+        tuple(notes),
+        batch * (forward + ours),
+        read,
+        disk,
+        {} if read else kept_states(s, tokens, dtype.itemsize, batch),
+    )
 
 
-def _streamed(name: Any, model: nn.Module, dtype: torch.dtype, device: str, memory: str | int) -> tuple[int, int, float | None]:
+def _streamed(
+    name: Any, model: nn.Module, dtype: torch.dtype, device: str, memory: str | int
+) -> tuple[int, int, float | None]:
     """Bytes of weights in memory at a time, bytes to read, bytes per second."""
     from flowroutes_fast.loading.disk_speed import reading
     from flowroutes_fast.loading.layer_feed import plan
@@ -245,7 +324,11 @@ def _opened(model: Any) -> tuple[Any, str, torch.dtype | None]:
     wanted = None
     if isinstance(model, nn.Module):
         config = getattr(model, "config", None)
-        return model, str(getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(model).__name__)), None
+        return (
+            model,
+            str(getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(model).__name__)),
+            None,
+        )
     if isinstance(model, PretrainedConfig):
         config, label = model, str(model._name_or_path or model.model_type)
     elif isinstance(model, (str, os.PathLike)):
@@ -272,7 +355,8 @@ def _opened(model: Any) -> tuple[Any, str, torch.dtype | None]:
                 raise
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileNotFoundError(
-                f"model '{label}' cannot be opened: {first.rstrip('.')}. Give 'demo', a local folder, a .gguf file or a hub id"
+                f"model '{label}' cannot be opened: {first.rstrip('.')}. Give 'demo', a local folder, a .gguf file or "
+                f"a hub id"
             ) from error
         if source == label and not Path(label).is_dir():
             wanted = getattr(config, "dtype", None)
@@ -301,22 +385,36 @@ def _device(model: nn.Module | None, backend: str) -> str:
 
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of all parameters and buffers once (tied ones are one), in ``dtype`` where they are floating point and not yet loaded."""
+    """Bytes of all parameters and buffers once (tied ones are one), in ``dtype`` where they are floating point and
+    not yet loaded.
+    """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    return sum(t.numel() * (dtype.itemsize if t.is_meta and t.is_floating_point() else t.element_size()) for t in tensors)
+    return sum(
+        t.numel() * (dtype.itemsize if t.is_meta and t.is_floating_point() else t.element_size()) for t in tensors
+    )
 
 
 def _flops(model: nn.Module, s: Shape, tokens: int, neurons: bool) -> tuple[float, float]:
-    """Floating point operations of the forward pass and of ours; a multiply-add counts two, causal halves are halves."""
+    """Floating point operations of the forward pass and of ours; a multiply-add counts two, causal halves are
+    halves.
+    """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     experts = (
-        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or getattr(config, "n_routed_experts", None)
+        getattr(config, "num_local_experts", None)
+        or getattr(config, "num_experts", None)
+        or getattr(config, "n_routed_experts", None)
     )
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
     ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}  # type: ignore[operator]
-    body = sum(p.numel() * (active if ".experts." in name else 1.0) for name, p in model.named_parameters() if id(p) not in ends)
+    body = sum(
+        p.numel() * (active if ".experts." in name else 1.0)
+        for name, p in model.named_parameters()
+        if id(p) not in ends
+    )
     attention = s.layers * tokens**2 * s.heads * (s.d_qk + s.d_head)
-    ours = s.layers * 2.0 * tokens * s.w_o + attention + (s.layers * 2.0 * tokens * s.ffn * s.d_model if neurons else 0.0)
+    ours = (
+        s.layers * 2.0 * tokens * s.w_o + attention + (s.layers * 2.0 * tokens * s.ffn * s.d_model if neurons else 0.0)
+    )
     return 2.0 * tokens * body + attention + 2.0 * s.vocabulary * s.d_model, ours
 
 

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from flowroutes_fast.results.trace import Trace
 
 KINDS = ("attention", "mixer", "attention_residual", "ffn", "ffn_residual")
-COLUMNS = {"layer": "int64", "kind": "object", "source": "int64", "target": "int64", "head": "int64", "importance": "float64"}
+COLUMNS = {
+    "layer": "int64",
+    "kind": "object",
+    "source": "int64",
+    "target": "int64",
+    "head": "int64",
+    "importance": "float64",
+}
 
 
 class EdgeTable:
@@ -21,12 +28,22 @@ class EdgeTable:
     def __init__(self) -> None:
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
-    def add(self, layer: int, kind: str, source: np.ndarray, target: np.ndarray, head: np.ndarray | int, importance: np.ndarray) -> None:
+    def add(
+        self,
+        layer: int,
+        kind: str,
+        source: np.ndarray,
+        target: np.ndarray,
+        head: np.ndarray | int,
+        importance: np.ndarray,
+    ) -> None:
         n = len(source)
         if not n:
             return
         heads = head if isinstance(head, np.ndarray) else np.full(n, head)
-        for name, values in zip(COLUMNS, (np.full(n, layer), np.full(n, kind, object), source, target, heads, importance), strict=True):
+        for name, values in zip(
+            COLUMNS, (np.full(n, layer), np.full(n, kind, object), source, target, heads, importance), strict=True
+        ):
             self.columns[name].append(values)
 
     def table(self) -> pd.DataFrame:
@@ -34,8 +51,12 @@ class EdgeTable:
 
         if not self.columns["layer"]:
             return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})
-        columns = {name: np.concatenate(parts).astype(COLUMNS[name], copy=False) for name, parts in self.columns.items()}
-        return pd.DataFrame({name: pd.Series(values, dtype=COLUMNS[name], copy=False) for name, values in columns.items()}, copy=False)
+        columns = {
+            name: np.concatenate(parts).astype(COLUMNS[name], copy=False) for name, parts in self.columns.items()
+        }
+        return pd.DataFrame(
+            {name: pd.Series(values, dtype=COLUMNS[name], copy=False) for name, values in columns.items()}, copy=False
+        )
 
 
 class EdgeRows(NamedTuple):
@@ -65,4 +86,6 @@ def after_ffn(trace: Trace, layer: int, queries: np.ndarray) -> list[EdgeRows]:
 
 def _alone(trace: Trace, layer: int, queries: np.ndarray, kinds: list[str]) -> list[EdgeRows]:
     none = np.full(len(queries), -1)
-    return [EdgeRows(kind, queries, queries, none, trace.values(kind, layer, queries).astype(np.float64)) for kind in kinds]
+    return [
+        EdgeRows(kind, queries, queries, none, trace.values(kind, layer, queries).astype(np.float64)) for kind in kinds
+    ]

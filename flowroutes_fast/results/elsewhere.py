@@ -1,4 +1,6 @@
-"""What methods of traces and routes call in packages above this one: pages, text, experiments. Looked up when they are called."""
+"""What methods of traces and routes call in packages above this one: pages, text, experiments. Looked up when they
+are called.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, re
     if (
         renormalize
         and trace.measure != "signed"
-        and np.array_equal(trace.values("normaliser_low", layer, active), trace.values("normaliser_high", layer, active))
+        and np.array_equal(
+            trace.values("normaliser_low", layer, active), trace.values("normaliser_high", layer, active)
+        )
     ):
         return active[:0]  # evaluated whole
     below, above = trace.factors(layer, active)
@@ -55,13 +57,15 @@ def open_rows(trace: Trace, layer: int, active: np.ndarray, threshold: float, re
 
 
 def extract(trace: Trace, positions: Sequence[int], threshold: float, renormalize: bool) -> Route:
-    """Follow edges downwards from the last states of ``positions`` while their importance is > ``threshold`` (strictly).
+    """Follow edges downwards from the last states of ``positions`` while their importance is > ``threshold``
+    (strictly).
 
-    ``renormalize=True`` (the paper's experiments): per node, every part ≤ threshold is dropped, the survivors are divided by
-    their sum. ``renormalize=False``: sub-edges are summed over heads first and the (source, target) sums are thresholded; the
-    table then lists all sub-edges of the pairs that pass; from a certified trace, those too small to be evaluated as one row with head -1.
-    The bias part takes part in normalisation but is no edge. Signed flows are compared, and renormalised, by absolute value.
-    Where a certified trace leaves a decision open, it is asked to settle it (:meth:`Trace.decide`).
+    ``renormalize=True`` (the paper's experiments): per node, every part ≤ threshold is dropped, the survivors are
+    divided by their sum. ``renormalize=False``: sub-edges are summed over heads first and the (source, target) sums are
+    thresholded; the table then lists all sub-edges of the pairs that pass; from a certified trace, those too small to
+    be evaluated as one row with head -1. The bias part takes part in normalisation but is no edge. Signed flows are
+    compared, and renormalised, by absolute value. Where a certified trace leaves a decision open, it is asked to settle
+    it (:meth:`Trace.decide`).
     """
     found = EdgeTable()
     active = np.unique(np.asarray(positions, np.int64))
@@ -76,7 +80,9 @@ def extract(trace: Trace, positions: Sequence[int], threshold: float, renormaliz
 
 
 def by_flow(trace: Trace, positions: Sequence[int], threshold: float | None, keep: float | None) -> Route:
-    """The edges with the most flow (see :mod:`flowroutes_fast.results.flow`) that hang together with a root; ``importance`` is their flow."""
+    """The edges with the most flow (see :mod:`flowroutes_fast.results.flow`) that hang together with a root;
+    ``importance`` is their flow.
+    """
     _, flows, _ = push(trace, positions)
     limit = strongest(flows, keep) if keep is not None else threshold
     assert limit is not None
@@ -89,14 +95,25 @@ def by_flow(trace: Trace, positions: Sequence[int], threshold: float | None, kee
 def _route(trace: Trace, positions: Sequence[int], threshold: float, found: EdgeTable, **known: Any) -> Route:
     last = max(positions)
     return Route(
-        tokens=list(trace.tokens), position=last, positions=tuple(sorted(set(positions))), threshold=threshold, model=trace.model,
-        shapes=list(trace.shapes), edges=found.table(), prediction=list(trace.prediction) if last == len(trace.tokens) - 1 else [],
-        measure=trace.measure, token_ids=list(trace.token_ids), inputs=dict(trace.inputs), chat=list(trace.chat),
+        tokens=list(trace.tokens),
+        position=last,
+        positions=tuple(sorted(set(positions))),
+        threshold=threshold,
+        model=trace.model,
+        shapes=list(trace.shapes),
+        edges=found.table(),
+        prediction=list(trace.prediction) if last == len(trace.tokens) - 1 else [],
+        measure=trace.measure,
+        token_ids=list(trace.token_ids),
+        inputs=dict(trace.inputs),
+        chat=list(trace.chat),
         **known,
-    )  # fmt: skip
+    )
 
 
-def _ffn_node(found: EdgeTable, layer: int, active: np.ndarray, parts: list[EdgeRows], threshold: float, renormalize: bool) -> np.ndarray:
+def _ffn_node(
+    found: EdgeTable, layer: int, active: np.ndarray, parts: list[EdgeRows], threshold: float, renormalize: bool
+) -> np.ndarray:
     """The node after the FFN; returns the positions whose state after attention is reached."""
     kept = [np.abs(part.importance) > threshold for part in parts]
     total = np.sum([np.abs(part.importance) * keep for part, keep in zip(parts, kept, strict=True)], axis=0)
@@ -106,7 +123,9 @@ def _ffn_node(found: EdgeTable, layer: int, active: np.ndarray, parts: list[Edge
     return active[np.logical_or.reduce(kept)]
 
 
-def _attention_node(found: EdgeTable, trace: Trace, layer: int, active: np.ndarray, threshold: float, renormalize: bool) -> np.ndarray:
+def _attention_node(
+    found: EdgeTable, trace: Trace, layer: int, active: np.ndarray, threshold: float, renormalize: bool
+) -> np.ndarray:
     """The node after attention (in a parallel block: after the block); returns the source positions."""
     if not len(active):
         return active
@@ -127,7 +146,8 @@ def _attention_node(found: EdgeTable, trace: Trace, layer: int, active: np.ndarr
     row = np.searchsorted(active, query)
     total = np.ones(len(active))
     if renormalize:
-        total = np.bincount(row, weights=np.abs(value), minlength=len(active)) + np.abs(constant) * (np.abs(constant) > threshold)
+        biases = np.abs(constant) * (np.abs(constant) > threshold)
+        total = np.bincount(row, weights=np.abs(value), minlength=len(active)) + biases
         total += np.sum([np.abs(p.importance) * (np.abs(p.importance) > threshold) for p in alone], axis=0)
     found.add(layer, "attention", key, query, head, value / total[row])
     sources = [key]

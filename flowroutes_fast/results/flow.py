@@ -1,9 +1,9 @@
 """Importance as a mass that flows from the root down the whole graph: what each token supplies, and routes cut by flow.
 
-A root has mass 1. Every node hands its mass on to the sources of its incoming edges, in proportion to their importance (signed flow: its
-absolute value). The flow of an edge is (mass of its target) × (its share of what enters the target). Parts without a source, which are
-the biases, take no mass; a node that nothing enters hands its mass down its own residual stream. So the mass that arrives at the
-token embeddings sums to 1.
+A root has mass 1. Every node hands its mass on to the sources of its incoming edges, in proportion to their importance
+(signed flow: its absolute value). The flow of an edge is (mass of its target) × (its share of what enters the target).
+Parts without a source, which are the biases, take no mass; a node that nothing enters hands its mass down its own
+residual stream. So the mass that arrives at the token embeddings sums to 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Flow:
-    """One layer's edges with their flow, by node: ``ffn`` after the FFN (none in a parallel block), ``attention`` after attention."""
+    """One layer's edges with their flow, by node: ``ffn`` after the FFN (none in a parallel block), ``attention``
+    after attention.
+    """
 
     ffn: list[EdgeRows]
     attention: list[EdgeRows]
@@ -31,8 +33,8 @@ class Flow:
 def push(trace: Trace, positions: Sequence[int]) -> tuple[np.ndarray, list[Flow], float]:
     """Push mass 1, split evenly over the roots, down the graph.
 
-    Returns the mass ``[token]`` that arrives at the embeddings, the flow of every stored edge per layer, and the mass that met sub-edges
-    which are not stored because they are below the floor: it is given to those that are.
+    Returns the mass ``[token]`` that arrives at the embeddings, the flow of every stored edge per layer, and the mass
+    that met sub-edges which are not stored because they are below the floor: it is given to those that are.
     """
     mass = np.zeros(len(trace.tokens))
     mass[list(positions)] = 1 / len(positions)
@@ -53,8 +55,12 @@ def push(trace: Trace, positions: Sequence[int]) -> tuple[np.ndarray, list[Flow]
     return mass, flows[::-1], unresolved
 
 
-def _split(mass: np.ndarray, active: np.ndarray, parts: list[EdgeRows]) -> tuple[np.ndarray, list[EdgeRows], np.ndarray]:
-    """Hand the mass of the targets on to the sources: mass of the sources, the edges with their flow, what entered each target."""
+def _split(
+    mass: np.ndarray, active: np.ndarray, parts: list[EdgeRows]
+) -> tuple[np.ndarray, list[EdgeRows], np.ndarray]:
+    """Hand the mass of the targets on to the sources: mass of the sources, the edges with their flow, what entered
+    each target.
+    """
     total = np.zeros(len(mass))
     for part in parts:
         total += np.bincount(part.target, weights=np.abs(part.importance), minlength=len(mass))
@@ -69,9 +75,17 @@ def _split(mass: np.ndarray, active: np.ndarray, parts: list[EdgeRows]) -> tuple
 
 
 def _missing(
-    trace: Trace, layer: int, active: np.ndarray, query: np.ndarray, value: np.ndarray, mass: np.ndarray, total: np.ndarray
+    trace: Trace,
+    layer: int,
+    active: np.ndarray,
+    query: np.ndarray,
+    value: np.ndarray,
+    mass: np.ndarray,
+    total: np.ndarray,
 ) -> float:
-    """Mass at nodes of this layer that belongs to sub-edges which are not stored (known from the heads' sums; nothing for signed flow)."""
+    """Mass at nodes of this layer that belongs to sub-edges which are not stored (known from the heads' sums;
+    nothing for signed flow).
+    """
     if trace.dense is not None or trace.measure == "signed":
         return 0.0
     heads = np.zeros(len(mass))
@@ -89,7 +103,9 @@ def strongest(flows: list[Flow], keep: float) -> float:
     return float(np.nextafter(every[count - 1], 0)) if len(every) else 0.0
 
 
-def connected(trace: Trace, flows: list[Flow], positions: Sequence[int], threshold: float) -> list[tuple[int, EdgeRows]]:
+def connected(
+    trace: Trace, flows: list[Flow], positions: Sequence[int], threshold: float
+) -> list[tuple[int, EdgeRows]]:
     """Edges with a flow above ``threshold`` that hang together with a root, as (layer, edges), top-down."""
     found = []
     active = np.zeros(len(trace.tokens), bool)

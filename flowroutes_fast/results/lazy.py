@@ -18,7 +18,8 @@ from flowroutes_fast.results.route import Route
 from flowroutes_fast.results.trace import Trace
 from flowroutes_fast.results.trace_file import ARRAYS, NEURON
 
-FIELD = {"normaliser_low": "low", "normaliser_high": "high", "attention_bias": "bias"}  # of a row's importances, where it differs
+# of a row's importances, where it differs
+FIELD = {"normaliser_low": "low", "normaliser_high": "high", "attention_bias": "bias"}
 HEADS = ("heads", "heads_low", "heads_high")
 SCALARS = ("normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual")
 
@@ -48,7 +49,8 @@ class Rows:
     def __init__(self, tokens: int) -> None:
         self.place = np.full(tokens, -1, np.int64)  # where a position's row is, -1: nowhere yet
         self.table = np.zeros((0, 0), np.float32)  # [row, SCALARS, then heads, heads_low, heads_high]
-        self.edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # positions [row], index [3, n], importance [n] by evaluation
+        # positions [row], index [3, n], importance [n] by evaluation
+        self.edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.neurons: dict[str, np.ndarray] = {}
 
     @property
@@ -73,7 +75,11 @@ class Rows:
         if len(self.table) and (self.place[queries] >= 0).any():
             again = np.zeros(len(self.place), bool)
             again[queries] = True
-            edges = [(rows[~again[rows]], old[:, keep], values[keep]) for rows, old, values in edges for keep in [~again[old[0]]]]
+            edges = [
+                (rows[~again[rows]], old[:, keep], values[keep])
+                for rows, old, values in edges
+                for keep in [~again[old[0]]]
+            ]
         start = len(self.table)
         neurons = self._with_neurons(queries, getattr(found, "neurons", None))
         table = np.concatenate([self.table, table]) if start else table
@@ -112,7 +118,12 @@ class Rows:
 
     def no_neurons(self) -> dict[str, np.ndarray]:
         unknown = np.full(len(self.place), np.nan, np.float32)
-        return {"index": np.zeros((2, 0), np.int32), "importance": np.zeros(0, np.float32), "low": unknown, "high": unknown.copy()}
+        return {
+            "index": np.zeros((2, 0), np.int32),
+            "importance": np.zeros(0, np.float32),
+            "low": unknown,
+            "high": unknown.copy(),
+        }
 
     def grow(self, tokens: int) -> None:
         """More positions, none of them known."""
@@ -124,7 +135,9 @@ class Rows:
 
 
 class OnDemand(Tensor):
-    """An array ``[layer, query, ...]`` of a lazy trace: an index evaluates the rows that it names, everything else those of all positions."""
+    """An array ``[layer, query, ...]`` of a lazy trace: an index evaluates the rows that it names, everything else
+    those of all positions.
+    """
 
     of_trace: LazyTrace
     array: str
@@ -142,7 +155,11 @@ class OnDemand(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is Tensor.__getitem__ and type(args[0]) is cls and isinstance(args[1], (int, np.integer, slice, tuple, list)):
+        if (
+            func is Tensor.__getitem__
+            and type(args[0]) is cls
+            and isinstance(args[1], (int, np.integer, slice, tuple, list))
+        ):
             return args[0].of_trace.at(args[0].array, args[1])
         args, kwargs = _all_rows(args), _all_rows(kwargs)
         return func(*args, **kwargs)
@@ -152,9 +169,17 @@ class OnDemand(Tensor):
 
 
 _METADATA = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__, Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
-}  # fmt: skip
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_sparse")
+    ),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+}
 
 
 def _all_rows(value: Any) -> Any:
@@ -168,23 +193,36 @@ def _all_rows(value: Any) -> Any:
 class LazyTrace(Trace):
     """A :class:`Trace` whose rows are evaluated from kept states when they are reached (``trace(..., lazy=True)``).
 
-    ``route``, ``token_attribution``, ``edges(layer, positions=…)`` and an index such as ``trace.heads[layer, position]`` evaluate the
-    rows they need, once. Whole arrays (``trace.heads.sum()``), ``to_html``, ``edges(layer)`` and ``neurons(layer)`` need all rows (of
-    a layer) and evaluate them. States are kept until :meth:`release`.
+    ``route``, ``token_attribution``, ``edges(layer, positions=…)`` and an index such as ``trace.heads[layer,
+    position]`` evaluate the rows they need, once. Whole arrays (``trace.heads.sum()``), ``to_html``, ``edges(layer)``
+    and ``neurons(layer)`` need all rows (of a layer) and evaluate them. States are kept until :meth:`release`.
 
     Raises:
-        ValueError: rows that were not evaluated while the model was there and the same: it is gone, has changed, or states were released.
+        ValueError: rows that were not evaluated while the model was there and the same: it is gone, has changed, or
+            states were released.
     """
 
     def __init__(self, source: RowSource, n_heads: int, neurons: bool, **known: Any) -> None:
         self.__dict__.update(
             {
-                "precision": "exact", "measure": "proximity", "backend": "reference", "bias": "part", "tolerance": 0.0, "thresholds": (),
-                "work": {}, "mixers": [], "prediction": [], "timings": {}, "inputs": {}, "chat": [], "dense": None, "settle": None,
+                "precision": "exact",
+                "measure": "proximity",
+                "backend": "reference",
+                "bias": "part",
+                "tolerance": 0.0,
+                "thresholds": (),
+                "work": {},
+                "mixers": [],
+                "prediction": [],
+                "timings": {},
+                "inputs": {},
+                "chat": [],
+                "dense": None,
+                "settle": None,
             }
             | known
             | {"lazy": True, "source": source, "_n_heads": n_heads, "_neurons": neurons}
-        )  # fmt: skip
+        )
         self.layers = [Rows(len(self.tokens)) for _ in self.shapes]
 
     @property
@@ -226,7 +264,9 @@ class LazyTrace(Trace):
     # --- evaluating rows
 
     def evaluate(
-        self, layers: int | Sequence[int] | np.ndarray | None = None, positions: int | Sequence[int] | np.ndarray | None = None
+        self,
+        layers: int | Sequence[int] | np.ndarray | None = None,
+        positions: int | Sequence[int] | np.ndarray | None = None,
     ) -> None:
         """Evaluate rows, those that have not been before: of these layers and positions, None for all."""
         chosen = range(self.n_layers) if layers is None else [self._layer(one) for one in np.atleast_1d(layers)]
@@ -260,14 +300,21 @@ class LazyTrace(Trace):
             role, first, stop = self.chat[-1]
             going_on = role == "assistant" and stop == len(self.tokens)
             first = first if going_on else len(self.tokens)
-            self.chat = [*(self.chat[:-1] if going_on else self.chat), ("assistant", first, len(self.tokens) + len(tokens))]
+            self.chat = [
+                *(self.chat[:-1] if going_on else self.chat),
+                ("assistant", first, len(self.tokens) + len(tokens)),
+            ]
         self.tokens, self.token_ids = [*self.tokens, *tokens], [*self.token_ids, *token_ids]
         for rows in self.layers:
             rows.grow(len(self.tokens))
 
     def complete(self) -> Trace:
         self.evaluate()
-        known = {f.name: getattr(self, f.name) for f in fields(Trace) if f.name not in (*ARRAYS, "sparse", "neuron_parts", "lazy")}
+        known = {
+            f.name: getattr(self, f.name)
+            for f in fields(Trace)
+            if f.name not in (*ARRAYS, "sparse", "neuron_parts", "lazy")
+        }
         arrays: dict[str, Any] = {name: self._array(name) for name in ARRAYS}
         neurons = self._neuron_parts() if self.split_neurons else None
         return Trace(**known, **arrays, sparse=self._sparse(), neuron_parts=neurons)
@@ -283,7 +330,9 @@ class LazyTrace(Trace):
         return [len(rows.table) for rows in self.layers]
 
     def evaluated(self, layer: int, since: int = 0) -> np.ndarray:
-        """Positions (rising) whose rows of a layer have been evaluated, or evaluated anew, after its first ``since`` (see :meth:`counts`)."""
+        """Positions (rising) whose rows of a layer have been evaluated, or evaluated anew, after its first
+        ``since`` (see :meth:`counts`).
+        """
         return np.flatnonzero(self.layers[layer].place >= since)
 
     def values(self, name: str, layer: int, queries: np.ndarray) -> np.ndarray:
@@ -329,12 +378,19 @@ class LazyTrace(Trace):
         return torch.from_numpy(out)
 
     def _sparse(self) -> list[tuple[Tensor, Tensor]]:
-        return [(torch.from_numpy(index), torch.from_numpy(value)) for rows in self.layers for index, value in [rows.sub_edges(rows.known)]]
+        return [
+            (torch.from_numpy(index), torch.from_numpy(value))
+            for rows in self.layers
+            for index, value in [rows.sub_edges(rows.known)]
+        ]
 
     def _normalisers(self) -> tuple[Tensor, Tensor]:
         low, high = (
             np.concatenate(
-                [np.zeros(0, np.float32), *(self.values(name, i, rows.known) for i, rows in enumerate(self.layers) if len(rows.table))]
+                [
+                    np.zeros(0, np.float32),
+                    *(self.values(name, i, rows.known) for i, rows in enumerate(self.layers) if len(rows.table)),
+                ]
             )
             for name in ("normaliser_low", "normaliser_high")
         )
@@ -342,8 +398,8 @@ class LazyTrace(Trace):
 
     @property
     def certificate(self) -> dict[str, float | int | str]:
-        """As of a full trace, for the rows evaluated so far; ``states``: what was kept (``whole``, ``inputs``, ``host`` or ``disk``),
-        ``state_bytes``: how much."""
+        """As of a full trace, for the rows evaluated so far; ``states``: what was kept (``whole``, ``inputs``, ``host``
+        or ``disk``), ``state_bytes``: how much."""
         return super().certificate | {"states": self.source.tier, "state_bytes": self.source.nbytes}
 
     def route(self, *args: Any, **options: Any) -> Route:
@@ -378,7 +434,9 @@ class LazyTrace(Trace):
         """A copy that evaluates from the same states."""
         made = object.__new__(type(self))
         memo[id(self)] = made
-        made.__dict__.update({name: value if name == "source" else deepcopy(value, memo) for name, value in self.__dict__.items()})
+        made.__dict__.update(
+            {name: value if name == "source" else deepcopy(value, memo) for name, value in self.__dict__.items()}
+        )
         return made
 
     # --- one session per walk, entered when its first row is missing
@@ -433,7 +491,10 @@ class Released:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        raise ValueError("a trace from another process has no states: rows that were not evaluated before it was pickled cannot be now")
+        raise ValueError(
+            "a trace from another process has no states: rows that were not evaluated before it was "
+            "pickled cannot be now"
+        )
         yield
 
     def evaluate(self, layer: int, queries: np.ndarray, whole: bool = False) -> Any:

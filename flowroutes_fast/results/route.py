@@ -36,11 +36,12 @@ MAX_HEADS = 2**14  # more than any model has
 class Route:
     """The sub-edges through which the last states of one or several positions are reached.
 
-    ``edges`` has one row per sub-edge: ``layer``, ``kind`` (one of :data:`KINDS`), ``source`` and ``target`` (token positions),
-    ``head`` (-1 where it has no meaning, or for the heads of a token edge that are too small to be told apart) and ``importance`` (share of
-    its node's total, in [0, 1]; with ``measure="signed"`` in [-1, 1]; with ``rule="flow"`` its flow, the share of the roots' mass that
-    passes through it). The roots are the states of ``positions`` after the last layer; ``position`` is the last of them.
-    ``"mixer"`` is what a layer without attention weights (Mamba, linear attention) adds: its sources are not known.
+    ``edges`` has one row per sub-edge: ``layer``, ``kind`` (one of :data:`KINDS`), ``source`` and ``target`` (token
+    positions), ``head`` (-1 where it has no meaning, or for the heads of a token edge that are too small to be told
+    apart) and ``importance`` (share of its node's total, in [0, 1]; with ``measure="signed"`` in [-1, 1]; with
+    ``rule="flow"`` its flow, the share of the roots' mass that passes through it). The roots are the states of
+    ``positions`` after the last layer; ``position`` is the last of them. ``"mixer"`` is what a layer without attention
+    weights (Mamba, linear attention) adds: its sources are not known.
     """
 
     tokens: list[str]
@@ -75,7 +76,9 @@ class Route:
         return pd.DataFrame(self.edges.groupby(keys, as_index=False, sort=False)["importance"].sum())
 
     def nodes_of(self, layer: int, kind: str, source: int, target: int) -> tuple[str, str]:
-        """Names of the states an edge joins: ``X0_{t}`` embedding, ``A{l}_{t}`` after attention, ``I{l}_{t}`` after layer l."""
+        """Names of the states an edge joins: ``X0_{t}`` embedding, ``A{l}_{t}`` after attention, ``I{l}_{t}`` after
+        layer l.
+        """
         below = f"I{layer - 1}" if layer else "X0"
         parallel = self.shapes[layer] == "parallel"
         if kind in ("ffn", "ffn_residual"):
@@ -91,10 +94,15 @@ class Route:
         return f"I{self.n_layers - 1}_{self.position}"
 
     def to_networkx(self) -> networkx.MultiDiGraph:
-        """The route as a multigraph: an edge per sub-edge, from source to target state, with ``kind``, ``layer``, ``head``, ``importance``."""
+        """The route as a multigraph: an edge per sub-edge, from source to target state, with ``kind``, ``layer``,
+        ``head``, ``importance``.
+        """
         import networkx as nx
 
-        about = {name: getattr(self, name) for name in ("model", "position", "positions", "threshold", "renormalize", "rule", "measure")}
+        about = {
+            name: getattr(self, name)
+            for name in ("model", "position", "positions", "threshold", "renormalize", "rule", "measure")
+        }
         graph = nx.MultiDiGraph(**about)
         graph.add_nodes_from(self.roots)
         for layer, kind, source, target, head, importance in self._rows():
@@ -113,8 +121,12 @@ class Route:
         """Write a self-contained page that draws the route; returns its path."""
         return write_text(file_path(path), from_above("route_html")(self))
 
-    def to_circuit_tracer(self, path: str | os.PathLike[str], *, slug: str | None = None, min_weight: float = 0.005) -> Path:
-        """Write the route as a graph for circuit-tracer's server or Neuronpedia; see :mod:`flowroutes_fast.integrations.circuit_tracer`."""
+    def to_circuit_tracer(
+        self, path: str | os.PathLike[str], *, slug: str | None = None, min_weight: float = 0.005
+    ) -> Path:
+        """Write the route as a graph for circuit-tracer's server or Neuronpedia; see
+        :mod:`flowroutes_fast.integrations.circuit_tracer`.
+        """
         if slug is not None and not isinstance(slug, str):
             raise TypeError(f"slug must be a text, got {slug!r}")
         return Path(from_above("write_graph")(self, path, slug=slug, min_weight=share("min_weight", min_weight)))
@@ -135,16 +147,19 @@ class Route:
         attention: str = "live",
         ids: Sequence[int] | None = None,
     ) -> Faithfulness:
-        """Run the model on the route's sub-edges alone, and on as many random ones and ones with the highest attention weights.
+        """Run the model on the route's sub-edges alone, and on as many random ones and ones with the highest attention
+        weights.
 
-        All sub-edges that are not in the route are ablated, at all positions up to ``position``, in all layers; FFNs and residual connections
-        are kept, also those that are not in the route. Few routes carry a prediction by themselves: compare with the rivals.
+        All sub-edges that are not in the route are ablated, at all positions up to ``position``, in all layers; FFNs
+        and residual connections are kept, also those that are not in the route. Few routes carry a prediction by
+        themselves: compare with the rivals.
 
         Args:
             model: the model that was traced; it comes back unchanged.
-            ablation: ``"mean"``: a dropped sub-edge brings its head's mean value instead of its own; ``"zero"``: it brings nothing.
-            means: per layer ``[head, d_head]``, from :func:`flowroutes_fast.experiments.ablation.value_means` over a corpus. None: of this prompt's own
-                positions, which needs no corpus but knows the prompt.
+            ablation: ``"mean"``: a dropped sub-edge brings its head's mean value instead of its own; ``"zero"``: it
+                brings nothing.
+            means: per layer ``[head, d_head]``, from :func:`flowroutes_fast.experiments.ablation.value_means` over a
+                corpus. None: of this prompt's own positions, which needs no corpus but knows the prompt.
             answer: token id whose probability and rank are given; None: the most probable one.
             random: draws of random sub-edges, as many per layer as the route has.
             attention: ``"live"``: attention weights of the ablated run; ``"frozen"``: of the whole model.
@@ -153,7 +168,13 @@ class Route:
         Raises:
             ValueError: an unknown option, another model's route, a model whose attention cannot be replaced.
         """
-        options: dict[str, Any] = {"ablation": ablation, "means": means, "answer": answer, "random": random, "seed": seed}
+        options: dict[str, Any] = {
+            "ablation": ablation,
+            "means": means,
+            "answer": answer,
+            "random": random,
+            "seed": seed,
+        }
         found: Faithfulness = from_above("verify")(self, model, attention=attention, ids=ids, **options)
         return found
 
@@ -173,14 +194,18 @@ class Route:
         return str(from_above("route_cell")(self))
 
     def __repr__(self) -> str:
-        return f"Route({len(self.edges)} sub-edges to {', '.join(f'{self.tokens[p]!r}@{p}' for p in self.positions)}, threshold={self.threshold}, {printable(self.model)})"
+        return (
+            f"Route({len(self.edges)} sub-edges to {', '.join(f'{self.tokens[p]!r}@{p}' for p in self.positions)}, "
+            f"threshold={self.threshold}, {printable(self.model)})"
+        )
 
 
 def load_route(path: str | os.PathLike[str]) -> Route:
     """Read a route written by :meth:`Route.save`.
 
     Raises:
-        DamagedFile: (a ``ValueError``) the file is something else, cut short, changed, of another version, or holds what is no route.
+        DamagedFile: (a ``ValueError``) the file is something else, cut short, changed, of another version, or holds
+            what is no route.
         FileNotFoundError, IsADirectoryError, PermissionError: there is no file to read.
     """
     file = doc.plain_file(path, "route file")
@@ -189,16 +214,21 @@ def load_route(path: str | os.PathLike[str]) -> Route:
             document = doc.parse(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise DamagedFile(f"it is no text ({error})") from error
-        doc.check(isinstance(document, dict) and document.get("format") == FORMAT, "it is not a route file of flowroutes_fast")
+        doc.check(
+            isinstance(document, dict) and document.get("format") == FORMAT, "it is not a route file of flowroutes_fast"
+        )
         version = document.get("version")
         known = type(version) is int and 1 <= version <= FORMAT_VERSION
         doc.check(known, f"it is of version {str(version)[:20]}; this release reads versions up to {FORMAT_VERSION}")
         written = document.pop("sha256", None)
         required = _REQUIRED if version == 1 else _REQUIRED | {"measure", "positions", "rule", "keep"}
-        route = _checked({name: value for name, value in document.items() if name not in ("format", "version")}, required)
+        route = _checked(
+            {name: value for name, value in document.items() if name not in ("format", "version")}, required
+        )
         doc.check(
             written is None or written == doc.digest_of(document),
-            "its content is not what was written (the checksum differs; a file that was changed on purpose is read without its sha256)",
+            "its content is not what was written (the checksum differs; a file that was changed on purpose is read "
+            "without its sha256)",
         )
         return route
 
@@ -231,12 +261,19 @@ def _checked(document: dict[str, Any], required: set[str]) -> Route:
     doc.check(layers > 0, "it has no layers")
     doc.check(max(positions) < tokens, f"its roots are outside its {tokens} tokens")
     doc.check(
-        list(positions) == sorted(set(positions)) and positions[-1] == found["position"], "its position is not the last of its positions"
+        list(positions) == sorted(set(positions)) and positions[-1] == found["position"],
+        "its position is not the last of its positions",
     )
-    doc.check(len(found.get("token_ids", [])) in (0, tokens), f"it has {len(found.get('token_ids', []))} token ids for {tokens} tokens")
+    doc.check(
+        len(found.get("token_ids", [])) in (0, tokens),
+        f"it has {len(found.get('token_ids', []))} token ids for {tokens} tokens",
+    )
     doc.check_messages(found.get("chat", []), tokens)
     flow, signed = found.get("rule") == "flow", found.get("measure") == "signed"
-    doc.check(flow or (found["threshold"] < 1 and found.get("keep") is None), "its threshold and keep do not belong to its rule")
+    doc.check(
+        flow or (found["threshold"] < 1 and found.get("keep") is None),
+        "its threshold and keep do not belong to its rule",
+    )
     doc.check(not flow or found["renormalize"], "a route by flow is always renormalised")
     most = float("inf") if signed and not found["renormalize"] else 1 + doc.ROUNDING
     edges = _checked_edges(document["edges"], tokens, found["shapes"], -most if signed and not flow else 0, most)
@@ -250,8 +287,15 @@ def _checked_edges(columns: Any, tokens: int, shapes: list[str], low: float, hig
     doc.check_names(columns, set(COLUMNS), set(COLUMNS))
     count = len(doc.a_list("edges: layer", columns["layer"]))
     known = doc.one_of(*KINDS)
-    limits = {"layer": (0, len(shapes) - 1), "source": (0, tokens - 1), "target": (0, tokens - 1), "head": (-1, MAX_HEADS - 1)}
-    checked: dict[str, list[Any]] = {name: doc.integers(f"edges: {name}", columns[name], *limits[name], count) for name in limits}
+    limits = {
+        "layer": (0, len(shapes) - 1),
+        "source": (0, tokens - 1),
+        "target": (0, tokens - 1),
+        "head": (-1, MAX_HEADS - 1),
+    }
+    checked: dict[str, list[Any]] = {
+        name: doc.integers(f"edges: {name}", columns[name], *limits[name], count) for name in limits
+    }
     checked["kind"] = [known("edges: kind", kind) for kind in doc.a_list("edges: kind", columns["kind"], count)]
     checked["importance"] = doc.numbers("edges: importance", columns["importance"], low, high, count)
     table = pd.DataFrame({name: pd.Series(checked[name], dtype=kind) for name, kind in COLUMNS.items()})
@@ -264,7 +308,8 @@ def _checked_edges(columns: Any, tokens: int, shapes: list[str], low: float, hig
     doc.check((table["head"].to_numpy()[~attention] == -1).all(), "edges without attention have a head")
     parallel = np.array([shape == "parallel" for shape in shapes])[table["layer"].to_numpy()]
     doc.check(
-        not (parallel & (table["kind"] == "ffn_residual").to_numpy()).any(), "a parallel layer has a residual connection past its FFN"
+        not (parallel & (table["kind"] == "ffn_residual").to_numpy()).any(),
+        "a parallel layer has a residual connection past its FFN",
     )
     doc.check(not table.duplicated(list(COLUMNS)[:-1]).any(), "edges lists a sub-edge twice")
     return table

@@ -35,31 +35,37 @@ class OpenRows(Exception):
 
 
 CHANGED = 0.05  # of a normaliser: above what rounding to bfloat16 does between two passes
-Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]  # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
+# {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
+Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]
 
 
 @dataclass(eq=False)
 class Trace:
-    """Importances of one prompt of ``token`` tokens in a model of ``layer`` layers and ``head`` heads; all float32, on the CPU.
+    """Importances of one prompt of ``token`` tokens in a model of ``layer`` layers and ``head`` heads; all float32, on
+    the CPU.
 
     Attributes:
         tokens: token texts, ``token`` long; token_ids: their ids.
-        heads: ``[layer, query, head]``, every head's importance summed over keys; heads_low, heads_high: what it lies between.
-        normaliser_low, normaliser_high: ``[layer, query]``, bounds of what proximities of the state after attention are divided by (in units
-            of its L1 norm). Importances divide by their middle. They are equal where a row was evaluated whole.
-        attention_residual, attention_bias: ``[layer, query]``, the residual connection's and the constant bias part's share of
-            the state after attention. ``heads.sum(-1) + attention_residual + attention_bias`` is 1.
-        ffn, ffn_residual: ``[layer, query]``, shares of the state after the FFN; they sum to 1. A parallel block (``shapes[layer]
-            == "parallel"``) has one node: its ``ffn`` belongs to the attention sum, its ``ffn_residual`` is NaN.
+        heads: ``[layer, query, head]``, every head's importance summed over keys; heads_low, heads_high: what it lies
+            between.
+        normaliser_low, normaliser_high: ``[layer, query]``, bounds of what proximities of the state after attention are
+            divided by (in units of its L1 norm). Importances divide by their middle. They are equal where a row was
+            evaluated whole.
+        attention_residual, attention_bias: ``[layer, query]``, the residual connection's and the constant bias part's
+            share of the state after attention. ``heads.sum(-1) + attention_residual + attention_bias`` is 1.
+        ffn, ffn_residual: ``[layer, query]``, shares of the state after the FFN; they sum to 1. A parallel block
+            (``shapes[layer] == "parallel"``) has one node: its ``ffn`` belongs to the attention sum, its
+            ``ffn_residual`` is NaN.
         floor: 0 when all sub-edges are kept; otherwise those of (query, key) pairs above it are.
         measure: ``"proximity"`` or ``"signed"``; precision: ``"certified"`` or ``"exact"``.
         prediction: most probable next tokens after the last position, with probabilities.
         timings: seconds of the whole traced pass (``"total"``) and of our part of it (``"importances"``).
-        inputs: what the model was given beside the tokens (images), ``{name: digest}``; a trace does not keep it, so that what runs the
-            model again on the tokens alone (``to_html(model=)``, ``Route.verify``) is refused.
-        chat: of a chat, ``(role, first, stop)`` of each message's tokens; the others are the template's. Empty for other prompts, and where
-            the messages were not found again among the tokens.
-        lazy: rows were evaluated when they were asked for (``trace(..., lazy=True)``); in a trace that was saved the others are NaN.
+        inputs: what the model was given beside the tokens (images), ``{name: digest}``; a trace does not keep it, so
+            that what runs the model again on the tokens alone (``to_html(model=)``, ``Route.verify``) is refused.
+        chat: of a chat, ``(role, first, stop)`` of each message's tokens; the others are the template's. Empty for
+            other prompts, and where the messages were not found again among the tokens.
+        lazy: rows were evaluated when they were asked for (``trace(..., lazy=True)``); in a trace that was saved the
+            others are NaN.
     """
 
     tokens: list[str]
@@ -91,7 +97,8 @@ class Trace:
     chat: list[tuple[str, int, int]] = field(default_factory=list)
     lazy: bool = False
     dense: list[Tensor] | None = field(default=None, repr=False)  # per layer [head, query, key]
-    sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # per layer: index [3, n], importance [n]
+    # per layer: index [3, n], importance [n]
+    sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     neuron_parts: list[NeuronImportances] | None = field(default=None, repr=False)  # per layer
     settle: Settle | None = field(default=None, repr=False)
 
@@ -100,14 +107,19 @@ class Trace:
         return len(self.shapes)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled, arrays as numpy's: a pickled trace keeps no model, so that open decisions are refused. Loading checks nothing."""
+        """What is pickled, arrays as numpy's: a pickled trace keeps no model, so that open decisions are refused.
+        Loading checks nothing.
+        """
         return {name: _map(value, Tensor, Tensor.numpy) for name, value in vars(self).items()} | {"settle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from torch import from_numpy
 
         self.__dict__.update(
-            {name: _map(value, np.ndarray, lambda array: from_numpy(np.require(array, requirements="W"))) for name, value in state.items()}
+            {
+                name: _map(value, np.ndarray, lambda array: from_numpy(np.require(array, requirements="W")))
+                for name, value in state.items()
+            }
         )
 
     def __copy__(self) -> Trace:
@@ -126,37 +138,49 @@ class Trace:
         return layer % self.n_layers
 
     def attention(self, layer: int) -> Tensor:
-        """Importances of all sub-edges of one layer ``[query, key, head]``; ``ValueError`` when only those above a floor were kept."""
+        """Importances of all sub-edges of one layer ``[query, key, head]``; ``ValueError`` when only those above a
+        floor were kept.
+        """
         layer = self._layer(layer)
         if self.dense is None:
             size = self.n_layers * self.n_heads * len(self.tokens) ** 2 * 4
             raise ValueError(
-                f"dense importances were not kept (all layers would take {size / 1e9:.2f} GB): sub-edges above {self.floor} are in "
+                f"dense importances were not kept (all layers would take {size / 1e9:.2f} GB): sub-edges above "
+                f"{self.floor} are in "
                 f"trace.edges({layer}); to have all, call trace(..., precision='exact', dense=True)"
             )
         return self.dense[layer].permute(1, 2, 0)
 
     @property
     def normaliser_bounds(self) -> Tensor:
-        """``[layer, query, 2]``: what proximities are divided by lies between these (in units of the state's L1 norm)."""
+        """``[layer, query, 2]``: what proximities are divided by lies between these (in units of the state's L1
+        norm).
+        """
         import torch
 
         return torch.stack([self.normaliser_low, self.normaliser_high], -1)
 
     @property
     def certificate(self) -> dict[str, float | int | str]:
-        """How the results are known: rows, sub-edges bounded and evaluated, rows refined and evaluated whole, widest interval.
+        """How the results are known: rows, sub-edges bounded and evaluated, rows refined and evaluated whole, widest
+        interval.
 
-        ``worst_error`` and ``mean_error`` are (high − low) / (high + low) of the normalisers: the relative error of any importance.
+        ``worst_error`` and ``mean_error`` are (high − low) / (high + low) of the normalisers: the relative error of any
+        importance.
         """
         low, high = self._normalisers()
         error = ((high - low) / (high + low).clamp_min(1e-300)).clamp_min(0)
         return {
-            "precision": self.precision, "measure": self.measure, "rows": low.numel(), "pairs_bounded": self.work.get("bounded", 0),
-            "pairs_evaluated": self.work.get("evaluated", 0), "rows_refined": self.work.get("refined", 0),
-            "rows_evaluated_whole": self.work.get("exhausted", 0), "worst_error": float(error.max()) if len(error) else 0.0,
+            "precision": self.precision,
+            "measure": self.measure,
+            "rows": low.numel(),
+            "pairs_bounded": self.work.get("bounded", 0),
+            "pairs_evaluated": self.work.get("evaluated", 0),
+            "rows_refined": self.work.get("refined", 0),
+            "rows_evaluated_whole": self.work.get("exhausted", 0),
+            "worst_error": float(error.max()) if len(error) else 0.0,
             "mean_error": float(error.mean()) if len(error) else 0.0,
-        }  # fmt: skip
+        }
 
     def _normalisers(self) -> tuple[Tensor, Tensor]:
         """Bounds of the normalisers that are known, ``[row]`` each, float64."""
@@ -180,8 +204,13 @@ class Trace:
 
     def _missing(self, layer: int, position: int) -> str:
         if self.lazy:
-            return f"position {position} of layer {layer} had not been evaluated when this trace was saved; trace again, or follow routes before saving"
-        return f"position {position} was not traced, and the route reaches it in layer {layer}; trace without positions="
+            return (
+                f"position {position} of layer {layer} had not been evaluated when this trace was saved; trace "
+                f"again, or follow routes before saving"
+            )
+        return (
+            f"position {position} was not traced, and the route reaches it in layer {layer}; trace without positions="
+        )
 
     def complete(self) -> Trace:
         """The trace with all its rows: a lazy one evaluates those that are missing.
@@ -191,13 +220,16 @@ class Trace:
         """
         if self.lazy and (missing := int(self.ffn.isnan().sum())):
             raise ValueError(
-                f"this trace was lazy when it was saved and has no figures of {missing} of its {self.ffn.numel()} rows (layers × tokens): "
+                f"this trace was lazy when it was saved and has no figures of {missing} of its {self.ffn.numel()} "
+                f"rows (layers × tokens): "
                 "trace again without lazy=True"
             )
         return self
 
     def decide(self, layer: int, queries: np.ndarray) -> None:
-        """Settle rows whose intervals leave a decision open; a trace that keeps no states does it all at once, see :meth:`route`."""
+        """Settle rows whose intervals leave a decision open; a trace that keeps no states does it all at once, see
+        :meth:`route`.
+        """
         raise OpenRows(layer, queries)
 
     def factors(self, layer: int, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -224,15 +256,23 @@ class Trace:
             wanted = np.zeros(len(self.tokens), bool)
             wanted[queries] = True
             keep = wanted[query]
-        return query[keep].astype(np.int64), key[keep].astype(np.int64), head[keep].astype(np.int64), importance.numpy()[keep]
+        return (
+            query[keep].astype(np.int64),
+            key[keep].astype(np.int64),
+            head[keep].astype(np.int64),
+            importance.numpy()[keep],
+        )
 
-    def edges(self, layer: int, floor: float | None = None, *, positions: int | Sequence[int] | None = None) -> pd.DataFrame:
+    def edges(
+        self, layer: int, floor: float | None = None, *, positions: int | Sequence[int] | None = None
+    ) -> pd.DataFrame:
         """Sub-edges of one layer whose importance may be above ``floor`` (default: the trace's own, at least 1e-3).
 
         ``positions``: of the queries; None for all (a lazy trace evaluates the rows of this layer that it needs).
 
-        Columns ``query, key, head, importance, low, high``: the estimate, and what the exact importance lies between. ``ValueError`` for a
-        floor outside [0, 1) or below the trace's own, ``IndexError`` for a layer that there is not, ``TypeError`` for what is no number.
+        Columns ``query, key, head, importance, low, high``: the estimate, and what the exact importance lies between.
+        ``ValueError`` for a floor outside [0, 1) or below the trace's own, ``IndexError`` for a layer that there is
+        not, ``TypeError`` for what is no number.
         """
         import pandas as pd
 
@@ -255,10 +295,11 @@ class Trace:
         return table.sort_values(["query", "key", "head"], ignore_index=True)
 
     def neurons(self, layer: int) -> pd.DataFrame:
-        """FFN neurons of one layer whose share of the state after the FFN may be above the floor; needs ``trace(..., neurons=True)``.
+        """FFN neurons of one layer whose share of the state after the FFN may be above the floor; needs ``trace(...,
+        neurons=True)``.
 
-        Columns ``position, neuron, importance, low, high``. The neurons take the FFN's place among the parts: they share one normalisation
-        with the residual connection and the bias (in a parallel block, with the attention too).
+        Columns ``position, neuron, importance, low, high``. The neurons take the FFN's place among the parts: they
+        share one normalisation with the residual connection and the bias (in a parallel block, with the attention too).
         """
         import pandas as pd
 
@@ -268,7 +309,13 @@ class Trace:
         position, neuron = found.index.numpy()
         value, low, high = found.importance.numpy(), found.low.numpy()[position], found.high.numpy()[position]
         below, above = _factors(low, high) if self.measure != "signed" else (1.0, 1.0)
-        columns = {"position": position, "neuron": neuron, "importance": value, "low": value * below, "high": value * above}
+        columns = {
+            "position": position,
+            "neuron": neuron,
+            "importance": value,
+            "low": value * below,
+            "high": value * above,
+        }
         return pd.DataFrame(columns)
 
     def has_mixer(self, layer: int) -> bool:
@@ -284,24 +331,28 @@ class Trace:
         rule: str = "importance",
         keep: float | None = None,
     ) -> Route:
-        """The route of ``position``'s last state: every edge above ``threshold``, followed top-down (algorithm 1 of the paper).
+        """The route of ``position``'s last state: every edge above ``threshold``, followed top-down (algorithm 1 of the
+        paper).
 
-        It is the route of exact importances. Where the certified intervals leave a decision open (which they do not at the thresholds
-        that were asked for when tracing), the model runs once more to settle it; a trace keeps no model alive for that.
+        It is the route of exact importances. Where the certified intervals leave a decision open (which they do not at
+        the thresholds that were asked for when tracing), the model runs once more to settle it; a trace keeps no model
+        alive for that.
 
         Args:
             position: where to start, negative from the end; several positions give the union of their routes.
             threshold: importances above it are followed; 0.04 by default.
-            renormalize: drop sub-edges up to the threshold before heads are summed, and divide the survivors by their sum.
-            rule: ``"importance"``, the paper's; or ``"flow"``: mass 1 starts at the root and splits at every node over what enters it, in
-                proportion to importance; an edge's flow is the mass it carries. A route by flow holds the edges with a flow above
-                ``threshold``, or the strongest share ``keep`` of all that carry any, as far as they hang together with a root.
-                Sub-edges below the floor of the trace are no candidates, and certified importances enter as estimated.
+            renormalize: drop sub-edges up to the threshold before heads are summed, and divide the survivors by their
+                sum.
+            rule: ``"importance"``, the paper's; or ``"flow"``: mass 1 starts at the root and splits at every node over
+                what enters it, in proportion to importance; an edge's flow is the mass it carries. A route by flow
+                holds the edges with a flow above ``threshold``, or the strongest share ``keep`` of all that carry any,
+                as far as they hang together with a root. Sub-edges below the floor of the trace are no candidates, and
+                certified importances enter as estimated.
             keep: share of the edges to keep, in (0, 1]; with ``rule="flow"``, instead of a threshold.
 
         Raises:
-            ValueError: threshold outside [0, 1) or below the floor of this trace; a decision is open and the model is gone; options
-                that exclude each other.
+            ValueError: threshold outside [0, 1) or below the floor of this trace; a decision is open and the model is
+                gone; options that exclude each other.
             IndexError: position out of range. TypeError: a position that is no integer, a threshold that is no number.
         """
         positions, renormalize = self._positions(position), flag("renormalize", renormalize)
@@ -332,21 +383,25 @@ class Trace:
     def token_attribution(self, position: int | Sequence[int] | slice = -1) -> pd.DataFrame:
         """How much each token supplies to the last state of ``position`` (several: to each of them equally).
 
-        Mass 1 starts at the root and goes down the whole graph; every node hands its mass to the sources of its incoming edges in
-        proportion to their importance (equation 5; signed flow: its absolute value), an FFN's and a residual connection's source being the
-        same position. Biases have no source and take nothing. What arrives at the embeddings sums to 1.
+        Mass 1 starts at the root and goes down the whole graph; every node hands its mass to the sources of its
+        incoming edges in proportion to their importance (equation 5; signed flow: its absolute value), an FFN's and a
+        residual connection's source being the same position. Biases have no source and take nothing. What arrives at
+        the embeddings sums to 1.
 
         Returns:
-            A table ``position, token, importance``, all tokens. ``table.attrs["unresolved"]`` is the mass, summed over layers, that met
-            sub-edges below the trace's floor; it went to those above. It is 0 with ``precision="exact", dense=True``.
+            A table ``position, token, importance``, all tokens. ``table.attrs["unresolved"]`` is the mass, summed over
+            layers, that met sub-edges below the trace's floor; it went to those above. It is 0 with
+            ``precision="exact", dense=True``.
 
         Raises:
-            ValueError: no position, or one that the mass reaches was not traced. IndexError: position out of range. TypeError: a position
-                that is no integer.
+            ValueError: no position, or one that the mass reaches was not traced. IndexError: position out of range.
+                TypeError: a position that is no integer.
         """
         import pandas as pd
 
-        positions = list(range(len(self.tokens)))[position] if isinstance(position, slice) else self._positions(position)
+        positions = (
+            list(range(len(self.tokens)))[position] if isinstance(position, slice) else self._positions(position)
+        )
         if not positions:
             raise ValueError(f"the span {position} holds no position")
         mass, _, unresolved = push(self, positions)
@@ -374,8 +429,10 @@ class Trace:
         settled = self.settle(rows) if self.settle else None
         if settled is None:
             raise ValueError(
-                f"at threshold {threshold} this trace leaves {sum(map(len, rows.values()))} rows open (first met: layer {found.layer}, position "
-                f"{found.queries[0]}) and its model is gone (a trace from a file or another process has none); trace again with thresholds=[{threshold}], or use one of {list(self.thresholds)}"
+                f"at threshold {threshold} this trace leaves {sum(map(len, rows.values()))} rows open (first met: "
+                f"layer {found.layer}, position "
+                f"{found.queries[0]}) and its model is gone (a trace from a file or another process has none); trace "
+                f"again with thresholds=[{threshold}], or use one of {list(self.thresholds)}"
             )
         for layer, queries in rows.items():
             at = torch.from_numpy(queries)
@@ -383,9 +440,17 @@ class Trace:
             if not bool(((exact >= low * (1 - CHANGED)) & (exact <= high * (1 + CHANGED))).all()):
                 raise ValueError("the model does not compute what it did when it was traced: trace again")
         fields = {
-            "heads": "heads", "heads_low": "heads_low", "heads_high": "heads_high", "normaliser_low": "low", "normaliser_high": "high",
-            "attention_residual": "attention_residual", "attention_bias": "bias", "mixer": "mixer", "ffn": "ffn", "ffn_residual": "ffn_residual",
-        }  # fmt: skip
+            "heads": "heads",
+            "heads_low": "heads_low",
+            "heads_high": "heads_high",
+            "normaliser_low": "low",
+            "normaliser_high": "high",
+            "attention_residual": "attention_residual",
+            "attention_bias": "bias",
+            "mixer": "mixer",
+            "ffn": "ffn",
+            "ffn_residual": "ffn_residual",
+        }
         for layer, queries in rows.items():
             at = torch.from_numpy(queries)
             for mine, theirs in fields.items():
@@ -398,8 +463,12 @@ class Trace:
         self.work["exhausted"] = self.work.get("exhausted", 0) + sum(map(len, rows.values()))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the trace as one safetensors file (:func:`load_trace` reads it back); of a lazy trace, the rows that have been evaluated."""
-        return trace_file.write(file_path(path), {name: getattr(self, name) for name in trace_file.PLAIN}, self._stored())
+        """Write the trace as one safetensors file (:func:`load_trace` reads it back); of a lazy trace, the rows
+        that have been evaluated.
+        """
+        return trace_file.write(
+            file_path(path), {name: getattr(self, name) for name in trace_file.PLAIN}, self._stored()
+        )
 
     def _stored(self) -> dict[str, Tensor]:
         """The arrays of its file."""
@@ -425,20 +494,25 @@ class Trace:
         position: int = -1,
         renormalize: bool = True,
     ) -> Path:
-        """Write the trace as a self-contained page that extracts routes while you move its slider; returns the page's path.
+        """Write the trace as a self-contained page that extracts routes while you move its slider; returns the page's
+        path.
 
         Args:
             other: another prompt's trace by the same model, to compare with.
             signed: the same prompt with ``measure="signed"``, to switch to.
-            model, tokenizer: those of the trace, which run once more: the page then shows what every state would predict (logit lens) and
-                where every head attends.
+            model, tokenizer: those of the trace, which run once more: the page then shows what every state would
+                predict (logit lens) and where every head attends.
             threshold, position, renormalize: the route that the page opens with.
 
         Raises:
-            ValueError: traces that do not belong together, a threshold outside [0, 1). IndexError: position out of range. TypeError: an
-                argument of a wrong type.
+            ValueError: traces that do not belong together, a threshold outside [0, 1). IndexError: position out of
+                range. TypeError: an argument of a wrong type.
         """
-        threshold, position, renormalize = share("threshold", threshold), integer("position", position), flag("renormalize", renormalize)
+        threshold, position, renormalize = (
+            share("threshold", threshold),
+            integer("position", position),
+            flag("renormalize", renormalize),
+        )
         for name, one in (("other", other), ("signed", signed)):
             if one is not None and not isinstance(one, Trace):
                 raise TypeError(f"{name} must be a trace, got a {type(one).__name__}")
@@ -448,8 +522,15 @@ class Trace:
             for one, at in ((self, position), (other, -1))
         ]
         page = from_above("trace_html")(
-            self, other, signed=signed, details=about[0], other_details=about[1], threshold=threshold, position=position, renormalize=renormalize
-        )  # fmt: skip
+            self,
+            other,
+            signed=signed,
+            details=about[0],
+            other_details=about[1],
+            threshold=threshold,
+            position=position,
+            renormalize=renormalize,
+        )
         return write_text(path, page)
 
     def _repr_html_(self) -> str:
@@ -457,7 +538,10 @@ class Trace:
 
     def __repr__(self) -> str:
         kept = "all sub-edges" if self.dense is not None else f"sub-edges above {self.floor}"
-        return f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.n_heads} heads, {self.precision}, {kept}, {printable(self.model)})"
+        return (
+            f"Trace({len(self.tokens)} tokens, {self.n_layers} layers × {self.n_heads} heads, {self.precision}, "
+            f"{kept}, {printable(self.model)})"
+        )
 
 
 def _factors(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -484,7 +568,8 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace written by :meth:`Trace.save`.
 
     Raises:
-        DamagedFile: (a ``ValueError``) the file is something else, cut short, changed, of another version, or holds what no pass can give.
+        DamagedFile: (a ``ValueError``) the file is something else, cut short, changed, of another version, or holds
+            what no pass can give.
         FileNotFoundError, IsADirectoryError, PermissionError: there is no file to read.
     """
     header, tensors = trace_file.read(path)
@@ -495,5 +580,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     else:
         stored["sparse"] = [(tensors[f"edge_index.{layer}"], tensors[f"edge_importance.{layer}"]) for layer in layers]
     if "neuron_index.0" in tensors:
-        stored["neuron_parts"] = [NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in trace_file.NEURON)) for layer in layers]
+        stored["neuron_parts"] = [
+            NeuronImportances(*(tensors[f"neuron_{name}.{layer}"] for name in trace_file.NEURON)) for layer in layers
+        ]
     return Trace(**header, **stored)

@@ -1,6 +1,7 @@
 """The file of a trace: one safetensors file, with what is no array as JSON in its metadata, and a checksum of both.
 
-Whatever is read is checked as if a stranger had written it: the checksum finds damage, the checks here find what cannot have been traced.
+Whatever is read is checked as if a stranger had written it: the checksum finds damage, the checks here find what cannot
+have been traced.
 """
 
 from __future__ import annotations
@@ -23,8 +24,17 @@ from flowroutes_fast.system.files import write_atomically
 FORMAT = "flowroutes_fast.trace"
 FORMAT_VERSION = 3
 ARRAYS = (
-    "heads", "heads_low", "heads_high", "normaliser_low", "normaliser_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual"
-)  # fmt: skip
+    "heads",
+    "heads_low",
+    "heads_high",
+    "normaliser_low",
+    "normaliser_high",
+    "attention_residual",
+    "attention_bias",
+    "mixer",
+    "ffn",
+    "ffn_residual",
+)
 NEURON = ("index", "importance", "low", "high")
 MAX_TOKENS, MAX_LAYERS = 2**22, 2**14  # codes of (query, key, head) fit into 63 bits
 _SHARES = ("heads", "heads_low", "heads_high", "attention_residual", "attention_bias", "mixer", "ffn", "ffn_residual")
@@ -52,7 +62,8 @@ _FIELDS: dict[str, Any] = {
     "lazy": doc.a_flag,
 }
 PLAIN = tuple(_FIELDS)
-_LATER = {"inputs", "chat", "lazy"}  # fields that older files of this version lack; what a figure means must not hang on a default
+# fields that older files of this version lack; what a figure means must not hang on a default
+_LATER = {"inputs", "chat", "lazy"}
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -78,7 +89,9 @@ def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The plain fields and arrays of a trace file, all checked. Raises :class:`DamagedFile`; ``OSError`` where nothing can be read."""
+    """The plain fields and arrays of a trace file, all checked. Raises :class:`DamagedFile`; ``OSError`` where
+    nothing can be read.
+    """
     file = doc.plain_file(path, "trace file")
     if file.suffix in (".json", ".html") and file.read_bytes()[:1] in (b"{", b"<"):
         raise DamagedFile(f"'{path}' is no trace: give the trace.safetensors that was written with it")
@@ -104,7 +117,10 @@ def _read(path: str | os.PathLike[str], file: Path) -> tuple[dict[str, Any], dic
     except SafetensorError as error:
         raise DamagedFile(str(error)) from error
     if "sha256" in metadata:  # files of earlier releases have none
-        check(checksum(metadata["trace"], tensors) == metadata["sha256"], "its content is not what was written (the checksum differs)")
+        check(
+            checksum(metadata["trace"], tensors) == metadata["sha256"],
+            "its content is not what was written (the checksum differs)",
+        )
     check_arrays(header, tensors)
     return header, tensors
 
@@ -129,7 +145,10 @@ def check_header(header: Any) -> dict[str, Any]:
     check(len(found["token_ids"]) in (0, tokens), f"it has {len(found['token_ids'])} token ids for {tokens} tokens")
     doc.check_messages(found.get("chat", []), tokens)
     check(len(found["mixers"]) in (0, layers), f"it names the mixers of {len(found['mixers'])} of {layers} layers")
-    check(found["measure"] != "signed" or found["precision"] != "exact", "measure signed and precision exact exclude each other")
+    check(
+        found["measure"] != "signed" or found["precision"] != "exact",
+        "measure signed and precision exact exclude each other",
+    )
     return found
 
 
@@ -152,9 +171,14 @@ def check_shapes(header: dict[str, Any], slices: dict[str, Any]) -> None:
         stem, _, at = name.partition(".")
         layer = int(at or 0)
         wanted = {
-            "dense": [heads, tokens, tokens], "edge_index": [3, edges[layer]], "edge_importance": [edges[layer]],
-            "neuron_index": [2, found[layer]], "neuron_importance": [found[layer]], "neuron_low": [tokens], "neuron_high": [tokens],
-        }.get(stem, [layers, tokens, heads] if stem.startswith("heads") else [layers, tokens])  # fmt: skip
+            "dense": [heads, tokens, tokens],
+            "edge_index": [3, edges[layer]],
+            "edge_importance": [edges[layer]],
+            "neuron_index": [2, found[layer]],
+            "neuron_importance": [found[layer]],
+            "neuron_low": [tokens],
+            "neuron_high": [tokens],
+        }.get(stem, [layers, tokens, heads] if stem.startswith("heads") else [layers, tokens])
         check(slices[name].get_dtype() == kind, f"{name} is of type {slices[name].get_dtype()}, not {kind}")
         check(shapes[name] == wanted, f"{name} has shape {shapes[name]}, not {wanted}")
 
@@ -195,7 +219,10 @@ def _check_tracedness(tensors: dict[str, Tensor], known: Tensor, parallel: Tenso
         if name == "ffn_residual":
             missing = missing | parallel[:, None]
         missing = missing[..., None] if values.dim() == 3 else missing
-        check((values.isnan() == missing).all(), f"{name} has numbers where nothing was traced, or none where something was")
+        check(
+            (values.isnan() == missing).all(),
+            f"{name} has numbers where nothing was traced, or none where something was",
+        )
 
 
 def _check_ordered(whole: dict[str, Tensor], signed: bool) -> None:
@@ -212,7 +239,10 @@ def _check_sums(whole: dict[str, Tensor], parallel: Tensor) -> None:
     empty = (total == 0) & (whole["normaliser_low"] == 0)
     check((((total - 1).abs() <= ROUNDING) | empty).all(), "the importances of a state after attention do not sum to 1")
     total = (whole["ffn"] + whole["ffn_residual"])[~parallel]
-    check((((total - 1).abs() <= ROUNDING) | (total == 0)).all(), "the importances of a state after an FFN do not sum to 1")
+    check(
+        (((total - 1).abs() <= ROUNDING) | (total == 0)).all(),
+        "the importances of a state after an FFN do not sum to 1",
+    )
 
 
 def _check_dense(layer: int, tensors: dict[str, Tensor], traced: Tensor, signed: bool) -> None:
@@ -231,7 +261,9 @@ def _check_edges(layer: int, tensors: dict[str, Tensor], traced: Tensor, signed:
     value = tensors[f"edge_importance.{layer}"].numpy()
     query, key, head = tensors[f"edge_index.{layer}"].numpy().astype(np.int64)
     inside = (key >= 0) & (key <= query) & (query < tokens) & (head >= -1) & (head < heads)
-    check(inside.all(), f"edge_index.{layer} names queries, keys or heads that there are not, or keys after their query")
+    check(
+        inside.all(), f"edge_index.{layer} names queries, keys or heads that there are not, or keys after their query"
+    )
     check(traced.numpy()[query].all(), f"edge_index.{layer} has sub-edges of positions that were not traced")
     _check_once((query * tokens + key) * (heads + 1) + head + 1, f"edge_index.{layer}")
     check(np.isfinite(value).all(), f"edge_importance.{layer} holds numbers that are not finite")
@@ -249,7 +281,10 @@ def _check_edges(layer: int, tensors: dict[str, Tensor], traced: Tensor, signed:
 def _check_neurons(layer: int, tensors: dict[str, Tensor], traced: Tensor, signed: bool) -> None:
     value, low, high = (tensors[f"neuron_{name}.{layer}"].numpy() for name in ("importance", "low", "high"))
     position, neuron = tensors[f"neuron_index.{layer}"].numpy().astype(np.int64)
-    check(((position >= 0) & (position < len(traced)) & (neuron >= 0)).all(), f"neuron_index.{layer} names positions that there are not")
+    check(
+        ((position >= 0) & (position < len(traced)) & (neuron >= 0)).all(),
+        f"neuron_index.{layer} names positions that there are not",
+    )
     check(traced.numpy()[position].all(), f"neuron_index.{layer} has neurons of positions that were not traced")
     _check_once(position * 2**31 + neuron, f"neuron_index.{layer}")
     check(np.isfinite(value).all(), f"neuron_importance.{layer} holds numbers that are not finite")

@@ -1,7 +1,9 @@
-"""What a user's process may have switched on (autocast, a default device or dtype, rounded products), kept out of our computations.
+"""What a user's process may have switched on (autocast, a default device or dtype, rounded products), kept out of our
+computations.
 
-:func:`neutral` covers what PyTorch keeps per thread, and touches no other thread. The default dtype and the precision of float32 products
-belong to the whole process: the first is answered by a mode of this thread alone, the second by :func:`matmul`.
+:func:`neutral` covers what PyTorch keeps per thread, and touches no other thread. The default dtype and the precision
+of float32 products belong to the whole process: the first is answered by a mode of this thread alone, the second by
+:func:`matmul`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone")
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """Run the block as in a fresh process: autocast off, new tensors in float32 on the CPU unless asked otherwise; then all is as before.
+    """Run the block as in a fresh process: autocast off, new tensors in float32 on the CPU unless asked otherwise; then
+    all is as before.
 
     This thread alone is concerned. Costs a few microseconds where nothing is switched on; may be nested.
 
@@ -34,7 +37,10 @@ def neutral() -> Iterator[None]:
         yield
         return
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-        raise ValueError("a FakeTensorMode is active, in which tensors are fake: they have shapes and no numbers; call this outside it")
+        raise ValueError(
+            "a FakeTensorMode is active, in which tensors are fake: they have shapes and no numbers; "
+            "call this outside it"
+        )
     with ExitStack() as stack:
         for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
             torch.set_autocast_enabled(kind, False)
@@ -43,13 +49,16 @@ def neutral() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         if torch.get_default_dtype() != torch.float32:
             stack.enter_context(_Float32())
-        if torch.is_inference_mode_enabled():  # its tensors do not say when they are written to, and no gradient takes them
+        # its tensors do not say when they are written to, and no gradient takes them
+        if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
         yield
 
 
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: any(map(torch.is_autocast_enabled, _AUTOCAST)))
+_any_autocast: Callable[[], bool] = getattr(
+    torch._C, "_is_any_autocast_enabled", lambda: any(map(torch.is_autocast_enabled, _AUTOCAST))
+)
 
 
 def _ordinary() -> bool:
@@ -100,7 +109,9 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def rounded(device: torch.device) -> bool:
-    """Whether the process lets float32 products on this device be rounded to TF32 or bfloat16 (torch.set_float32_matmul_precision)."""
+    """Whether the process lets float32 products on this device be rounded to TF32 or bfloat16
+    (torch.set_float32_matmul_precision).
+    """
     if torch.compiler.is_compiling():  # the setting is not looked for while tracing
         return False
     owner: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
@@ -111,7 +122,9 @@ def rounded(device: torch.device) -> bool:
 
 
 def unrounded(product: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``product(*tensors)`` that no setting of the process rounds: in float64 where float32 products may be, then float32 again."""
+    """``product(*tensors)`` that no setting of the process rounds: in float64 where float32 products may be, then
+    float32 again.
+    """
     if tensors[0].dtype == torch.float32 and rounded(tensors[0].device):
         return product(*(tensor.double() for tensor in tensors)).float()
     return product(*tensors)
@@ -133,9 +146,21 @@ class _Float32(TorchFunctionMode):
 
 
 _FLOATING = {
-    torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.eye, torch.linspace, torch.logspace, torch.rand, torch.randn,
-    torch.hann_window, torch.hamming_window, torch.blackman_window, torch.bartlett_window, torch.kaiser_window,
-}  # fmt: skip
+    torch.empty,
+    torch.empty_strided,
+    torch.zeros,
+    torch.ones,
+    torch.eye,
+    torch.linspace,
+    torch.logspace,
+    torch.rand,
+    torch.randn,
+    torch.hann_window,
+    torch.hamming_window,
+    torch.blackman_window,
+    torch.bartlett_window,
+    torch.kaiser_window,
+}
 _BY_VALUE = {torch.full, torch.arange, torch.range, torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
 
 

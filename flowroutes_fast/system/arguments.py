@@ -1,4 +1,6 @@
-"""Arguments of public methods: each check returns the value as a plain number, or raises one sentence that names the argument."""
+"""Arguments of public methods: each check returns the value as a plain number, or raises one sentence that names
+the argument.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ ROUNDING = 1e-3  # by which a share may miss 0 or 1
 def plain_file(path: str | os.PathLike[str], what: str) -> Path:
     """The path of a regular file that is not empty.
 
-    Raises ``FileNotFoundError``, ``IsADirectoryError``, ``PermissionError``; ``DamagedFile`` for a pipe or a device, which would hang.
+    Raises ``FileNotFoundError``, ``IsADirectoryError``, ``PermissionError``; ``DamagedFile`` for a pipe or a device,
+    which would hang.
     """
     name = os.fspath(path)
     try:
@@ -56,9 +57,13 @@ def named(path: Any, sentence: str) -> Iterator[None]:
 
 
 def parse(text: str) -> Any:
-    """JSON without what Python's reader lets pass: NaN and infinities, names given twice, endless integers, endless nesting."""
+    """JSON without what Python's reader lets pass: NaN and infinities, names given twice, endless integers, endless
+    nesting.
+    """
     try:
-        return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_once)
+        return json.loads(
+            text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_once
+        )
     except RecursionError:
         raise DamagedFile("its JSON is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -90,12 +95,20 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def digest_of(document: dict[str, Any]) -> str:
     """SHA-256 of a JSON document, whatever the order of its names and its spacing."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
 
 
 def written(document: Any) -> str:
-    """JSON that can be written as UTF-8: what is no Unicode (a file's name in another encoding) becomes ``?``; numpy's numbers are plain."""
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, default=_plain).encode("utf-8", "replace").decode("utf-8")
+    """JSON that can be written as UTF-8: what is no Unicode (a file's name in another encoding) becomes ``?``;
+    numpy's numbers are plain.
+    """
+    return (
+        json.dumps(document, ensure_ascii=False, allow_nan=False, default=_plain)
+        .encode("utf-8", "replace")
+        .decode("utf-8")
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -165,7 +178,9 @@ def numbers(name: str, value: Any, low: float, high: float, count: int | None = 
     values = a_list(name, value, count)
     check(all(type(one) in (int, float) for one in values), f"{name} holds something else than numbers")
     check(all(map(math.isfinite, values)), f"{name} holds numbers that are not finite")
-    check(not values or (low <= min(values) and max(values) <= high), f"{name} holds numbers outside {low:g} ... {high:g}")
+    check(
+        not values or (low <= min(values) and max(values) <= high), f"{name} holds numbers outside {low:g} ... {high:g}"
+    )
     return [float(one) for one in values]
 
 
@@ -201,7 +216,10 @@ def probabilities(name: str, value: Any) -> list[tuple[str, float]]:
 def messages(name: str, value: Any) -> list[tuple[str, int, int]]:
     """Role, first token and the one after the last of the messages of a chat."""
     rows = [a_list(name, row, 3) for row in a_list(name, value)]
-    return [(a_text(name, role), an_integer(name, first, 0, INT64), an_integer(name, stop, 0, INT64)) for role, first, stop in rows]
+    return [
+        (a_text(name, role), an_integer(name, first, 0, INT64), an_integer(name, stop, 0, INT64))
+        for role, first, stop in rows
+    ]
 
 
 def check_messages(found: list[tuple[str, int, int]], tokens: int) -> None:

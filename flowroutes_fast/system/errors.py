@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 NO_MEMORY = (
-    "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "can't start new thread",
     "failed to map segment",
-)  # fmt: skip
+)
 
 
 class DamagedFile(ValueError):

@@ -22,7 +22,9 @@ def hidden(character: str) -> bool:
 
 
 def printable(text: object) -> str:
-    """``str(text)`` in one line, with everything visible but plain spaces: ``"\\x1b[31m"`` → ``"\\\\x1b[31m"``, line ends ``"↵"``."""
+    """``str(text)`` in one line, with everything visible but plain spaces: ``"\\x1b[31m"`` → ``"\\\\x1b[31m"``,
+    line ends ``"↵"``.
+    """
     shown = str(text)
     return shown if shown.isprintable() else "".join(map(_shown, shown))
 

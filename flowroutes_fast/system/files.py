@@ -31,11 +31,13 @@ _digests: dict[str, str] = {}
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object], *, durable: bool = True) -> Path:
-    """Call ``write`` with a name in a folder of its own beside the target, then rename; an interruption leaves nothing under ``path``.
+    """Call ``write`` with a name in a folder of its own beside the target, then rename; an interruption leaves nothing
+    under ``path``.
 
-    A link stays one: what it points to is written. A file that is there keeps its mode, a new one has what the umask leaves.
-    ``durable``: its bytes are on the disk before it has its name, and the name before this returns. What a killed process leaves goes at
-    the next :func:`claim` of the folder. Raises ``OSError`` with the file's name when it cannot be written (a full disk), or is a device.
+    A link stays one: what it points to is written. A file that is there keeps its mode, a new one has what the umask
+    leaves. ``durable``: its bytes are on the disk before it has its name, and the name before this returns. What a
+    killed process leaves goes at the next :func:`claim` of the folder. Raises ``OSError`` with the file's name when it
+    cannot be written (a full disk), or is a device.
     """
     given = Path(path)
     target, before = _place(given)
@@ -64,7 +66,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
 
 def _place(given: Path) -> tuple[Path, int | None]:
-    """The file behind a path, links followed, and its mode if there is one. ``OSError`` for what no file can replace."""
+    """The file behind a path, links followed, and its mode if there is one. ``OSError`` for what no file can
+    replace.
+    """
     try:
         target = Path(os.path.realpath(given)) if given.is_symlink() else given
         mode = target.stat().st_mode
@@ -92,7 +96,9 @@ def said(error: BaseException) -> str:
 
 
 def flush(path: Path) -> None:
-    """A file's bytes, or a folder's names, are on the disk when this returns (where the system can say so of folders)."""
+    """A file's bytes, or a folder's names, are on the disk when this returns (where the system can say so of
+    folders).
+    """
     if os.name != "posix" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -142,7 +148,8 @@ class Lock:
 
 
 def claim(folder: Path) -> Any:
-    """Make a run's folder and lock it for this process; ``.release()`` gives it back. ``ValueError`` if another process has it.
+    """Make a run's folder and lock it for this process; ``.release()`` gives it back. ``ValueError`` if another process
+    has it.
 
     What killed processes left half-written in it is removed.
     """
@@ -203,8 +210,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def temporary_folder(prefix: str, where: Path | None = None) -> tuple[Path, Callable[[], None]]:
-    """A folder of this process below ``where`` (None: the system's temporary one), and what removes it. Those that killed processes left
-    go now. ``OSError`` names the folder above."""
+    """A folder of this process below ``where`` (None: the system's temporary one), and what removes it. Those that
+    killed processes left go now. ``OSError`` names the folder above."""
     above = Path(tempfile.gettempdir()) if where is None else where
     sweep(prefix, above)
     for _ in range(ATTEMPTS - 1):
@@ -262,10 +269,11 @@ def state_of(file: Path) -> tuple[int, int, int, int, int]:
 
 
 def digest_of(file: Path, remembered: Path | None = None) -> str:
-    """SHA-256 over the digests of a file's pieces. Every byte is read once (about 1 GB per second and core), and again after any change.
+    """SHA-256 over the digests of a file's pieces. Every byte is read once (about 1 GB per second and core), and again
+    after any change.
 
-    A file whose device, inode, size and times are as they were has the digest that it had: in this process and, with a folder
-    ``remembered``, for large files, in others. ``OSError`` names the file.
+    A file whose device, inode, size and times are as they were has the digest that it had: in this process and, with a
+    folder ``remembered``, for large files, in others. ``OSError`` names the file.
     """
     try:
         before = state_of(file)

@@ -9,7 +9,9 @@ import torch
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that this process can still take: the least of what the system, its cgroups and RLIMIT_AS leave; None if unknown."""
+    """Bytes of main memory that this process can still take: the least of what the system, its cgroups and
+    RLIMIT_AS leave; None if unknown.
+    """
     found = [x for x in (_system_memory(), _cgroup_memory(), address_space()) if x is not None]
     return max(0, min(found)) if found else None
 
@@ -45,7 +47,9 @@ def _system_memory(path: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def _cgroup_memory(processes: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the cgroups (version 1 or 2) of this process and those above leave, file pages that can be dropped included."""
+    """What the cgroups (version 1 or 2) of this process and those above leave, file pages that can be dropped
+    included.
+    """
     try:
         lines = processes.read_text().splitlines()
     except OSError:

@@ -28,9 +28,17 @@ from flowroutes_fast.tracing.trace import check_model, lazy_trace, most_probable
 
 OURS = ("measure", "backend", "floor", "tolerance", "bias", "threads", "memory")  # options that are trace()'s
 REFUSED = {  # options of model.generate() under which a token is not the answer of one pass over what came before
-    "assistant_model": None, "num_return_sequences": 1, "num_beams": 1, "prompt_lookup_num_tokens": None, "penalty_alpha": None,
-    "streamer": None, "return_dict_in_generate": False, "past_key_values": None, "use_cache": True, "prefill_chunk_size": None,
-}  # fmt: skip
+    "assistant_model": None,
+    "num_return_sequences": 1,
+    "num_beams": 1,
+    "prompt_lookup_num_tokens": None,
+    "penalty_alpha": None,
+    "streamer": None,
+    "return_dict_in_generate": False,
+    "past_key_values": None,
+    "use_cache": True,
+    "prefill_chunk_size": None,
+}
 
 
 class Generation(Iterator[tuple[str, Route]]):
@@ -39,12 +47,20 @@ class Generation(Iterator[tuple[str, Route]]):
     Between two tokens the model is as it was, for anyone to use.
 
     Attributes:
-        trace: the :class:`LazyTrace` of prompt and generated tokens so far, whose rows are evaluated once for all routes.
+        trace: the :class:`LazyTrace` of prompt and generated tokens so far, whose rows are evaluated once for all
+            routes.
         token_ids: those generated so far; text: what they say.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, ids: list[int], walk: dict[str, Any], options: Options, memory: Any, given: dict[str, Any]
+        self,
+        model: Any,
+        tokenizer: Any,
+        ids: list[int],
+        walk: dict[str, Any],
+        options: Options,
+        memory: Any,
+        given: dict[str, Any],
     ):
         self._run = _Run(model, tokenizer, ids, walk, options, memory, given)
         self._thread: threading.Thread | None = None
@@ -107,10 +123,19 @@ class _Stop(Exception):
 
 
 class _Run:
-    """One run of ``model.generate()`` in a thread of its own, whose layers are kept: after each token it waits for its turn."""
+    """One run of ``model.generate()`` in a thread of its own, whose layers are kept: after each token it waits for
+    its turn.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, ids: list[int], walk: dict[str, Any], options: Options, memory: Any, given: dict[str, Any]
+        self,
+        model: Any,
+        tokenizer: Any,
+        ids: list[int],
+        walk: dict[str, Any],
+        options: Options,
+        memory: Any,
+        given: dict[str, Any],
     ):
         self.model, self.tokenizer, self.walk, self.options, self.given = model, tokenizer, walk, options, given
         self.prompt, self.token_ids = list(ids), list[int]()
@@ -154,7 +179,9 @@ class _Run:
         self._watch()
         try:
             with suppress(_Stop):
-                self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self, use_cache=True, **self.given)
+                self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self, use_cache=True, **self.given
+                )
         finally:
             self.watching.close()
 
@@ -195,7 +222,8 @@ class _Run:
         new = len(self.prompt) + len(self.token_ids) - (0 if self.trace is None else len(self.trace.tokens))
         if given.shape[1] != new:
             raise ValueError(
-                f"model.generate() gives the model {given.shape[1]} tokens in a pass where {new} are new (it keeps no cache of keys and values, "
+                f"model.generate() gives the model {given.shape[1]} tokens in a pass where {new} are new (it keeps no "
+                f"cache of keys and values, "
                 "or fills it in pieces): trace the generated text instead, with fr.trace(..., lazy=True)"
             )
         self.spans[:] = [slice(0, given.shape[1])]
@@ -213,7 +241,15 @@ class _Run:
             self.check.finish()
             for layer in self.layers:
                 self.states.keep(layer)
-            facts = pass_facts(self.model, self.blocks, self.tokenizer, self.prompt, self.options, None, time.perf_counter() - self.start)
+            facts = pass_facts(
+                self.model,
+                self.blocks,
+                self.tokenizer,
+                self.prompt,
+                self.options,
+                None,
+                time.perf_counter() - self.start,
+            )
             self.trace = lazy_trace(self.states, self.options, facts | {"chat": self.chat})
         else:
             self._grow()
@@ -225,7 +261,8 @@ class _Run:
         assert self.trace is not None
         before = len(self.trace.tokens)
         self.states.append(self.layers)
-        looked_at = range(len(self.layers)) if not self.steps else [self.steps % len(self.layers)]  # then one layer a step
+        # then one layer a step
+        looked_at = range(len(self.layers)) if not self.steps else [self.steps % len(self.layers)]
         self.steps += 1
         for index in looked_at:
             self._check_grown(self.states.layers[index], self.layers[index], before)
@@ -239,7 +276,9 @@ class _Run:
             layer = kept.rows(self.model, positions, self.options.neurons)
         error = conservation_error(replace(layer, weight=None))
         if not error < 10 * TOLERANCE.get(layer.resid_post.dtype, 1e-5):
-            raise ValueError(f"layer {layer.index}: what was captured while generating does not add up to its states ({error:.1e})")
+            raise ValueError(
+                f"layer {layer.index}: what was captured while generating does not add up to its states ({error:.1e})"
+            )
 
     def take(self, item: int, layer: Layer) -> None:
         self.layers.append(layer)
@@ -281,21 +320,24 @@ def generate(
 ) -> Any:
     """Generate with ``model.generate()`` and yield ``(token, route)`` as each token appears.
 
-    A token's route is that of the state that predicted it. Routes share keys, values and evaluated rows, so that each costs about the
-    rows that are new. The tokens are those of ``model.generate(**options)``: greedy, or sampled with torch's seed.
+    A token's route is that of the state that predicted it. Routes share keys, values and evaluated rows, so that each
+    costs about the rows that are new. The tokens are those of ``model.generate(**options)``: greedy, or sampled with
+    torch's seed.
 
     Args:
         model, tokenizer: as for :func:`flowroutes_fast.trace`. prompt: a text or ids; several give an iterator of
             ``(prompt's number, token, route)``, prompt after prompt, each run alone.
         max_new_tokens: tokens at most; the model's end token ends before. threshold, renormalize: of the routes.
-        options: ``measure``, ``backend``, ``floor``, ``tolerance``, ``bias``, ``threads``, ``memory`` as for ``trace(lazy=True)``; all
-            others go to ``model.generate()`` (``do_sample``, ``temperature``, ``top_p`` …).
+        options: ``measure``, ``backend``, ``floor``, ``tolerance``, ``bias``, ``threads``, ``memory`` as for
+            ``trace(lazy=True)``; all others go to ``model.generate()`` (``do_sample``, ``temperature``, ``top_p`` …).
 
     Returns:
-        A :class:`Generation`: an iterator, with ``trace``, ``text``, ``close()``. Leaving it (``close()``, ``with``, Ctrl-C) keeps what there is.
+        A :class:`Generation`: an iterator, with ``trace``, ``text``, ``close()``. Leaving it (``close()``, ``with``,
+        Ctrl-C) keeps what there is.
 
     Raises:
-        ValueError: an option that makes several sequences at once or brings its own cache (named). TypeError: as for ``trace()``.
+        ValueError: an option that makes several sequences at once or brings its own cache (named). TypeError: as for
+            ``trace()``.
     """
     if integer("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
@@ -303,7 +345,9 @@ def generate(
     model = unwrap(model)
     for name, only in REFUSED.items():
         if options.get(name, only) not in (only, None):
-            raise ValueError(f"{name}={options[name]!r} cannot be used: each token's route is that of one pass over one sequence")
+            raise ValueError(
+                f"{name}={options[name]!r} cannot be used: each token's route is that of one pass over one sequence"
+            )
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"a {type(model).__name__} does not generate")
     check_model(model)
@@ -314,7 +358,11 @@ def generate(
     memory = ours.pop("memory", None)
     if limit == 0:
         raise ValueError("threshold must be above 0: a route of everything is trace(..., precision='exact', lazy=True)")
-    settings: dict[str, Any] = {"floor": limit, "thresholds": (limit,), "tolerance": 0.1 if renormalize else 1e-2} | ours
+    settings: dict[str, Any] = {
+        "floor": limit,
+        "thresholds": (limit,),
+        "tolerance": 0.1 if renormalize else 1e-2,
+    } | ours
     chosen = options_of(model, **settings)
     walk = {"threshold": limit, "renormalize": renormalize}
     options.pop("use_cache", None)

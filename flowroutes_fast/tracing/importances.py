@@ -40,8 +40,8 @@ class Options:
 class LayerImportances:
     """Importances of one layer, float32 on the CPU. In a parallel block there is one node and ``ffn_residual`` is NaN.
 
-    Point estimates divide by the middle of the normaliser's bounds ``low``, ``high`` ``[query]``; a head of -1 among the edges stands
-    for a pair's other heads, which together have between nothing and the importance it gives.
+    Point estimates divide by the middle of the normaliser's bounds ``low``, ``high`` ``[query]``; a head of -1 among
+    the edges stands for a pair's other heads, which together have between nothing and the importance it gives.
     """
 
     shape: str
@@ -63,9 +63,12 @@ class LayerImportances:
 
 @dataclass
 class Parts:
-    """The decomposition of one node: sub-edges from (query, key, value, W_O), the residual, and constant parts or None."""
+    """The decomposition of one node: sub-edges from (query, key, value, W_O), the residual, and constant parts or
+    None.
+    """
 
-    value: Tensor | None  # [kv_head, key, d_head], float32 if a bias was taken out, else as the model has it; None without attention
+    # [kv_head, key, d_head], float32 if a bias was taken out, else as the model has it; None without attention
+    value: Tensor | None
     w_o: Tensor | None  # [head, d_head, d_model] float32, norms' gains and multipliers included
     whole: Tensor  # [token, d_model] float32
     residual: Tensor  # [token, d_model] float32
@@ -76,9 +79,10 @@ class Parts:
 def parts_of(layer: Layer, bias: str = "part") -> Parts:
     """Split the state after attention (parallel block: after the block) into its parts.
 
-    ``bias="part"`` takes b_V out of the values and b_O + Σ_h b_V[h] W_O[h] as one part without a source token (attention rows
-    sum to 1); ``"value"`` leaves b_V inside each sub-edge, b_O stays a part; ``"exclude"`` drops the constant part. With attention
-    sinks (rows sum to less than 1) or an output gate (the bias differs by position), b_V stays inside the sub-edges.
+    ``bias="part"`` takes b_V out of the values and b_O + Σ_h b_V[h] W_O[h] as one part without a source token
+    (attention rows sum to 1); ``"value"`` leaves b_V inside each sub-edge, b_O stays a part; ``"exclude"`` drops the
+    constant part. With attention sinks (rows sum to less than 1) or an output gate (the bias differs by position), b_V
+    stays inside the sub-edges.
     """
     block = layer.block
     whole = (layer.resid_post if layer.resid_mid is None else layer.resid_mid).float()
@@ -117,7 +121,8 @@ def importances(layer: Layer, options: Options, exact_rows: Tensor | None = None
     ``exact_rows [query]`` (bool): rows to evaluate whole, whatever the tolerance.
     """
     check_finite(layer)
-    if layer.residual.device.type == "cpu" and options.backend in ("triton", "cuda") and not interpreted():  # a layer that was offloaded
+    # a layer that was offloaded
+    if layer.residual.device.type == "cpu" and options.backend in ("triton", "cuda") and not interpreted():
         options = replace(options, backend="cpu" if native.load()[0] is not None else "reference")
     parts = parts_of(layer, options.bias)
     share = _signed_shares if options.measure == "signed" else _proximities
@@ -136,9 +141,16 @@ def importances(layer: Layer, options: Options, exact_rows: Tensor | None = None
         ffn_share, ffn_residual = _divide(ffn, total), _divide(through, total)
     if options.neurons:
         found.neurons = _neurons(layer, through, found.low - ffn if parallel else None, found.high - found.low, options)
-    found.attention_residual, found.bias, found.mixer = _divide(residual, middle), _divide(constant, middle), _divide(mixer, middle)
+    found.attention_residual, found.bias, found.mixer = (
+        _divide(residual, middle),
+        _divide(constant, middle),
+        _divide(mixer, middle),
+    )
     found.ffn, found.ffn_residual, found.shape = ffn_share, ffn_residual, layer.block.shape
-    for names in (("low", "high", "attention_residual", "bias", "mixer", "ffn", "ffn_residual"), ("heads", "heads_low", "heads_high")):
+    for names in (
+        ("low", "high", "attention_residual", "bias", "mixer", "ffn", "ffn_residual"),
+        ("heads", "heads_low", "heads_high"),
+    ):
         for name, tensor in zip(names, _to_cpu([getattr(found, name) for name in names]), strict=True):
             setattr(found, name, tensor)
     found.edges = (found.edges[0].cpu(), found.edges[1].to("cpu", torch.float32))
@@ -162,14 +174,27 @@ def attention_of(layer: Layer, parts: Parts, backend: str) -> Attention | None:
             w_o = w_o.to(layer.query.dtype)
         whole = layer.resid_post if layer.resid_mid is None else layer.resid_mid  # in the model's type: half the bytes
     attention = Attention(
-        layer.query, layer.key, parts.value, w_o, whole, layer.scaling, layer.mask, layer.sinks, layer.softcap, layer.window,
-        layer.row_scale, layer.gate, layer.positions,
-    )  # fmt: skip
+        layer.query,
+        layer.key,
+        parts.value,
+        w_o,
+        whole,
+        layer.scaling,
+        layer.mask,
+        layer.sinks,
+        layer.softcap,
+        layer.window,
+        layer.row_scale,
+        layer.gate,
+        layer.positions,
+    )
     return attention if backend == "cpu" else attention.masked()
 
 
 def _stored_as_it_is(layer: Layer) -> bool:
-    """W_O is the stored weight in the attention's own 16 bits: no gain, multiplier, adapter or quantised format that would be rounded."""
+    """W_O is the stored weight in the attention's own 16 bits: no gain, multiplier, adapter or quantised format
+    that would be rounded.
+    """
     weight = getattr(layer.block.output, "weight", None)
     plain = (
         layer.in_scale is None
@@ -177,7 +202,12 @@ def _stored_as_it_is(layer: Layer) -> bool:
         and layer.scale == 1
         and type(layer.block.output).__name__ in ("Linear", "Conv1D")
     )
-    return plain and isinstance(weight, Tensor) and weight.dtype == layer.query.dtype and weight.dtype in (torch.bfloat16, torch.float16)  # type: ignore[union-attr]
+    return (
+        plain
+        and isinstance(weight, Tensor)
+        and weight.dtype == layer.query.dtype  # type: ignore[union-attr]
+        and weight.dtype in (torch.bfloat16, torch.float16)
+    )
 
 
 def _without_attention(others: Tensor, options: Options) -> LayerImportances:
@@ -188,8 +218,12 @@ def _without_attention(others: Tensor, options: Options) -> LayerImportances:
     return _unfinished(dense, edges, total, total, nothing, nothing, nothing, Counts())
 
 
-def _neurons(layer: Layer, through: Tensor, parallel_rest: Tensor | None, width: Tensor, options: Options) -> NeuronImportances:
-    """Neurons as parts of the state after the FFN, in the FFN's place; a parallel block's other parts are known as an interval."""
+def _neurons(
+    layer: Layer, through: Tensor, parallel_rest: Tensor | None, width: Tensor, options: Options
+) -> NeuronImportances:
+    """Neurons as parts of the state after the FFN, in the FFN's place; a parallel block's other parts are known as
+    an interval.
+    """
     post, bias = layer.resid_post.float(), layer.block.down_bias
     rows = layer.neuron_rows if layer.neuron_rows is not None else torch.ones(len(post), device=post.device)
     w_down = layer.block.w_down().to(post.device)
@@ -203,7 +237,8 @@ def _neurons(layer: Layer, through: Tensor, parallel_rest: Tensor | None, width:
     activation = layer.neurons.float() * rows[:, None]  # type: ignore[union-attr]
     if _relative(activation[-1] @ w_down + constant[-1], layer.ffn_out[-1].float()) > 0.05:
         raise ValueError(
-            f"layer {layer.index}: the neurons of this {layer.block.family.name} FFN do not add up to what it adds to the state"
+            f"layer {layer.index}: the neurons of this {layer.block.family.name} FFN do not add up to what it adds to "
+            f"the state"
         )
     found = neuron_importances(
         activation,
@@ -213,16 +248,21 @@ def _neurons(layer: Layer, through: Tensor, parallel_rest: Tensor | None, width:
         floor=options.floor,
         tolerance=tolerance,
         measure=options.measure,
-        backend=options.backend, threads=options.threads,
-    )  # fmt: skip
+        backend=options.backend,
+        threads=options.threads,
+    )
     if parallel_rest is not None and options.measure == "proximity":
         before, found.high = found.low + (found.high - found.low) / 2, found.high + width
-        found.importance = found.importance * (before / (found.low + (found.high - found.low) / 2))[found.index[0].long()]
+        found.importance = (
+            found.importance * (before / (found.low + (found.high - found.low) / 2))[found.index[0].long()]
+        )
     return NeuronImportances(*(t.cpu() for t in (found.index, found.importance, found.low, found.high)))
 
 
 def _proximities(layer: Layer, parts: Parts, options: Options) -> tuple[Tensor, ...]:
-    """Proximities of the residual, the constant part, the mixer, the FFN and (sequential block) the residual past it, ``[token]`` each."""
+    """Proximities of the residual, the constant part, the mixer, the FFN and (sequential block) the residual past
+    it, ``[token]`` each.
+    """
     near = torch.ops.flowroutes.part_proximity
     backend, threads, post = options.backend, options.threads, layer.resid_post.float()
     zero = parts.whole.new_zeros(len(parts.whole))
@@ -252,16 +292,36 @@ def _exact(a: Attention, others: Tensor, options: Options, exact_rows: Tensor | 
     if a.row_scale is not None or a.gate is not None or a.n_query < a.n_key:
         return _exact_in_rows(a, others, options)
     dense, heads, normaliser, index, edge = torch.ops.flowroutes.attention_layer(
-        a.query.float(), a.key.float(), a.value.float(), a.w_o.float(), a.whole.float(), others.sum(0), a.mask, a.sinks, a.scaling, a.softcap, a.window,
-        options.dense, -1.0 if options.dense else options.floor, options.backend, options.threads,
-    )  # fmt: skip
-    return _unfinished(dense.cpu() if options.dense else None, (index, edge), normaliser, normaliser, heads, heads, heads, Counts())
+        a.query.float(),
+        a.key.float(),
+        a.value.float(),
+        a.w_o.float(),
+        a.whole.float(),
+        others.sum(0),
+        a.mask,
+        a.sinks,
+        a.scaling,
+        a.softcap,
+        a.window,
+        options.dense,
+        -1.0 if options.dense else options.floor,
+        options.backend,
+        options.threads,
+    )
+    return _unfinished(
+        dense.cpu() if options.dense else None, (index, edge), normaliser, normaliser, heads, heads, heads, Counts()
+    )
 
 
 def _exact_in_rows(a: Attention, others: Tensor, options: Options) -> LayerImportances:
     """Every sub-edge evaluated by the certified kernels, which know norms and gates behind the heads."""
     found = certified(
-        a, others, floor=0.0 if options.dense else options.floor, tolerance=0.0, backend=options.backend, threads=options.threads
+        a,
+        others,
+        floor=0.0 if options.dense else options.floor,
+        tolerance=0.0,
+        backend=options.backend,
+        threads=options.threads,
     )
     query, key, head = found.index.long()
     edge, heads = _divide(found.value, found.low[query]), _divide(found.head_low, found.low[:, None])
@@ -273,7 +333,9 @@ def _exact_in_rows(a: Attention, others: Tensor, options: Options) -> LayerImpor
 
 
 def cheaper_exactly(a: Attention) -> bool:
-    """Few keys: evaluating every sub-edge from all of u = v W_O costs less than bounding all and reading single channels of W_O for some."""
+    """Few keys: evaluating every sub-edge from all of u = v W_O costs less than bounding all and reading single
+    channels of W_O for some.
+    """
     return a.row_scale is None and a.gate is None and a.n_key <= FEW_KEYS
 
 
@@ -286,12 +348,20 @@ def _certified(a: Attention, others: Tensor, options: Options, exact_rows: Tenso
     if exact_rows is not None:
         tolerance = torch.where(exact_rows.to(others.device), 0.0, options.tolerance)
     found = certified(
-        a, others, floor=options.floor, thresholds=options.thresholds, tolerance=tolerance, measure=options.measure,
-        backend=options.backend, threads=options.threads,
-    )  # fmt: skip
+        a,
+        others,
+        floor=options.floor,
+        thresholds=options.thresholds,
+        tolerance=tolerance,
+        measure=options.measure,
+        backend=options.backend,
+        threads=options.threads,
+    )
     if options.measure == "signed":
         shares = found.head_low
-        return _unfinished(None, (found.index, found.value), found.low, found.high, shares, shares, shares, found.counts)
+        return _unfinished(
+            None, (found.index, found.value), found.low, found.high, shares, shares, shares, found.counts
+        )
     low, high = found.low[:, None], found.high[:, None]
     middle = found.low + (found.high - found.low) / 2
     heads = _divide((found.head_low + found.head_high) / 2, middle[:, None])
@@ -304,7 +374,9 @@ def _certified(a: Attention, others: Tensor, options: Options, exact_rows: Tenso
 def _unfinished(dense, edges, low, high, heads, heads_low, heads_high, counts) -> LayerImportances:  # type: ignore[no-untyped-def]
     """The attention part of a layer's importances; the rest is filled in by :func:`importances`."""
     empty = low.new_empty(0)
-    return LayerImportances("", dense, edges, low, high, heads, heads_low, heads_high, empty, empty, empty, empty, empty, counts)
+    return LayerImportances(
+        "", dense, edges, low, high, heads, heads_low, heads_high, empty, empty, empty, empty, empty, counts
+    )
 
 
 def _divide(part: Tensor, total: Tensor) -> Tensor:
@@ -322,7 +394,8 @@ def conservation_error(layer: Layer, bias: str = "part") -> float:
         mixed = a.pattern @ a.value.repeat_interleave(a.n_head // a.value.shape[0], 0)  # [head, query, d_head]
         if a.gate is not None:
             mixed = mixed * a.gate.transpose(0, 1)
-        flat = a.w_o.permute(2, 0, 1).reshape(a.w_o.shape[2], -1)  # a view where W_O views a linear layer; einsum would copy it
+        # a view where W_O views a linear layer; einsum would copy it
+        flat = a.w_o.permute(2, 0, 1).reshape(a.w_o.shape[2], -1)
         added = mixed.transpose(0, 1).reshape(mixed.shape[1], -1) @ flat.T
         total = total + (added if a.row_scale is None else added * a.row_scale[:, None])
     for part in (parts.constant, parts.mixer):

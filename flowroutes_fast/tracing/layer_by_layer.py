@@ -1,7 +1,9 @@
-"""Layer by layer through many prompts: every layer's weights come in once, its work can be kept, and a killed run goes on.
+"""Layer by layer through many prompts: every layer's weights come in once, its work can be kept, and a killed run goes
+on.
 
-A model's forward pass is taken apart without knowing it: once with blocks that hand their input on, which shows what else each block is
-called with (masks, rotary angles); then block by block with the real states; last with blocks that hand over the final states, for logits.
+A model's forward pass is taken apart without knowing it: once with blocks that hand their input on, which shows what
+else each block is called with (masks, rotary angles); then block by block with the real states; last with blocks that
+hand over the final states, for logits.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def run(
     store: Store | None = None,
     budget: float = float("inf"),
 ) -> list[tuple[list[LayerImportances], Tensor | None]]:
-    """Per prompt its layers and last logits. ``importances(prompt, layer)`` is called as each layer of each prompt has run (None: left out).
+    """Per prompt its layers and last logits. ``importances(prompt, layer)`` is called as each layer of each prompt has
+    run (None: left out).
 
     Args:
         groups: which prompts pass a layer together.
@@ -113,7 +116,9 @@ def run(
                 for g, group in enumerate(together):
                     members = group.members
 
-                    def on_item(item: int, layer: Layer, members: list[Any] = members, results: list[Any] = results) -> None:
+                    def on_item(
+                        item: int, layer: Layer, members: list[Any] = members, results: list[Any] = results
+                    ) -> None:
                         results[members[item]] = importances(members[item], layer)
 
                     spans = [slice(0, length) for length in group.lengths]
@@ -218,7 +223,13 @@ def _rehearse(model: nn.Module, blocks: list[Block], group: Group, extras: int, 
 
 
 def _logits(
-    model: nn.Module, blocks: list[Block], together: list[Group], states: States, extras: int, feed: Feed | None, device: torch.device
+    model: nn.Module,
+    blocks: list[Block],
+    together: list[Group],
+    states: States,
+    extras: int,
+    feed: Feed | None,
+    device: torch.device,
 ) -> dict[int, Tensor]:
     """Last logits per prompt: the model's own end on the final states."""
     found: dict[int, Tensor] = {}

@@ -1,7 +1,7 @@
 """What a trace takes, in bytes, from shapes; ``check_memory()``: a refusal with figures instead of a killed process.
 
-What shapes do not say (how many sub-edges lie above the floor, what the C allocator keeps back) was measured once on the demo model and
-stands in the constants below.
+What shapes do not say (how many sub-edges lie above the floor, what the C allocator keeps back) was measured once on
+the demo model and stands in the constants below.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from flowroutes_fast.system.memory import address_space, available_device_memory
 from flowroutes_fast.tracing.importances import FEW_KEYS, Options
 
 DENSE_LIMIT = 10**9  # bytes: as in trace()
-EDGES_PER_HEAD = {"certified": 9.3, "exact": 13.9, "signed": 14.3}  # listed per row and layer at a floor of 1e-3 (SmolLM2-135M)
+# listed per row and layer at a floor of 1e-3 (SmolLM2-135M)
+EDGES_PER_HEAD = {"certified": 9.3, "exact": 13.9, "signed": 14.3}
 EDGES_FLOOR = 0.67  # ... times (1e-3 / floor) to this power
 NEURONS_PER_ROW = 0.027  # of the FFN's neurons above a floor of 1e-3
 EDGE_BYTES, NEURON_BYTES = 16, 12
 KERNEL_EDGE_BYTES = 48  # while a kernel's list is joined and handed over
-ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.75, 64 * 2**20  # kept back by the C allocator: of what comes and goes, at most per thread
+# kept back by the C allocator: of what comes and goes, at most per thread
+ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.75, 64 * 2**20
 ROOM = 192 * 2**20  # bytes of address space below which libraries' new threads abort the process
 CHUNK_BYTES = 6 * 64 * 2**20  # temporaries of the reference backend's chunks
 DENSE_CHUNK_BYTES = 2 * 256 * 2**20  # u = v W_O and its float copies in the CUDA backend
@@ -88,10 +90,17 @@ def shape_of(config: Any) -> Shape:
     experts = number("num_experts_per_tok", otherwise=0) * number("moe_intermediate_size", otherwise=dense)
     windowed = getattr(config, "use_sliding_window", True)
     return Shape(
-        number("num_hidden_layers", "n_layer"), heads, number("num_key_value_heads", otherwise=heads) or heads, latent or d_head,
-        number("v_head_dim", otherwise=d_head), d_model, max(dense, experts), number("vocab_size", otherwise=0),
-        number("sliding_window", otherwise=0) if windowed else 0, getattr(config, "_attn_implementation", None) == "eager" or _hooked(config),
-    )  # fmt: skip
+        number("num_hidden_layers", "n_layer"),
+        heads,
+        number("num_key_value_heads", otherwise=heads) or heads,
+        latent or d_head,
+        number("v_head_dim", otherwise=d_head),
+        d_model,
+        max(dense, experts),
+        number("vocab_size", otherwise=0),
+        number("sliding_window", otherwise=0) if windowed else 0,
+        getattr(config, "_attn_implementation", None) == "eager" or _hooked(config),
+    )
 
 
 def _hooked(config: Any) -> bool:
@@ -115,13 +124,21 @@ class Need:
 def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int, batch: int = 1) -> Need:
     """Bytes from shapes. ``element``: bytes of a number in the model's dtype."""
     t, d, h = tokens, s.d_model, s.heads
-    precision, measure, backend, dense, neurons = options.precision, options.measure, options.backend, options.dense, options.neurons
+    precision, measure, backend, dense, neurons = (
+        options.precision,
+        options.measure,
+        options.backend,
+        options.dense,
+        options.neurons,
+    )
     square = h * t * t
     heads_q, heads_v, kv = h * s.d_qk, h * s.d_head, s.kv_heads * (s.d_qk + s.d_head)
     masked = s.eager or 0 < s.window < t
     mask = t * t * (element if s.eager else 1) if masked else 0
-    ffn = 3 * d + heads_q + kv + 4 * s.ffn  # input, state between, normalised; q, k, v; gate, up, their activation and product
-    attention = 2 * d + kv + 3 * heads_q + 3 * heads_v  # input, normalised; rotary temporaries, repeated keys and values, output
+    # input, state between, normalised; q, k, v; gate, up, their activation and product
+    ffn = 3 * d + heads_q + kv + 4 * s.ffn
+    # input, normalised; rotary temporaries, repeated keys and values, output
+    attention = 2 * d + kv + 3 * heads_q + 3 * heads_v
     scores = square * (2 * element + 4) if s.eager else 0
     forward = batch * (element * t * max(ffn, attention) + scores + mask + 8 * s.vocabulary)
     captured = batch * element * t * (4 * d + heads_q + kv + (s.ffn if neurons else 0)) + batch * mask
@@ -137,7 +154,9 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
         listed = 0.0 if dense else KERNEL_EDGE_BYTES * edges
         whole = precision == "exact" or t <= FEW_KEYS
         packed = 4 * t * (h * (s.d_qk + s.d_head + d + 1) if whole else kv + s.kv_heads)
-        buffers: float = copies + g + sorted_rows + per_thread * threads + listed + packed + (4 * square if dense else 0)
+        buffers: float = (
+            copies + g + sorted_rows + per_thread * threads + listed + packed + (4 * square if dense else 0)
+        )
     elif backend == "reference":
         buffers = (
             copies + g + min(CHUNK_BYTES, 24 * square * d) + (120 if precision == "certified" else 16) * square
@@ -147,7 +166,12 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
         if precision == "certified":
             buffers = copies + g + 2 * t * heads_v * element + 12 * t * h + 18 * t * CAPACITY
         else:
-            buffers = copies + g + (6 if backend == "triton" else 14) * square + (0 if backend == "triton" else DENSE_CHUNK_BYTES)
+            buffers = (
+                copies
+                + g
+                + (6 if backend == "triton" else 14) * square
+                + (0 if backend == "triton" else DENSE_CHUNK_BYTES)
+            )
     results = 4.0 * s.layers * t * (3 * h + 6) + (4 * s.layers * square if dense else s.layers * edges * EDGE_BYTES)
     if neurons:
         split = t * s.ffn * (5 if backend == "cpu" else 9) + 4 * (s.ffn * d * (1 if element == 4 else 2) + 3 * t * d)
@@ -156,24 +180,32 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
     working = max(forward, captured + additive + buffers)
     limit = ALLOCATOR_BYTES * threads if device == "cpu" else working
     share = ALLOCATOR_SHARE if device == "cpu" else 0.1
-    return Need(int(forward), int(captured), int(additive + buffers), int(batch * results), int(min(share * working, limit)))
+    return Need(
+        int(forward), int(captured), int(additive + buffers), int(batch * results), int(min(share * working, limit))
+    )
 
 
 def kept_states(s: Shape, tokens: int, element: int, batch: int = 1) -> dict[str, int]:
     """Bytes of a lazy trace's states by what is kept, from shapes (see :mod:`flowroutes_fast.tracing.on_demand`)."""
     each = batch * s.layers * tokens * element
     kv = s.kv_heads * (s.d_qk + s.d_head)
-    return {"whole": each * (3 * s.d_model + s.heads * s.d_qk + kv), "inputs": each * (s.d_model + kv), "cache": each * kv}
+    return {
+        "whole": each * (3 * s.d_model + s.heads * s.d_qk + kv),
+        "inputs": each * (s.d_model + kv),
+        "cache": each * kv,
+    }
 
 
 def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1, lazy: bool = False) -> None:
-    """``MemoryError`` with figures if a trace needs more bytes than are available, beyond the opened model. Silent where nothing is known.
+    """``MemoryError`` with figures if a trace needs more bytes than are available, beyond the opened model. Silent
+    where nothing is known.
 
     ``lazy``: results are those of few rows, and states find their place by their budget.
     """
     if (left := address_space()) is not None and left < ROOM:
         raise MemoryError(
-            f"the address space of this process is limited (ulimit -v, RLIMIT_AS): {size_text(max(left, 0))} are left, and a trace takes up to {size_text(ROOM)} "
+            f"the address space of this process is limited (ulimit -v, RLIMIT_AS): {size_text(max(left, 0))} are "
+            f"left, and a trace takes up to {size_text(ROOM)} "
             "for threads and libraries"
         )
     try:
@@ -191,7 +223,11 @@ def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1
     for wanted, available, where in places:
         if available is None or wanted <= available:
             continue
-        parts = [("activations", need.activations), ("one layer's buffers", need.captured + need.buffers), ("results", need.results)]
+        parts = [
+            ("activations", need.activations),
+            ("one layer's buffers", need.captured + need.buffers),
+            ("results", need.results),
+        ]
         if device == "cuda":
             parts = parts[2:] if not where else parts[:2]
         ways = [
@@ -201,7 +237,8 @@ def check_memory(model: nn.Module, tokens: int, options: Options, batch: int = 1
         ]
         ways += [*(["neurons=False"] if options.neurons else []), "positions=[...]"]
         raise MemoryError(
-            f"tracing {tokens} tokens needs about {size_text(wanted)} more{where} ({', '.join(f'{name} {size_text(size)}' for name, size in parts)}), "
+            f"tracing {tokens} tokens needs about {size_text(wanted)} more{where} "
+            f"({', '.join(f'{name} {size_text(size)}' for name, size in parts)}), "
             f"{size_text(available)} are available; ways out: {', '.join(ways)}"
         )
 

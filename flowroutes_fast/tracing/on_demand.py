@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from flowroutes_fast.capture.hooks import Layer
-from flowroutes_fast.capture.kept import Changed, KeptLayer, can_be_lean, check_first_keys, close_rows, run_positions, running
+from flowroutes_fast.capture.kept import (
+    Changed,
+    KeptLayer,
+    can_be_lean,
+    check_first_keys,
+    close_rows,
+    run_positions,
+    running,
+)
 from flowroutes_fast.models.families import blocks_of
 from flowroutes_fast.models.weights import state_and_places
 from flowroutes_fast.system.ambient import in_neutral
@@ -29,7 +37,9 @@ from flowroutes_fast.tracing.rows import RowTable, importances_of, prepared
 
 WHOLE_BYTES = (
     2**31
-)  # all that layers leave is kept by reference up to here and a quarter of the free memory, unless a budget says otherwise
+    # all that layers leave is kept by reference up to here and a quarter of the free memory, unless a budget says
+    # otherwise
+)
 TIERS = ("whole", "inputs", "host", "disk", "cache")
 
 
@@ -39,7 +49,8 @@ class States:
     Args:
         model: the model, of which only a weak reference is kept.
         options: how rows are evaluated.
-        n_layers: of the model. budget: most bytes that may be kept in memory; None: what :data:`WHOLE_BYTES` and the free memory say.
+        n_layers: of the model. budget: most bytes that may be kept in memory; None: what :data:`WHOLE_BYTES` and the
+            free memory say.
         prompts: of the same pass, each with states of its own, that share the memory.
     """
 
@@ -74,7 +85,9 @@ class States:
             self._last = None
 
     def _expect(self, kept: KeptLayer, output: Tensor, after: KeptLayer | None, follows: bool) -> None:
-        """What rows of a layer must give when they run again; where the layer after it does not have it, it is kept too."""
+        """What rows of a layer must give when they run again; where the layer after it does not have it, it is kept
+        too.
+        """
         kept.expect(output, after, follows)
         if kept.lean and not (follows and after is not None and after.lean) and self.tier in ("host", "disk"):
             span = kept.spans[-1]
@@ -86,8 +99,14 @@ class States:
         with self.lock:
             for kept, layer in zip(self.layers, layers, strict=True):
                 kept.append(layer)
-            for kept, after, layer, following in zip(self.layers, [*self.layers[1:], None], layers, [*layers[1:], None], strict=True):
-                follows = following is not None and following.state is not None and torch.equal(layer.resid_post, following.state)
+            for kept, after, layer, following in zip(
+                self.layers, [*self.layers[1:], None], layers, [*layers[1:], None], strict=True
+            ):
+                follows = (
+                    following is not None
+                    and following.state is not None
+                    and torch.equal(layer.resid_post, following.state)
+                )
                 kept.expect(layer.resid_post, after, follows)
 
     def _tier_for(self, layer: Layer) -> str:
@@ -141,25 +160,35 @@ class States:
 
     def _alive(self) -> nn.Module:
         if not self.layers:
-            raise ValueError("the states of this trace were released: rows that were not evaluated before cannot be now; trace again")
+            raise ValueError(
+                "the states of this trace were released: rows that were not evaluated before cannot be now; trace again"
+            )
         alive = self.model()
         if alive is None:
             raise ValueError(
-                "the model of this lazy trace is gone, and rows that were not evaluated before need it: keep it, or trace again"
+                "the model of this lazy trace is gone, and rows that were not evaluated before need it: keep it, or "
+                "trace again"
             )
         if state_and_places(alive) != self.traced:
-            raise ValueError("the model has changed since it was traced (its weights, where they are, or which adapters act): trace again")
+            raise ValueError(
+                "the model has changed since it was traced (its weights, where they are, or which "
+                "adapters act): trace again"
+            )
         return alive
 
     @in_neutral
     def evaluate(self, layer: int, queries: np.ndarray, whole: bool = False) -> LayerImportances | RowTable:
-        """Importances of some rows ``queries`` (sorted) of a layer, within :meth:`session`; ``whole``: whatever the tolerance."""
+        """Importances of some rows ``queries`` (sorted) of a layer, within :meth:`session`; ``whole``: whatever the
+        tolerance.
+        """
         alive = self.model()
         assert alive is not None
         rows = torch.from_numpy(queries)
         kept = self.layers[layer]
         kept.check_written()
-        if (made := prepared(kept, self.options)) is not None and (found := importances_of(made, rows, self.options, whole)) is not None:
+        if (made := prepared(kept, self.options)) is not None and (
+            found := importances_of(made, rows, self.options, whole)
+        ) is not None:
             return found
         taken = kept.with_weights(kept.rows(alive, rows, self.options.neurons))
         return importances(taken, self.options, torch.ones(len(rows), dtype=torch.bool) if whole else None)
@@ -183,7 +212,9 @@ def _move(kept: KeptLayer, device: torch.device) -> None:
 
 
 def _to_disk(kept: KeptLayer) -> None:
-    """The same into a file without a name, mapped back: its pages leave memory when others need it. OSError for a full disk."""
+    """The same into a file without a name, mapped back: its pages leave memory when others need it. OSError for a
+    full disk.
+    """
     if not kept.lean:
         return
     kept.key, kept.value = (None if t is None else _mapped(t) for t in (kept.key, kept.value))
@@ -200,20 +231,24 @@ def _mapped(tensor: Tensor) -> Tensor:
             file.write(flat.numpy().data)
             file.flush()
         except OSError as error:
-            raise OSError(error.errno, f"states of a lazy trace cannot be written to {tempfile.gettempdir()}: {error.strerror}") from error
+            raise OSError(
+                error.errno, f"states of a lazy trace cannot be written to {tempfile.gettempdir()}: {error.strerror}"
+            ) from error
         found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return torch.frombuffer(found, dtype=tensor.dtype).view(tensor.shape)
 
 
 class CachedStates(States):
-    """Keys and values that the caller's cache has, and nothing else: positions that a route reaches run once more, through the layers below.
+    """Keys and values that the caller's cache has, and nothing else: positions that a route reaches run once more,
+    through the layers below.
 
     Args:
-        model, options: as for :class:`States`. ids: the prompt. cache: of transformers (``past_key_values``), one sequence.
+        model, options: as for :class:`States`. ids: the prompt. cache: of transformers (``past_key_values``), one
+            sequence.
 
     Raises:
-        ValueError: a cache that does not hold these ids (keys and values of a few positions are computed and compared), or not all of them;
-            a model with layers that have no keys and values, or without ``position_ids``.
+        ValueError: a cache that does not hold these ids (keys and values of a few positions are computed and compared),
+            or not all of them; a model with layers that have no keys and values, or without ``position_ids``.
     """
 
     def __init__(self, model: nn.Module, options: Options, ids: list[int], cache: Any) -> None:
@@ -221,10 +256,13 @@ class CachedStates(States):
         super().__init__(model, options, len(blocks), None)
         self.tier, self.blocks, self.ids = "cache", blocks, torch.tensor(ids, dtype=torch.int64, device="cpu")
         if "position_ids" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"past_key_values cannot be used with {type(model).__name__}, which takes no position_ids: leave it out")
+            raise ValueError(
+                f"past_key_values cannot be used with {type(model).__name__}, which takes no position_ids: leave it out"
+            )
         if odd := [b.index for b in blocks if b.attention is None or b.mixer is not None or b.family.hooked]:
             raise ValueError(
-                f"past_key_values cannot be used with this model: layer {odd[0]} does not call transformers' attention interface"
+                f"past_key_values cannot be used with this model: layer {odd[0]} does not call transformers' "
+                f"attention interface"
             )
         self.cache = [_of_cache(cache, layer, len(ids)) for layer in range(len(blocks))]
         self.output = self._begin()
@@ -240,9 +278,13 @@ class CachedStates(States):
             layers, output = run_positions(alive, self.blocks, self.ids, some, self.cache, self.options.neurons)
         except Changed as error:
             raise ValueError(
-                f"past_key_values does not belong to these ids and this model: {str(error).split(':')[0]} computes other keys and values"
+                f"past_key_values does not belong to these ids and this model: {str(error).split(':')[0]} computes "
+                f"other keys and values"
             ) from error
-        self.layers = [KeptLayer.of_rows(layer, some, *kv, self.options.neurons) for layer, kv in zip(layers, self.cache, strict=True)]
+        self.layers = [
+            KeptLayer.of_rows(layer, some, *kv, self.options.neurons)
+            for layer, kv in zip(layers, self.cache, strict=True)
+        ]
         return output
 
     @in_neutral
@@ -252,8 +294,11 @@ class CachedStates(States):
         missing = positions[~self.layers[layer].known(positions)]
         if len(missing):
             last = len(self.ids) - 1
-            running = torch.cat([missing, torch.tensor([last], dtype=torch.int64, device="cpu")])  # one that is known, to compare
-            layers, _ = run_positions(alive, self.blocks[: layer + 1], self.ids, running, self.cache, self.options.neurons)
+            # one that is known, to compare
+            running = torch.cat([missing, torch.tensor([last], dtype=torch.int64, device="cpu")])
+            layers, _ = run_positions(
+                alive, self.blocks[: layer + 1], self.ids, running, self.cache, self.options.neurons
+            )
             for kept, found in zip(self.layers, layers, strict=False):
                 if not close_rows(found.resid_post[-1:], kept.spans[0].layer.resid_post[-1:]):
                     raise Changed(found.index, "outputs")
@@ -262,17 +307,24 @@ class CachedStates(States):
 
 
 def _of_cache(cache: Any, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """A layer's keys and values ``[kv_head, token, d]`` in a cache of transformers; ``ValueError`` where they are not all there."""
+    """A layer's keys and values ``[kv_head, token, d]`` in a cache of transformers; ``ValueError`` where they are
+    not all there.
+    """
     try:
         held = cache.layers[layer] if hasattr(cache, "layers") else cache[layer]
         key, value = (held.keys, held.values) if hasattr(held, "keys") and not callable(held.keys) else held[:2]
         shape = tuple(key.shape)
     except (IndexError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"past_key_values has no keys and values of layer {layer}: give the cache that the model returned") from error
+        raise ValueError(
+            f"past_key_values has no keys and values of layer {layer}: give the cache that the model returned"
+        ) from error
     if len(shape) != 4 or shape[0] != 1:
-        raise ValueError(f"past_key_values must be of one sequence [1, kv_head, token, d], got keys {list(shape)} in layer {layer}")
+        raise ValueError(
+            f"past_key_values must be of one sequence [1, kv_head, token, d], got keys {list(shape)} in layer {layer}"
+        )
     if shape[2] < tokens:
         raise ValueError(
-            f"past_key_values holds {shape[2]} of {tokens} tokens in layer {layer} (a sliding window, or another prompt): leave it out"
+            f"past_key_values holds {shape[2]} of {tokens} tokens in layer {layer} (a sliding window, or another "
+            f"prompt): leave it out"
         )
     return key[0, :, :tokens].detach(), value[0, :, :tokens].detach()

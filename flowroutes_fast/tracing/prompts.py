@@ -1,4 +1,6 @@
-"""What a user gives as text: prompts as lists of ids, checked before any long work; everything else is refused by name."""
+"""What a user gives as text: prompts as lists of ids, checked before any long work; everything else is refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,20 @@ from flowroutes_fast.models.families import context_length, text_config, vocabul
 
 KINDS = "a string, token ids, a list of either, or what a tokenizer returned"
 OURS = (  # what a trace decides itself, or cannot take over
-    "attention_mask", "cache_position", "head_mask", "input_ids", "inputs_embeds", "labels", "logits_to_keep", "output_attentions",
-    "output_hidden_states", "past_key_values", "position_ids", "return_dict", "use_cache",
-)  # fmt: skip
+    "attention_mask",
+    "cache_position",
+    "head_mask",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+)
 BY_TOKEN = ("mm_token_type_ids", "token_type_ids")  # what a model is told of every token
 
 
@@ -33,8 +46,9 @@ Message = tuple[
 
 @dataclass
 class Prompts:
-    """Prompts as ids; ``several``: whether a list was given; ``inputs``: what the model gets beside the ids of a single prompt (images);
-    ``chats``: where the messages of each prompt are, nothing where it is no chat, or where this is not known."""
+    """Prompts as ids; ``several``: whether a list was given; ``inputs``: what the model gets beside the ids of a single
+    prompt (images); ``chats``: where the messages of each prompt are, nothing where it is no chat, or where this is not
+    known."""
 
     ids: list[list[int]]
     several: bool
@@ -43,14 +57,20 @@ class Prompts:
 
 
 def read_prompts(model: Any, tokenizer: Any, text: Any, attention_mask: Any = None) -> Prompts:
-    """See ``text`` of :func:`flowroutes_fast.trace`. ``TypeError`` for other kinds, ``ValueError`` for what cannot be traced."""
+    """See ``text`` of :func:`flowroutes_fast.trace`. ``TypeError`` for other kinds, ``ValueError`` for what cannot
+    be traced.
+    """
     check_tokenizer(tokenizer)
     inputs: dict[str, Any] = {}
     mask = None if attention_mask is None else _mask(attention_mask)
     if isinstance(text, Mapping):
         if "input_ids" not in text:
             raise _wrong_kind(text)
-        inputs = {name: value for name, value in text.items() if name not in ("input_ids", "attention_mask") and value is not None}
+        inputs = {
+            name: value
+            for name, value in text.items()
+            if name not in ("input_ids", "attention_mask") and value is not None
+        }
         if (own := text.get("attention_mask")) is not None:
             own = _mask(own)
             if mask is not None and not torch.equal(own, mask):
@@ -104,15 +124,24 @@ def digests(inputs: dict[str, Tensor]) -> dict[str, str]:
 
 
 def check_tokens_alone(result: Any, what: str) -> None:
-    """``ValueError`` for a trace or route of a prompt with images, where ``what`` runs the model again on its tokens."""
+    """``ValueError`` for a trace or route of a prompt with images, where ``what`` runs the model again on its
+    tokens.
+    """
     if result.inputs:
         names = ", ".join(map(repr, result.inputs))
-        raise ValueError(f"the model was also given {names}, which the {type(result).__name__.lower()} does not keep: {what}")
+        raise ValueError(
+            f"the model was also given {names}, which the {type(result).__name__.lower()} does not keep: {what}"
+        )
 
 
 def _is_one(text: Any) -> bool:
     """Is a sequence the ids of one prompt, and not a list of prompts?"""
-    return isinstance(text, Sequence) and not isinstance(text, (str, bytes, bytearray)) and len(text) > 0 and _is_number(text[0])
+    return (
+        isinstance(text, Sequence)
+        and not isinstance(text, (str, bytes, bytearray))
+        and len(text) > 0
+        and _is_number(text[0])
+    )
 
 
 def _is_number(item: Any) -> bool:
@@ -123,7 +152,9 @@ def _mask(given: Any) -> Tensor:
     """An attention mask as booleans; ``ValueError`` for anything but ones (tokens) and zeros (padding)."""
     found = _as_tensor(given)
     if found is None:
-        raise ValueError(f"an attention mask must be an array of ones (tokens) and zeros (padding), got {type(given).__name__}")
+        raise ValueError(
+            f"an attention mask must be an array of ones (tokens) and zeros (padding), got {type(given).__name__}"
+        )
     found = _in_memory("the attention mask", found)
     if other := [value for value in found.unique().tolist() if value not in (0, 1)]:
         raise ValueError(
@@ -142,7 +173,9 @@ def _in_memory(what: str, tensor: Tensor) -> Tensor:
 def _integers(ids: Any) -> Tensor:
     found = _as_tensor(ids)
     found = None if found is None else _in_memory("the tensor of token ids", found)
-    if found is None or (found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)):
+    if found is None or (
+        found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    ):
         raise TypeError(f"token ids must be integers, got an array of {ids.dtype}")
     return found.to(torch.int64)
 
@@ -150,13 +183,16 @@ def _integers(ids: Any) -> Tensor:
 def _wrong_kind(text: Any) -> TypeError:
     if _is_message(text):
         return TypeError(
-            "a chat is given as a list of messages with 'role' and 'content', for which the tokenizer's template is applied; a single message "
+            "a chat is given as a list of messages with 'role' and 'content', for which the tokenizer's template is "
+            "applied; a single message "
             "goes into a list"
         )
     if isinstance(text, Mapping) and "input_ids" in text:
         return TypeError("a mapping of a tokenizer is given alone; here give the ids that it holds (its 'input_ids')")
     if isinstance(text, Mapping):
-        return TypeError(f"a mapping must hold 'input_ids', as tokenizers return; it has {', '.join(map(repr, text)) or 'nothing'}")
+        return TypeError(
+            f"a mapping must hold 'input_ids', as tokenizers return; it has {', '.join(map(repr, text)) or 'nothing'}"
+        )
     return TypeError(f"text must be {KINDS}; got {type(text).__name__}")
 
 
@@ -174,32 +210,42 @@ def _is_chat(text: Any) -> bool:
 
 
 def of_chat(tokenizer: Any, messages: Any) -> tuple[list[int], list[Message]]:
-    """Messages as ids, by the tokenizer's template, up to where the model's answer begins; and where each message's tokens are.
+    """Messages as ids, by the tokenizer's template, up to where the model's answer begins; and where each message's
+    tokens are.
 
-    A system text that the template adds by itself counts as a message. Where messages are not found again in what the template made of them,
-    or the tokenizer does not say which characters a token stands for, none is named.
+    A system text that the template adds by itself counts as a message. Where messages are not found again in what the
+    template made of them, or the tokenizer does not say which characters a token stands for, none is named.
 
     Raises:
-        TypeError: no tokenizer, one without a template, or a message whose content is no text. ValueError: messages that the template refuses.
+        TypeError: no tokenizer, one without a template, or a message whose content is no text. ValueError: messages
+            that the template refuses.
     """
     if tokenizer is None:
         raise TypeError("chat messages need a tokenizer with a chat template; pass token ids to trace without one")
     if not getattr(tokenizer, "chat_template", None):
-        raise TypeError("chat messages need a tokenizer with a chat template, which this one has not: give the prompt as a text")
+        raise TypeError(
+            "chat messages need a tokenizer with a chat template, which this one has not: give the prompt as a text"
+        )
     for message in messages:
         if not isinstance(message["content"], str):
             raise TypeError(f"the content of a chat message must be a text, got {type(message['content']).__name__}")
     try:
         text = _rendered(tokenizer, messages)
     except Exception as error:  # templates raise errors of their own
-        raise ValueError(f"the tokenizer's chat template refuses these messages: {(str(error).splitlines() or [''])[0]}") from error
+        raise ValueError(
+            f"the tokenizer's chat template refuses these messages: {(str(error).splitlines() or [''])[0]}"
+        ) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template holds the special tokens
     ids = [int(i) for i in ids]
     return ids, _messages_of(tokenizer, messages, text, ids)
 
 
 def _rendered(tokenizer: Any, messages: Any) -> str:
-    return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
+    return str(
+        tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    )
 
 
 def _messages_of(tokenizer: Any, messages: Any, text: str, ids: list[int]) -> list[Message]:
@@ -227,7 +273,10 @@ MARK = "qvzmessage{}zvq"  # stands for a message's text while its place is looke
 def _places(tokenizer: Any, messages: Any, text: str) -> list[Message]:
     """Role, first character and the one after the last of each message in what a template made of them."""
     marks = [MARK.format(i) for i in range(len(messages))]
-    pieces, rest = [], _rendered(tokenizer, [dict(one) | {"content": mark} for one, mark in zip(messages, marks, strict=True)])
+    pieces, rest = (
+        [],
+        _rendered(tokenizer, [dict(one) | {"content": mark} for one, mark in zip(messages, marks, strict=True)]),
+    )
     for mark in marks:
         piece, found, rest = rest.partition(mark)
         if not found:
@@ -247,7 +296,9 @@ def _places(tokenizer: Any, messages: Any, text: str) -> list[Message]:
 
 
 def _own_system(tokenizer: Any, messages: Any, before: str) -> list[Message]:
-    """The system text that a template adds where none is given: what stands in the place of a given one, before the first message."""
+    """The system text that a template adds where none is given: what stands in the place of a given one, before the
+    first message.
+    """
     if messages[0]["role"] == "system":
         return []
     first, second = MARK.format("system"), MARK.format("first")
@@ -255,7 +306,14 @@ def _own_system(tokenizer: Any, messages: Any, before: str) -> list[Message]:
         made = _rendered(tokenizer, [{"role": "system", "content": first}, dict(messages[0]) | {"content": second}])
         start, found, rest = made.partition(first)
         between, also, _ = rest.partition(second)
-        if found and also and between and before.startswith(start) and before.endswith(between) and len(before) > len(start) + len(between):
+        if (
+            found
+            and also
+            and between
+            and before.startswith(start)
+            and before.endswith(between)
+            and len(before) > len(start) + len(between)
+        ):
             return [("system", len(start), len(before) - len(between))]
     return []
 
@@ -265,15 +323,20 @@ def check_tokenizer(tokenizer: Any) -> None:
     if tokenizer is None or (callable(tokenizer) and not _is_processor(tokenizer)):
         return
     if _is_processor(tokenizer):
-        raise TypeError(f"the tokenizer is a processor ({type(tokenizer).__name__}): give its tokenizer (processor.tokenizer)")
+        raise TypeError(
+            f"the tokenizer is a processor ({type(tokenizer).__name__}): give its tokenizer (processor.tokenizer)"
+        )
     raise TypeError(
-        f"the tokenizer must be one of transformers, or a function from a text to {{'input_ids': [...]}}; got {type(tokenizer).__name__}"
+        f"the tokenizer must be one of transformers, or a function from a text to {{'input_ids': [...]}}; got "
+        f"{type(tokenizer).__name__}"
     )
 
 
 def _is_processor(tokenizer: Any) -> bool:
     inner = getattr(tokenizer, "tokenizer", None)
-    return inner is not None and (hasattr(tokenizer, "image_processor") or type(tokenizer).__name__.endswith("Processor"))
+    return inner is not None and (
+        hasattr(tokenizer, "image_processor") or type(tokenizer).__name__.endswith("Processor")
+    )
 
 
 def _one_without_padding(text: Any, mask: Tensor) -> tuple[Any, list[slice]]:
@@ -320,7 +383,10 @@ def token_ids(model: nn.Module, tokenizer: Any, text: Any) -> list[int]:
     size = vocabulary_size(model)
     for position, token in enumerate(ids):
         if not 0 <= token < size:
-            raise ValueError(f"token id {token} at position {position} is outside the model's vocabulary of {size}; is this its tokenizer?")
+            raise ValueError(
+                f"token id {token} at position {position} is outside the model's vocabulary of {size}; "
+                f"is this its tokenizer?"
+            )
     limit = context_length(text_config(model))
     if limit is not None and len(ids) > limit:
         raise ValueError(f"the text has {len(ids)} tokens but the model's context holds {limit}: shorten it")
@@ -357,7 +423,9 @@ def _as_ids(text: Any) -> list[int]:
 
 
 def _inputs(model: Any, given: dict[str, Any], prompts: Prompts, spans: list[slice], width: int) -> dict[str, Tensor]:
-    """What else a mapping holds, for the model; ``ValueError`` naming what would not be used. ``width``: of the ids, with padding."""
+    """What else a mapping holds, for the model; ``ValueError`` naming what would not be used. ``width``: of the
+    ids, with padding.
+    """
     forward = getattr(model, "forward", None)
     parameters = inspect.signature(forward).parameters.items() if given and forward is not None else ()
     accepted = {name for name, parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
@@ -370,12 +438,17 @@ def _inputs(model: Any, given: dict[str, Any], prompts: Prompts, spans: list[sli
             continue  # nothing is said, and the model would not hear it
         if tensor is None or name in OURS or name not in accepted:
             raise ValueError(
-                f"{name!r} is not used in a trace of this {type(model).__name__}: leave it out, so that nothing is dropped in silence"
+                f"{name!r} is not used in a trace of this {type(model).__name__}: leave it out, so that nothing is "
+                f"dropped in silence"
             )
         found[name] = tensor
     if found and len(prompts.ids) > 1:
-        raise ValueError(f"{', '.join(map(repr, found))} can be given with one prompt at a time, not with {len(prompts.ids)}")
-    return {name: _by_token(name, tensor, spans[0], width) if name in BY_TOKEN else tensor for name, tensor in found.items()}
+        raise ValueError(
+            f"{', '.join(map(repr, found))} can be given with one prompt at a time, not with {len(prompts.ids)}"
+        )
+    return {
+        name: _by_token(name, tensor, spans[0], width) if name in BY_TOKEN else tensor for name, tensor in found.items()
+    }
 
 
 def _by_token(name: str, tensor: Tensor, span: slice, width: int) -> Tensor:
@@ -400,7 +473,14 @@ def _as_tensor(value: Any) -> Tensor | None:
 
 def _counts_up(positions: Tensor, spans: list[slice], width: int) -> bool:
     """Are these the positions that a trace gives the tokens of each row: 0, 1, 2 …, whatever padding stands before?"""
-    if positions.dim() not in (1, 2) or positions.shape[-1] != width or (positions.dim() == 2 and len(positions) not in (1, len(spans))):
+    if (
+        positions.dim() not in (1, 2)
+        or positions.shape[-1] != width
+        or (positions.dim() == 2 and len(positions) not in (1, len(spans)))
+    ):
         return False
     rows = positions.expand(len(spans), width)
-    return all(torch.equal(row[span].cpu().long(), torch.arange(span.stop - span.start)) for row, span in zip(rows, spans, strict=True))
+    return all(
+        torch.equal(row[span].cpu().long(), torch.arange(span.stop - span.start))
+        for row, span in zip(rows, spans, strict=True)
+    )

@@ -1,7 +1,7 @@
 """A run that can go on: finished layers in a folder, states between layers, and what makes two runs the same.
 
-``run.json`` is written last and says how many layers are finished; every file carries the digest of its content and of the run it belongs
-to, so that what is damaged or another run's is refused.
+``run.json`` is written last and says how many layers are finished; every file carries the digest of its content and of
+the run it belongs to, so that what is damaged or another run's is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ from flowroutes_fast.loading.load import cache_folder
 from flowroutes_fast.models.identity import code_of
 from flowroutes_fast.ops.bounds import Counts
 from flowroutes_fast.ops.neurons import NeuronImportances
-from flowroutes_fast.system.files import LOCK, claim, digest_of, said, state_of, temporary_folder, write_atomically, write_text
+from flowroutes_fast.system.files import (
+    LOCK,
+    claim,
+    digest_of,
+    said,
+    state_of,
+    temporary_folder,
+    write_atomically,
+    write_text,
+)
 from flowroutes_fast.tracing.importances import LayerImportances
 from flowroutes_fast.version import __version__
 
@@ -46,7 +56,9 @@ _PASSING = {
 
 
 class States:
-    """Residual states of the groups between two layers: in memory up to a budget, beyond it (or for a run that can go on) in files."""
+    """Residual states of the groups between two layers: in memory up to a budget, beyond it (or for a run that can
+    go on) in files.
+    """
 
     def __init__(self, folder: Path | None, budget: float, run: str = "") -> None:
         self.folder, self.budget, self.run = folder, budget, run
@@ -92,10 +104,12 @@ class States:
 class Store:
     """Finished layers in a folder, so that a killed run goes on from the last one, and a finished one is there at once.
 
-    One process at a time. Nothing is removed when the run ends: the result is not written yet. :func:`discard` removes it.
+    One process at a time. Nothing is removed when the run ends: the result is not written yet. :func:`discard` removes
+    it.
 
     Raises:
-        ValueError: the folder holds another run (what differs is named), other files, or damaged ones. OSError: it cannot be worked in.
+        ValueError: the folder holds another run (what differs is named), other files, or damaged ones. OSError: it
+            cannot be worked in.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
@@ -123,7 +137,9 @@ class Store:
                 raise ValueError(f"'{self.folder}' holds other files ({others[0]}): give an empty or a new folder")
         for name in names:  # of a killed run, behind what it had finished
             number = re.match(r"(layer|state)-(\d+)", name) if _OURS.fullmatch(name) else None
-            if number and (int(number[2]) >= self.finished if number[1] == "layer" else int(number[2]) != self.finished):
+            if number and (
+                int(number[2]) >= self.finished if number[1] == "layer" else int(number[2]) != self.finished
+            ):
                 with suppress(OSError):
                     (self.folder / name).unlink()
 
@@ -132,7 +148,8 @@ class Store:
         if differing:
             more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             raise ValueError(
-                f"'{self.folder}' holds another run (differing: {', '.join(differing[:SHOWN])}{more}): give a new folder, or remove it to "
+                f"'{self.folder}' holds another run (differing: {', '.join(differing[:SHOWN])}{more}): give a new "
+                f"folder, or remove it to "
                 "start again"
             )
         self.finished, self.extras = read["finished"], read["extras"]
@@ -164,7 +181,9 @@ class Store:
         return [None if known is None else _result(prompt, known, tensors) for prompt, known in enumerate(plain)]
 
     def finish(self) -> None:
-        """The run is done; its layers stay until the result is written: the same call gives it at once, :func:`discard` removes it."""
+        """The run is done; its layers stay until the result is written: the same call gives it at once,
+        :func:`discard` removes it.
+        """
         self.close()
 
     def close(self) -> None:
@@ -228,23 +247,29 @@ class Identity(dict[str, Any]):
 
 
 def identity_of(model: nn.Module, prompts: list[list[int]], feed: Feed | None, **settings: Any) -> dict[str, Any]:
-    """What makes two runs the same, JSON: digests of every weight and buffer, the config, what modules say of themselves, the prompts,
-    settings and versions.
+    """What makes two runs the same, JSON: digests of every weight and buffer, the config, what modules say of
+    themselves, the prompts, settings and versions.
 
-    Weights in memory are hashed each time (about 1 GB per second and core). Of a streamed checkpoint its files are, and those that have
-    not been touched since are not read again.
+    Weights in memory are hashed each time (about 1 GB per second and core). Of a streamed checkpoint its files are, and
+    those that have not been touched since are not read again.
     """
     import transformers
 
-    identity = Identity({
-        "format": FORMAT,
-        "model": f"{type(model).__module__}.{type(model).__qualname__}",
-        "versions": {"flowroutes_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "config": _config_of(model),
-        "modules": _digests_of_modules(model),
-        "prompts": _digest_of_text(prompts),
-        **{name: str(value) for name, value in settings.items()},
-    })  # fmt: skip
+    identity = Identity(
+        {
+            "format": FORMAT,
+            "model": f"{type(model).__module__}.{type(model).__qualname__}",
+            "versions": {
+                "flowroutes_fast": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "config": _config_of(model),
+            "modules": _digests_of_modules(model),
+            "prompts": _digest_of_text(prompts),
+            **{name: str(value) for name, value in settings.items()},
+        }
+    )
     if feed is not None:
         identity.files = {file: state_of(file) for file in feed.source.files}
         identity["weights"] = {file.name: digest_of(file, cache_folder() / "digests") for file in feed.source.files}
@@ -253,7 +278,9 @@ def identity_of(model: nn.Module, prompts: list[list[int]], feed: Feed | None, *
         for kind in ("weights", "buffers"):
             identity.setdefault(kind, {})
             wanted = [(name, read) for at, name, read in tensors if at == kind]
-            identity[kind] |= dict(zip([n for n, _ in wanted], pool.map(lambda one: _digest_of(one[1]()), wanted), strict=True))
+            identity[kind] |= dict(
+                zip([n for n, _ in wanted], pool.map(lambda one: _digest_of(one[1]()), wanted), strict=True)
+            )
     return identity
 
 
@@ -262,12 +289,18 @@ def _config_of(model: Any) -> dict[str, str]:
     found = {name: json.dumps(value, sort_keys=True, default=str) for name, value in config.to_dict().items()}
     for name in ("_name_or_path", "transformers_version"):
         found.pop(name, None)
-    kinds = {str(getattr(module.config, "_attn_implementation", None)) for module in model.modules() if hasattr(module, "config")}
+    kinds = {
+        str(getattr(module.config, "_attn_implementation", None))
+        for module in model.modules()
+        if hasattr(module, "config")
+    }
     return found | {"attn_implementation": ", ".join(sorted(kinds))}
 
 
 def _digests_of_modules(model: nn.Module) -> dict[str, str]:
-    """Per module its class, its plain attributes (an eps, a LoRA scaling, active adapters), and what was put on it: hooks, another forward."""
+    """Per module its class, its plain attributes (an eps, a LoRA scaling, active adapters), and what was put on it:
+    hooks, another forward.
+    """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         plain = {key: value for key, value in vars(module).items() if key not in _PASSING and _is_plain(value)}
@@ -285,7 +318,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _tensors_in(model: nn.Module, weights: bool) -> list[tuple[str, str, Callable[[], Tensor]]]:
-    """(kind, name, what gives it) of every parameter, tied ones once, buffer and quantisation state; offloaded ones as accelerate has them."""
+    """(kind, name, what gives it) of every parameter, tied ones once, buffer and quantisation state; offloaded ones
+    as accelerate has them.
+    """
     found: list[tuple[str, str, Callable[[], Tensor]]] = []
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -301,7 +336,10 @@ def _tensors_in(model: nn.Module, weights: bool) -> list[tuple[str, str, Callabl
                 held = _offloaded(module, short) if tensor.is_meta else None
                 if tensor.is_meta and held is None:
                     continue  # of a streamed model
-                found += [(kind, f"{name} {part}".rstrip(), read) for part, read in (_parts(tensor) if held is None else [("", held)])]
+                found += [
+                    (kind, f"{name} {part}".rstrip(), read)
+                    for part, read in (_parts(tensor) if held is None else [("", held)])
+                ]
     return found
 
 
@@ -330,7 +368,11 @@ def _parts(tensor: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
             yield name, lambda value=value: value  # type: ignore[misc]
         elif hasattr(value, "as_dict"):
             for key, inner in sorted(value.as_dict().items()):
-                yield f"{name} {key}", lambda inner=inner: inner if isinstance(inner, Tensor) else _as_bytes(repr(inner))  # type: ignore[misc]
+                yield f"{name} {key}", partial(_tensor_or_bytes, inner)
+
+
+def _tensor_or_bytes(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else _as_bytes(repr(value))
 
 
 def _as_bytes(text: str) -> Tensor:
@@ -357,7 +399,9 @@ def _digest_of_all(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return _digest_of_text([sorted(metadata.items()), {name: _digest_of(tensor) for name, tensor in tensors.items()}])
 
 
-def _save(path: Path, tensors: dict[str, Tensor], run: str, metadata: dict[str, str] | None = None, durable: bool = True) -> None:
+def _save(
+    path: Path, tensors: dict[str, Tensor], run: str, metadata: dict[str, str] | None = None, durable: bool = True
+) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -367,7 +411,9 @@ def _save(path: Path, tensors: dict[str, Tensor], run: str, metadata: dict[str, 
 
 
 def _read(path: Path, run: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one of our files; ``ValueError`` if it is damaged, missing or of another run, ``OSError`` if it cannot be read."""
+    """Tensors and metadata of one of our files; ``ValueError`` if it is damaged, missing or of another run,
+    ``OSError`` if it cannot be read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -406,4 +452,6 @@ def _result(prompt: int, known: dict[str, Any], tensors: dict[str, Tensor]) -> L
     neurons = {name.removeprefix("neurons "): own.pop(name) for name in list(own) if name.startswith("neurons ")}
     split = NeuronImportances(**neurons) if neurons else None
     dense = own.pop("dense", None)
-    return LayerImportances(shape=known["shape"], counts=Counts(**known["counts"]), edges=edges, neurons=split, dense=dense, **own)
+    return LayerImportances(
+        shape=known["shape"], counts=Counts(**known["counts"]), edges=edges, neurons=split, dense=dense, **own
+    )

@@ -80,18 +80,24 @@ def route(
     Args:
         model, tokenizer, text: as for :func:`flowroutes_fast.trace`; several prompts give a list of routes.
         position, threshold, renormalize, rule, keep: as for :meth:`Trace.route`; 0.04 is the threshold by default.
-        options: others of :func:`flowroutes_fast.trace`: ``measure``, ``backend``, ``bias``, ``threads``, ``memory``, ``past_key_values`` …
+        options: others of :func:`flowroutes_fast.trace`: ``measure``, ``backend``, ``bias``, ``threads``, ``memory``,
+            ``past_key_values`` …
 
     Raises:
         ValueError, IndexError, TypeError: as those two do.
     """
     if refused := {"lazy", "positions", "resume", "thresholds", "dense"} & set(options):
-        raise TypeError(f"route() has no option {', '.join(sorted(refused))}: it evaluates what the route needs; see trace()")
+        raise TypeError(
+            f"route() has no option {', '.join(sorted(refused))}: it evaluates what the route needs; see trace()"
+        )
     if rule == "importance" and "floor" not in options:
         limit = share("threshold", 0.04 if threshold is None else threshold)
-        chosen: dict[str, Any] = {"floor": limit, "thresholds": (limit,)} if limit > 0 else {"precision": "exact", "floor": 0.0}
+        chosen: dict[str, Any] = (
+            {"floor": limit, "thresholds": (limit,)} if limit > 0 else {"precision": "exact", "floor": 0.0}
+        )
         if renormalize and "tolerance" not in options and limit > 0:
-            chosen["tolerance"] = LOOSE  # shares of the survivors do not depend on it; decisions are settled all the same
+            # shares of the survivors do not depend on it; decisions are settled all the same
+            chosen["tolerance"] = LOOSE
         options = chosen | options
     found = trace(model, tokenizer, text, lazy=True, **options)
     traces = found if isinstance(found, list) else [found]
@@ -101,14 +107,20 @@ def route(
         one.release()
         return made
 
-    routes = run_all(walk, [(one,) for one in traces], _side_by_side([one.source for one in traces], [len(one.tokens) for one in traces]))
+    routes = run_all(
+        walk,
+        [(one,) for one in traces],
+        _side_by_side([one.source for one in traces], [len(one.tokens) for one in traces]),
+    )
     return routes if isinstance(found, list) else routes[0]
 
 
 def _side_by_side(sources: Sequence[States], lengths: list[int]) -> int:
-    """How many threads walk a batch's routes, each with its share of the kernels' threads; one where rows run through the model again.
+    """How many threads walk a batch's routes, each with its share of the kernels' threads; one where rows run through
+    the model again.
 
-    A walk is many short calls, and those of several threads wait long for one another where other programs are busy too.
+    A walk is many short calls, and those of several threads wait long for one another where other programs are busy
+    too.
     """
     if any(source.tier != "whole" for source in sources) or (model := sources[0].model()) is None:
         return 1

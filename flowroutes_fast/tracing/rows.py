@@ -1,7 +1,8 @@
 """Importances of a few rows of one layer, with all that stays the same from call to call prepared once.
 
-The same kernels and figures as :func:`flowroutes_fast.tracing.importances.importances`, for layers kept whole in float32 on the CPU; a walk
-calls it once a layer for a handful of rows, where checks, casts and dispatch would cost more than the arithmetic.
+The same kernels and figures as :func:`flowroutes_fast.tracing.importances.importances`, for layers kept whole in
+float32 on the CPU; a walk calls it once a layer for a handful of rows, where checks, casts and dispatch would cost more
+than the arithmetic.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ def prepared(kept: KeptLayer, options: Options) -> Prepared | None:
         return found
     if not _plain(kept, options):
         return None
-    grown = found is not None and kept.block.value_bias() is None and (found.exact == _few(kept) or options.precision == "exact")
+    grown = (
+        found is not None
+        and kept.block.value_bias() is None
+        and (found.exact == _few(kept) or options.precision == "exact")
+    )
     kept.prepared = _grown(kept, found) if grown else _prepare(kept, options)  # type: ignore[arg-type]
     return kept.prepared  # type: ignore[no-any-return]
 
@@ -80,7 +85,12 @@ def _plain(kept: KeptLayer, options: Options) -> bool:
         if any(t is not None and (t.dtype != torch.float32 or t.device.type != "cpu" or t.is_neg()) for t in states):
             return False
         odd = (span.mask, layer.row_scale, layer.gate, layer.in_scale, layer.out_scale, layer.mixer_out)
-        if layer.query is None or any(t is not None for t in odd) or layer.scale != 1 or int(span.positions[0]) != expected:
+        if (
+            layer.query is None
+            or any(t is not None for t in odd)
+            or layer.scale != 1
+            or int(span.positions[0]) != expected
+        ):
             return False
         expected += len(span.positions)
         if int(span.positions[-1]) != expected - 1:
@@ -99,16 +109,28 @@ def _prepare(kept: KeptLayer, options: Options) -> Prepared | None:
     (kv, tokens, d_v), d_qk, (heads, _, d_model) = parts.value.shape, one.key.shape[2], parts.w_o.shape  # type: ignore[union-attr]
     flat = native.contiguous(parts.w_o.permute(2, 0, 1).reshape(d_model, -1))  # a view where W_O views a linear layer
     arguments = native.Arguments(
-        keys=tokens, heads=heads, group=heads // kv, d_v=d_v, d_model=d_model, w_row=heads * d_v, threads=options.threads, d_qk=d_qk,
-        scale=one.scaling, softcap=one.softcap, window=kept.window,
-    )  # fmt: skip
+        keys=tokens,
+        heads=heads,
+        group=heads // kv,
+        d_v=d_v,
+        d_model=d_model,
+        w_row=heads * d_v,
+        threads=options.threads,
+        d_qk=d_qk,
+        scale=one.scaling,
+        softcap=one.softcap,
+        window=kept.window,
+    )
     arguments.take("w_o", flat, d_model, heads * d_v)
     arguments.take("sinks", None if one.sinks is None else one.sinks.float(), heads)
     exact = options.precision == "exact" or (_few(kept) and options.tolerance <= EXACT_BELOW)
     arguments |= {
-        "floor": options.floor, "cut": min(FIRST_CUT, options.floor) or FIRST_CUT, "capacity": CAPACITY,
-        "n_thresholds": 0 if exact else len(options.thresholds), "tolerance": 0.0 if exact else options.tolerance,
-    }  # fmt: skip
+        "floor": options.floor,
+        "cut": min(FIRST_CUT, options.floor) or FIRST_CUT,
+        "capacity": CAPACITY,
+        "n_thresholds": 0 if exact else len(options.thresholds),
+        "tolerance": 0.0 if exact else options.tolerance,
+    }
     limits = torch.tensor(() if exact else options.thresholds, dtype=torch.float32, device="cpu")
     arguments.take("thresholds", limits, arguments["n_thresholds"])
     arguments.take("constant", parts.constant, d_model)
@@ -147,8 +169,9 @@ def _grown(kept: KeptLayer, found: Prepared) -> Prepared:
 
 @dataclass
 class RowTable:
-    """Importances of some rows of a layer: ``table [row, 7 + 3 heads]`` (normaliser low and high, residual, bias, mixer, FFN, the residual
-    past the FFN; heads, their lower and upper bounds), ``edges``: index ``[3, n]`` (row, key, head) and importance ``[n]``."""
+    """Importances of some rows of a layer: ``table [row, 7 + 3 heads]`` (normaliser low and high, residual, bias,
+    mixer, FFN, the residual past the FFN; heads, their lower and upper bounds), ``edges``: index ``[3, n]`` (row, key,
+    head) and importance ``[n]``."""
 
     table: np.ndarray
     edges: tuple[np.ndarray, np.ndarray]
@@ -166,7 +189,11 @@ def importances_of(made: Prepared, rows: Tensor, options: Options, whole: bool) 
     arguments.take("whole", y, n, d_model, where="y")
     if not parallel:
         arguments.take("post", made.take("resid_post", rows), n, d_model)
-    names = ["residual", "ffn_out", *(["through"] if layer.through is not None and layer.through is not layer.resid_mid else [])]
+    names = [
+        "residual",
+        "ffn_out",
+        *(["through"] if layer.through is not None and layer.through is not layer.resid_mid else []),
+    ]
     single = len(made.spans) == 1
     given = {name: getattr(layer, name) if single else made.take(name, rows) for name in names}
     query = layer.query if single else made.take("query", rows, 1)

@@ -55,13 +55,21 @@ _EVALUATED = {*ARRAYS, "work", "dense", "sparse", "neuron_parts", "settle", "laz
 
 
 @overload
-def trace(model: Any, tokenizer: Any, text: OneText, *, lazy: Literal[True], **options: Unpack[TraceOptions]) -> LazyTrace: ...
+def trace(
+    model: Any, tokenizer: Any, text: OneText, *, lazy: Literal[True], **options: Unpack[TraceOptions]
+) -> LazyTrace: ...
 @overload
-def trace(model: Any, tokenizer: Any, text: OneText, *, lazy: Literal[False] = ..., **options: Unpack[TraceOptions]) -> Trace: ...
+def trace(
+    model: Any, tokenizer: Any, text: OneText, *, lazy: Literal[False] = ..., **options: Unpack[TraceOptions]
+) -> Trace: ...
 @overload
-def trace(model: Any, tokenizer: Any, text: Texts, *, lazy: Literal[True], **options: Unpack[TraceOptions]) -> list[LazyTrace]: ...
+def trace(
+    model: Any, tokenizer: Any, text: Texts, *, lazy: Literal[True], **options: Unpack[TraceOptions]
+) -> list[LazyTrace]: ...
 @overload
-def trace(model: Any, tokenizer: Any, text: Texts, *, lazy: Literal[False] = ..., **options: Unpack[TraceOptions]) -> list[Trace]: ...
+def trace(
+    model: Any, tokenizer: Any, text: Texts, *, lazy: Literal[False] = ..., **options: Unpack[TraceOptions]
+) -> list[Trace]: ...
 @overload
 def trace(model: Any, tokenizer: Any, text: Any, *, lazy: bool = ..., **options: Unpack[TraceOptions]) -> Any: ...
 @uncompiled
@@ -92,44 +100,50 @@ def trace(
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
 
     Args:
-        model: a transformers decoder; it comes back unchanged (attention implementation, hooks, training mode). Or a model or activation
-            cache of TransformerLens, a model of nnsight or nnterp (see :mod:`flowroutes_fast.integrations`).
+        model: a transformers decoder; it comes back unchanged (attention implementation, hooks, training mode). Or a
+            model or activation cache of TransformerLens, a model of nnsight or nnterp (see
+            :mod:`flowroutes_fast.integrations`).
         tokenizer: its tokenizer; may be None when ``text`` is given as ids.
-        text: a prompt, or token ids ``[token]`` (list or integer tensor): one :class:`Trace`. Several prompts, ids ``[batch, token]``, lists of
-            ids, or what a tokenizer returned: a list of traces from one padded forward pass, each as if its prompt ran alone.
-            A generated text is traced as prompt and continuation together; ``trace.route(position=k)`` explains token k + 1.
+        text: a prompt, or token ids ``[token]`` (list or integer tensor): one :class:`Trace`. Several prompts, ids
+            ``[batch, token]``, lists of ids, or what a tokenizer returned: a list of traces from one padded forward
+            pass, each as if its prompt ran alone. A generated text is traced as prompt and continuation together;
+            ``trace.route(position=k)`` explains token k + 1.
         attention_mask: for ids ``[batch, token]``: 1 for tokens, 0 for padding on the left or on the right.
-        positions: positions whose states are explained (negative from the end); None for all. The other rows are NaN, cost nothing, and
-            routes that reach them are refused; heads, edges and neurons of these positions need no more.
-        precision: ``"certified"``: every sub-edge is bounded, those that matter are evaluated, and everything carries an interval;
-            routes are those of exact importances. ``"exact"``: every sub-edge by the paper's formula, to float32 rounding.
-        measure: ``"proximity"``, the paper's; or ``"signed"``: ⟨sign(y), z⟩ / ‖y‖₁, which sums to 1 over all parts, is at least the
-            paper's proximity / ‖y‖₁ wherever that is positive, and is negative for parts that push the state away (suppression).
+        positions: positions whose states are explained (negative from the end); None for all. The other rows are NaN,
+            cost nothing, and routes that reach them are refused; heads, edges and neurons of these positions need no
+            more.
+        precision: ``"certified"``: every sub-edge is bounded, those that matter are evaluated, and everything carries
+            an interval; routes are those of exact importances. ``"exact"``: every sub-edge by the paper's formula, to
+            float32 rounding.
+        measure: ``"proximity"``, the paper's; or ``"signed"``: ⟨sign(y), z⟩ / ‖y‖₁, which sums to 1 over all parts, is
+            at least the paper's proximity / ‖y‖₁ wherever that is positive, and is negative for parts that push the
+            state away (suppression).
         backend: ``"auto"``, ``"cpu"`` (native), ``"triton"``, ``"cuda"`` or ``"reference"`` (PyTorch).
         floor: importance above which sub-edges are kept; routes can be extracted at any threshold from here on.
-        thresholds: certified: rows are refined until no decision at these is open. At other thresholds, a route that meets an open
-            decision runs the model once more to settle it.
+        thresholds: certified: rows are refined until no decision at these is open. At other thresholds, a route that
+            meets an open decision runs the model once more to settle it.
         tolerance: certified: largest relative error of a normaliser's estimate, and so of every importance.
         dense: exact: keep the importances of all sub-edges; None: while all layers together take less than 1 GB.
-        bias: ``"part"``: output and value biases are one part without a source token; ``"value"``: the value bias stays inside the
-            sub-edges; ``"exclude"``: the constant part is left out of the normalisation.
+        bias: ``"part"``: output and value biases are one part without a source token; ``"value"``: the value bias stays
+            inside the sub-edges; ``"exclude"``: the constant part is left out of the normalisation.
         neurons: also split every FFN into its neurons (``trace.neurons(layer)``).
         threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
         progress: show a bar over the layers (a streamed model takes its time).
-        resume: a new folder in which every finished layer is kept. The same call after a kill goes on from the last finished layer, and
-            after the end returns the result at once; remove the folder when the result is saved (the command line does). It goes on only
-            with the same weights, options and prompts, by content.
-        lazy: evaluate nothing yet: the pass keeps what rows are evaluated from, and the returned :class:`LazyTrace` evaluates those that
-            a route, ``edges(layer, positions=...)`` or an index reaches, each once, with the figures that a full trace has. The model must
-            stay as it is, and alive.
-        memory: lazy: most bytes that may be kept, as a number or ``"2GiB"``. States are kept by reference while they fit (None: up to 2
-            GiB and a quarter of the free memory), else block inputs, keys and values alone, from which the rows that are reached run again, in main memory or on disk.
-        past_key_values: lazy: the cache of transformers that the model filled over these ids (one prompt, with its last token), used instead
-            of running the prompt again; positions that a route reaches run once more.
+        resume: a new folder in which every finished layer is kept. The same call after a kill goes on from the last
+            finished layer, and after the end returns the result at once; remove the folder when the result is saved
+            (the command line does). It goes on only with the same weights, options and prompts, by content.
+        lazy: evaluate nothing yet: the pass keeps what rows are evaluated from, and the returned :class:`LazyTrace`
+            evaluates those that a route, ``edges(layer, positions=...)`` or an index reaches, each once, with the
+            figures that a full trace has. The model must stay as it is, and alive.
+        memory: lazy: most bytes that may be kept, as a number or ``"2GiB"``. States are kept by reference while they
+            fit (None: up to 2 GiB and a quarter of the free memory), else block inputs, keys and values alone, from
+            which the rows that are reached run again, in main memory or on disk.
+        past_key_values: lazy: the cache of transformers that the model filled over these ids (one prompt, with its last
+            token), used instead of running the prompt again; positions that a route reaches run once more.
 
     Raises:
-        ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a model whose
-            captured parts do not add up to its states, NaN in the activations (the layer is named).
+        ValueError: empty or too long a prompt, ids outside the vocabulary, an unknown option, family or backend, a
+            model whose captured parts do not add up to its states, NaN in the activations (the layer is named).
         TypeError: text of a wrong type. OSError: weights that cannot be read, a folder that cannot be written to.
     """
     asked = {name: value for name, value in locals().items() if name not in ("model", "tokenizer", "text")}
@@ -142,14 +156,28 @@ def trace(
     given = read_prompts(model, tokenizer, text, attention_mask)
     rows = [_positions(positions, len(ids)) for ids in given.ids]
     dense = _dense(
-        asked, len(blocks) * int(getattr(text_config(model), "num_attention_heads", 1)) * sum(len(ids) ** 2 for ids in given.ids)
+        asked,
+        len(blocks)
+        * int(getattr(text_config(model), "num_attention_heads", 1))
+        * sum(len(ids) ** 2 for ids in given.ids),
     )
     options = options_of(
-        model, precision=precision, measure=measure, backend=backend, dense=dense, floor=floor, thresholds=thresholds, tolerance=tolerance,
-        bias=bias, threads=threads, neurons=neurons,
-    )  # fmt: skip
-    needed = options if positions is None else replace(options, precision="certified", neurons=False)  # few rows: no table of all
-    alone = any(block.mixer is not None for block in blocks) or predicts(model) != "tokens"  # mixers and pooled heads see padding
+        model,
+        precision=precision,
+        measure=measure,
+        backend=backend,
+        dense=dense,
+        floor=floor,
+        thresholds=thresholds,
+        tolerance=tolerance,
+        bias=bias,
+        threads=threads,
+        neurons=neurons,
+    )
+    # few rows: no table of all
+    needed = options if positions is None else replace(options, precision="certified", neurons=False)
+    # mixers and pooled heads see padding
+    alone = any(block.mixer is not None for block in blocks) or predicts(model) != "tokens"
     groups = _groups(model, [len(ids) for ids in given.ids], needed, alone)
     _check_use(model, given, asked)
     if past_key_values is not None:
@@ -183,16 +211,27 @@ def _check_use(model: nn.Module, given: Prompts, asked: dict[str, Any]) -> None:
         raise ValueError("lazy=True evaluates rows when they are asked for: leave out resume= and positions=")
     if lazy and streamed:
         raise ValueError(
-            "lazy=True needs the weights in memory when rows are evaluated: load the model whole, or trace it without lazy=True"
+            "lazy=True needs the weights in memory when rows are evaluated: load the model whole, or trace it without "
+            "lazy=True"
         )
     if given.inputs and (resume is not None or streamed):
-        raise ValueError(f"{', '.join(map(repr, given.inputs))} cannot be used with a streamed model or with resume=: load the model whole")
+        raise ValueError(
+            f"{', '.join(map(repr, given.inputs))} cannot be used with a streamed model or with resume=: "
+            f"load the model whole"
+        )
 
 
 def _fully(
-    model: nn.Module, blocks: list[Block], tokenizer: Any, given: Prompts, groups: list[list[int]], rows: list[Tensor], options: Options,
-    resume: Any, progress: bool,
-) -> Any:  # fmt: skip
+    model: nn.Module,
+    blocks: list[Block],
+    tokenizer: Any,
+    given: Prompts,
+    groups: list[list[int]],
+    rows: list[Tensor],
+    options: Options,
+    resume: Any,
+    progress: bool,
+) -> Any:
     """All rows that are asked for, evaluated: a trace per prompt."""
     prompts = given.ids
     results: list[list[LayerImportances]] = [[] for _ in prompts]
@@ -209,9 +248,15 @@ def _fully(
             members = sorted(i for group in together for i in group)
             with tqdm(total=len(blocks), desc="layers", unit="layer", disable=not progress) as bar:
                 found, seconds = _run(
-                    model, [prompts[i] for i in members], [rows[i] for i in members], options, step=bar.update, store=store,
-                    groups=[[members.index(i) for i in group] for group in together] if streamed else None, inputs=given.inputs,
-                )  # fmt: skip
+                    model,
+                    [prompts[i] for i in members],
+                    [rows[i] for i in members],
+                    options,
+                    step=bar.update,
+                    store=store,
+                    groups=[[members.index(i) for i in group] for group in together] if streamed else None,
+                    inputs=given.inputs,
+                )
             total, ours = total + time.perf_counter() - start, ours + seconds
             for i, (layers, logits) in zip(members, found, strict=True):
                 results[i], outputs[i] = layers, logits
@@ -225,13 +270,23 @@ def _fully(
     mixers = [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks]
     traces = [
         _record(
-            layers, options, tokens=token_texts(tokenizer, ids), token_ids=ids, model=model_name(model), mixers=mixers,
-            floor=0.0 if options.dense else options.floor, prediction=_prediction(logits, tokenizer, model), chat=chat,
-            timings={"total": total, "importances": ours}, inputs=digests(inputs),
-            settle=_settler(weak, ids, row, replace(options, neurons=False), inputs) if options.precision == "certified" else None,
+            layers,
+            options,
+            tokens=token_texts(tokenizer, ids),
+            token_ids=ids,
+            model=model_name(model),
+            mixers=mixers,
+            floor=0.0 if options.dense else options.floor,
+            prediction=_prediction(logits, tokenizer, model),
+            chat=chat,
+            timings={"total": total, "importances": ours},
+            inputs=digests(inputs),
+            settle=_settler(weak, ids, row, replace(options, neurons=False), inputs)
+            if options.precision == "certified"
+            else None,
         )
         for layers, ids, row, logits, chat in zip(results, prompts, rows, outputs, given.chats, strict=True)
-    ]  # fmt: skip
+    ]
     return traces if given.several else traces[0]
 
 
@@ -241,8 +296,12 @@ def check_model(model: nn.Module) -> list[Block]:
     Raises:
         ValueError: a family that is not known, weights that are not there, adapters that act outside the forward pass.
     """
-    if "transformer_lens" in sys.modules and any(type(module).__module__.startswith("transformer_lens") for module in modules_of(model)):
-        raise ValueError("TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead")
+    if "transformer_lens" in sys.modules and any(
+        type(module).__module__.startswith("transformer_lens") for module in modules_of(model)
+    ):
+        raise ValueError(
+            "TransformerLens has put its own modules into this transformers model: give its TransformerBridge instead"
+        )
     blocks = blocks_of(model)
     check_weights(model)
     check_adapters(model)
@@ -250,10 +309,19 @@ def check_model(model: nn.Module) -> list[Block]:
 
 
 def options_of(
-    model: nn.Module, *, precision: str = "certified", measure: str = "proximity", backend: str = "auto", dense: bool = False,
-    floor: float = DEFAULT_FLOOR, thresholds: Sequence[float] = DEFAULT_THRESHOLDS, tolerance: float = 1e-2, bias: str = "part",
-    threads: int = 0, neurons: bool = False,
-) -> Options:  # fmt: skip
+    model: nn.Module,
+    *,
+    precision: str = "certified",
+    measure: str = "proximity",
+    backend: str = "auto",
+    dense: bool = False,
+    floor: float = DEFAULT_FLOOR,
+    thresholds: Sequence[float] = DEFAULT_THRESHOLDS,
+    tolerance: float = 1e-2,
+    bias: str = "part",
+    threads: int = 0,
+    neurons: bool = False,
+) -> Options:
     """Options of :func:`trace`, checked, for this model."""
     _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
     check_threads(threads)
@@ -263,16 +331,31 @@ def options_of(
 
 
 def pass_facts(
-    model: nn.Module, blocks: list[Block], tokenizer: Any, ids: list[int], options: Options, logits: Tensor | None, seconds: float
-) -> dict[str, Any]:  # fmt: skip
+    model: nn.Module,
+    blocks: list[Block],
+    tokenizer: Any,
+    ids: list[int],
+    options: Options,
+    logits: Tensor | None,
+    seconds: float,
+) -> dict[str, Any]:
     """What a lazy trace says of its pass."""
     return {
-        "tokens": token_texts(tokenizer, ids), "token_ids": ids, "model": model_name(model), "floor": options.floor,
-        "mixers": [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks], "shapes": [b.shape for b in blocks],
-        "prediction": _prediction(logits, tokenizer, model), "timings": {"total": seconds, "importances": 0.0},
-        "precision": options.precision, "measure": options.measure, "backend": options.backend, "bias": options.bias,
-        "tolerance": options.tolerance, "thresholds": options.thresholds,
-    }  # fmt: skip
+        "tokens": token_texts(tokenizer, ids),
+        "token_ids": ids,
+        "model": model_name(model),
+        "floor": options.floor,
+        "mixers": [type(b.mixer).__name__ if b.mixer is not None else "" for b in blocks],
+        "shapes": [b.shape for b in blocks],
+        "prediction": _prediction(logits, tokenizer, model),
+        "timings": {"total": seconds, "importances": 0.0},
+        "precision": options.precision,
+        "measure": options.measure,
+        "backend": options.backend,
+        "bias": options.bias,
+        "tolerance": options.tolerance,
+        "thresholds": options.thresholds,
+    }
 
 
 def lazy_trace(states: States, options: Options, known: dict[str, Any]) -> LazyTrace:
@@ -280,7 +363,9 @@ def lazy_trace(states: States, options: Options, known: dict[str, Any]) -> LazyT
 
 
 def by_measure(found: LazyTrace, measure: str) -> LazyTrace:
-    """The lazy trace of the same pass by another measure, from the same states: no forward pass, nothing evaluated yet."""
+    """The lazy trace of the same pass by another measure, from the same states: no forward pass, nothing evaluated
+    yet.
+    """
     states = found.source
     assert isinstance(states, States)
     wanted = () if measure == "signed" else found.thresholds
@@ -293,13 +378,21 @@ def _from_cache(model: nn.Module, tokenizer: Any, ids: list[int], options: Optio
     start = time.perf_counter()
     states = CachedStates(model, options, ids, cache)
     logits = last_logits(states.output, [len(ids) - 1], [len(ids) - 1]).get(0)
-    return lazy_trace(states, options, pass_facts(model, states.blocks, tokenizer, ids, options, logits, time.perf_counter() - start))
+    return lazy_trace(
+        states, options, pass_facts(model, states.blocks, tokenizer, ids, options, logits, time.perf_counter() - start)
+    )
 
 
 def _lazily(
-    model: nn.Module, blocks: list[Block], tokenizer: Any, given: Prompts, groups: list[list[int]], options: Options,
-    memory: int | str | None, progress: bool,
-) -> Any:  # fmt: skip
+    model: nn.Module,
+    blocks: list[Block],
+    tokenizer: Any,
+    given: Prompts,
+    groups: list[list[int]],
+    options: Options,
+    memory: int | str | None,
+    progress: bool,
+) -> Any:
     """One forward pass whose layers are kept: a lazy trace per prompt."""
     budget = None if memory is None else parse_memory(memory)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -317,25 +410,41 @@ def _lazily(
                 bar.update(item == 0)
 
             output = capture(
-                model, group.ids, neurons=options.neurons, attention_mask=group.mask, on_item=on_item,
-                logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device), inputs=given.inputs,
-            )  # fmt: skip
+                model,
+                group.ids,
+                neurons=options.neurons,
+                attention_mask=group.mask,
+                on_item=on_item,
+                logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device),
+                inputs=given.inputs,
+            )
         logits = last_logits(output, lasts, [len(ids) - 1 for ids in prompts])
         total = time.perf_counter() - start
         for at, i in enumerate(members):
             known = pass_facts(model, blocks, tokenizer, prompts[at], options, logits.get(at), total)
-            traces[i] = lazy_trace(states[at], options, known | {"inputs": digests(given.inputs), "chat": given.chats[i]})
+            traces[i] = lazy_trace(
+                states[at], options, known | {"inputs": digests(given.inputs), "chat": given.chats[i]}
+            )
     return traces if given.several else traces[0]
 
 
 def _run(
-    model: nn.Module, prompts: list[list[int]], rows: list[Tensor], options: Options, exact: Exact | None = None, step: Any = None,
-    store: Store | None = None, groups: list[list[int]] | None = None, inputs: dict[str, Tensor] | None = None,
-) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:  # fmt: skip
-    """One forward pass over prompts, padded on the right: per prompt its layers and last logits; and the seconds that were ours.
+    model: nn.Module,
+    prompts: list[list[int]],
+    rows: list[Tensor],
+    options: Options,
+    exact: Exact | None = None,
+    step: Any = None,
+    store: Store | None = None,
+    groups: list[list[int]] | None = None,
+    inputs: dict[str, Tensor] | None = None,
+) -> tuple[list[tuple[list[LayerImportances], Tensor | None]], float]:
+    """One forward pass over prompts, padded on the right: per prompt its layers and last logits; and the seconds that
+    were ours.
 
-    ``exact``: {layer: which query positions to evaluate whole}; other layers are left out. ``groups``: prompts that are padded together,
-    all groups going through the layers side by side; always so for streamed models. ``inputs``: what else the model is given.
+    ``exact``: {layer: which query positions to evaluate whole}; other layers are left out. ``groups``: prompts that are
+    padded together, all groups going through the layers side by side; always so for streamed models. ``inputs``: what
+    else the model is given.
     """
     stream, seconds = stream_of(model), 0.0
     if stream is not None and groups is None:
@@ -358,9 +467,17 @@ def _run(
     device = _device(model) if device.type == "meta" else device
     if groups is not None:
         found = by_layer.run(
-            model, prompts, groups, of, neurons=options.neurons, feed=stream.feed if stream else None, device=device,
-            step=step, store=store, budget=_room_for_states(stream),
-        )  # fmt: skip
+            model,
+            prompts,
+            groups,
+            of,
+            neurons=options.neurons,
+            feed=stream.feed if stream else None,
+            device=device,
+            step=step,
+            store=store,
+            budget=_room_for_states(stream),
+        )
         return found, seconds
     group = by_layer.group_of(prompts, list(range(len(prompts))), device)
     lasts = sorted({len(ids) - 1 for ids in prompts})
@@ -384,9 +501,14 @@ def _run(
             step()
 
     output = capture(
-        model, group.ids, neurons=options.neurons, attention_mask=group.mask, on_item=on_item,
-        logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device), inputs=inputs,
-    )  # fmt: skip
+        model,
+        group.ids,
+        neurons=options.neurons,
+        attention_mask=group.mask,
+        on_item=on_item,
+        logits_to_keep=1 if group.mask is None else torch.tensor(lasts, device=device),
+        inputs=inputs,
+    )
     logits = last_logits(output, lasts, [len(ids) - 1 for ids in prompts])
     return [(found, logits.get(i)) for i, found in enumerate(results)], seconds
 
@@ -394,7 +516,12 @@ def _run(
 def workers_for(model: nn.Module, options: Options, lengths: list[int]) -> tuple[int, Options]:
     """How many threads evaluate a batch's prompts side by side, and the options of each."""
     threads = options.threads or torch.get_num_threads()
-    if options.backend != "cpu" or len(lengths) < 2 or threads < 2 or any(hasattr(module, "_hf_hook") for module in modules_of(model)):
+    if (
+        options.backend != "cpu"
+        or len(lengths) < 2
+        or threads < 2
+        or any(hasattr(module, "_hf_hook") for module in modules_of(model))
+    ):
         return 1, options  # weights of offloaded modules come in for one reader at a time
     config = text_config(model)
     each = 4 * int(getattr(config, "num_attention_heads", 1)) * int(getattr(config, "hidden_size", 1)) * max(lengths)
@@ -403,7 +530,9 @@ def workers_for(model: nn.Module, options: Options, lengths: list[int]) -> tuple
 
 
 def _groups(model: nn.Module, lengths: list[int], options: Options, alone: bool) -> list[list[int]]:
-    """Which prompts run together: those that the model treats alike at their lengths, and (streamed, where memory is short) as many as fit."""
+    """Which prompts run together: those that the model treats alike at their lengths, and (streamed, where memory
+    is short) as many as fit.
+    """
     if alone:
         return [[i] for i in range(len(lengths))]
     alike: dict[int, list[int]] = {}
@@ -419,7 +548,9 @@ def _fitting(model: nn.Module, everyone: list[int], lengths: list[int], options:
     room = stream.budget - stream.weights
 
     def fits(members: list[int]) -> bool:
-        return len(members) == 1 or working_memory(model, max(lengths[i] for i in members), options, len(members)) <= room
+        return (
+            len(members) == 1 or working_memory(model, max(lengths[i] for i in members), options, len(members)) <= room
+        )
 
     if fits(everyone):
         return [everyone]
@@ -441,7 +572,18 @@ def _everywhere(found: LayerImportances, rows: Tensor, tokens: int) -> LayerImpo
     """Importances of some rows at their places among all positions, NaN elsewhere."""
     if len(rows) == tokens:
         return found
-    for name in ("low", "high", "heads", "heads_low", "heads_high", "attention_residual", "bias", "mixer", "ffn", "ffn_residual"):
+    for name in (
+        "low",
+        "high",
+        "heads",
+        "heads_low",
+        "heads_high",
+        "attention_residual",
+        "bias",
+        "mixer",
+        "ffn",
+        "ffn_residual",
+    ):
         part = getattr(found, name)
         whole = part.new_full((tokens, *part.shape[1:]), float("nan"))
         whole[rows] = part
@@ -509,7 +651,8 @@ def check_weights(model: nn.Module) -> None:
         missing = [n for n, p in module._parameters.items() if p is not None and p.is_meta]
         if missing and not hasattr(module, "_hf_hook"):
             raise ValueError(
-                f"the model has no weights for {name_of(module, model)}.{missing[0]} (it is on the meta device): load it whole, or with device_map="
+                f"the model has no weights for {name_of(module, model)}.{missing[0]} (it is on the meta device): load "
+                f"it whole, or with device_map="
             )
 
 
@@ -542,8 +685,11 @@ def _same_heads(dense: list[Tensor]) -> list[Tensor]:
     return [torch.nn.functional.pad(d, (0, 0, 0, 0, 0, most - d.shape[0])) for d in dense]
 
 
-def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options, inputs: dict[str, Tensor]) -> Settle:
-    """A function that runs the model again and evaluates the given rows whole: ``{layer: [query]}`` in, ``{layer: ...}`` out.
+def _settler(
+    model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options, inputs: dict[str, Tensor]
+) -> Settle:
+    """A function that runs the model again and evaluates the given rows whole: ``{layer: [query]}`` in, ``{layer:
+    ...}`` out.
 
     It returns None once the model is gone; ``ValueError`` if it has changed.
     """
@@ -556,7 +702,9 @@ def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, o
         if alive is None:
             return None
         if state_of(alive) != traced:
-            raise ValueError("the model has changed since it was traced (its weights, or which adapters act): trace again")
+            raise ValueError(
+                "the model has changed since it was traced (its weights, or which adapters act): trace again"
+            )
         ((found, _),), _ = _run(alive, [ids], [positions], options, rows, inputs=inputs)
         return dict(zip(sorted(rows), found, strict=True))
 
@@ -564,19 +712,36 @@ def _settler(model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, o
 
 
 def _check_options(
-    precision: str, measure: str, floor: float, thresholds: Sequence[float], tolerance: float, dense: bool | None, bias: str
+    precision: str,
+    measure: str,
+    floor: float,
+    thresholds: Sequence[float],
+    tolerance: float,
+    dense: bool | None,
+    bias: str,
 ) -> None:
-    for name, value, known in (("precision", precision, PRECISIONS), ("measure", measure, MEASURES), ("bias mode", bias, BIAS_MODES)):
+    for name, value, known in (
+        ("precision", precision, PRECISIONS),
+        ("measure", measure, MEASURES),
+        ("bias mode", bias, BIAS_MODES),
+    ):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, known))}")
     if measure == "signed" and precision == "exact":
-        raise ValueError("measure='signed' is known exactly with precision='certified'; precision='exact' is about proximities")
+        raise ValueError(
+            "measure='signed' is known exactly with precision='certified'; precision='exact' is about proximities"
+        )
     if dense and precision == "certified":
-        raise ValueError("dense importances need precision='exact'; 'certified' keeps sub-edges above the floor and stores nothing else")
+        raise ValueError(
+            "dense importances need precision='exact'; 'certified' keeps sub-edges above the floor and "
+            "stores nothing else"
+        )
     if not 0 <= floor < 1:
         raise ValueError(f"floor must lie in [0, 1), got {floor}")
     if floor == 0 and precision == "certified":
-        raise ValueError("floor must be above 0 with precision='certified'; to have all sub-edges, use precision='exact'")
+        raise ValueError(
+            "floor must be above 0 with precision='certified'; to have all sub-edges, use precision='exact'"
+        )
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must lie in [0, 1), got {tolerance}")
     for threshold in thresholds:
@@ -593,7 +758,10 @@ def _prediction(logits: Tensor | None, tokenizer: Any, model: Any) -> list[tuple
         return most_probable(logits, tokenizer)
     scores = logits.float().sigmoid() if independent else logits.float().softmax(-1)
     top = scores.topk(min(PREDICTIONS, logits.shape[-1]))
-    return [(str(model.config.id2label.get(i, i)), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return [
+        (str(model.config.id2label.get(i, i)), p)
+        for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
 
 
 def most_probable(logits: Tensor | None, tokenizer: Any) -> list[tuple[str, float]]:

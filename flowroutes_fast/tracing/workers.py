@@ -1,4 +1,6 @@
-"""Threads that evaluate the prompts of a batch side by side: what Python does for one prompt overlaps with another's kernels."""
+"""Threads that evaluate the prompts of a batch side by side: what Python does for one prompt overlaps with
+another's kernels.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,21 @@ class _Process:
 
 
 def check_threads(threads: int) -> None:
-    """Called by every trace. ``ValueError`` for several threads in a forked child: OpenMP would wait for threads that exist in the parent alone."""
+    """Called by every trace. ``ValueError`` for several threads in a forked child: OpenMP would wait for threads
+    that exist in the parent alone.
+    """
     _Process.used = True
     if threads > 1 and _Process.forked:
         raise ValueError(
-            f"threads={threads} in a process that was forked after a trace: it has one thread; start processes with 'spawn' or 'forkserver'"
+            f"threads={threads} in a process that was forked after a trace: it has one thread; start processes with "
+            f"'spawn' or 'forkserver'"
         )
 
 
 def run_all(call: Callable[..., Result], items: Iterable[tuple[Any, ...]], threads: int) -> list[Result]:
-    """``[call(*item) for item in items]`` by ``threads`` threads, without gradients; the first exception of an item is raised."""
+    """``[call(*item) for item in items]`` by ``threads`` threads, without gradients; the first exception of an item
+    is raised.
+    """
 
     def one(item: tuple[Any, ...]) -> Result:
         with torch.no_grad():
@@ -44,7 +51,9 @@ def run_all(call: Callable[..., Result], items: Iterable[tuple[Any, ...]], threa
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Workers whose own torch operations run on one thread each; they are kept, and wait without work between batches."""
+    """Workers whose own torch operations run on one thread each; they are kept, and wait without work between
+    batches.
+    """
     before, started = torch.get_num_threads(), Barrier(threads + 1)
 
     def begin() -> None:
@@ -61,7 +70,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _in_child() -> None:
-    """Threads do not come along in a fork: no pool, and one thread where OpenMP would wait for those of the parent for ever."""
+    """Threads do not come along in a fork: no pool, and one thread where OpenMP would wait for those of the parent
+    for ever.
+    """
     _pool.cache_clear()
     if _Process.used:
         _Process.forked = True

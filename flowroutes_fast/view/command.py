@@ -38,7 +38,9 @@ class Prompts:
         elif _same_prompt(found, self.other) and found.measure != self.other.measure and self.other_signed is None:
             self.other_signed = found
         else:
-            raise ValueError(f"'{path}' is one trace too many: a page shows two prompts, each with one trace per measure")
+            raise ValueError(
+                f"'{path}' is one trace too many: a page shows two prompts, each with one trace per measure"
+            )
 
     def options(self) -> dict[str, Any]:
         return {"other": self.other, "signed": self.signed, "other_signed": self.other_signed}
@@ -61,14 +63,19 @@ def view(
 ) -> Path:
     """Write the page of trace files; with a model its details and the other measure too."""
     if not files:
-        raise ValueError("give a trace file (trace.save and 'flowroutes trace --out' write one), or --serve to type prompts into the page")
+        raise ValueError(
+            "give a trace file (trace.save and 'flowroutes trace --out' write one), or --serve to type "
+            "prompts into the page"
+        )
     _check(threshold)
     target = out or files[0].with_suffix(".html")
     prompts = _read(files)
     _check_position(prompts, position)
     check_writable(target.parent)
     options = {**prompts.options(), **(_with_model(prompts, model, position) if model else {})}
-    page = write_text(target, trace_html(prompts.first, threshold=threshold, position=position, renormalize=renormalize, **options))
+    page = write_text(
+        target, trace_html(prompts.first, threshold=threshold, position=position, renormalize=renormalize, **options)
+    )
     say(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if open_page and not webbrowser.open(page.resolve().as_uri()):
         say("no browser was found: open the file in one")
@@ -90,7 +97,8 @@ def serve(
     ready: Callable[[], object] = lambda: None,
 ) -> None:
     """Serve the page on 127.0.0.1 until interrupted; prompts typed into it are traced by ``model``, and the states of
-    the last few are kept (most ``memory``: see :class:`flowroutes_fast.view.server.Limits`). ``ready`` is called once it is loaded."""
+    the last few are kept (most ``memory``: see :class:`flowroutes_fast.view.server.Limits`). ``ready`` is called once
+    it is loaded."""
     from flowroutes_fast.loading.load import load
     from flowroutes_fast.loading.streaming import parse_memory
     from flowroutes_fast.view import server

@@ -1,4 +1,6 @@
-"""What the instrument's page shows beside the trace, from one more forward pass: the logit lens, and rows of attention weights."""
+"""What the instrument's page shows beside the trace, from one more forward pass: the logit lens, and rows of
+attention weights.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,13 @@ Lens = Callable[[Tensor], Tensor]  # states [n, d_model] -> logits [n, vocabular
 
 @dataclass
 class Details:
-    """Per state the most probable next tokens if it were the last one; per head and query the keys with the largest attention weights.
+    """Per state the most probable next tokens if it were the last one; per head and query the keys with the largest
+    attention weights.
 
-    ``state [n]``: (2 · level + after attention) · tokens + position, ascending, where level 0 is the embedding and level l + 1 the residual
-    stream after layer l; ``lens_token``, ``lens_probability`` ``[n, k]``, tokens as places in ``texts``. ``row [m]``: layer · tokens +
-    query, ascending; ``key``, ``weight`` ``[m, head, k]``. ``lens_missing`` says why there is no lens; ``partial`` that only some states fit.
+    ``state [n]``: (2 · level + after attention) · tokens + position, ascending, where level 0 is the embedding and
+    level l + 1 the residual stream after layer l; ``lens_token``, ``lens_probability`` ``[n, k]``, tokens as places in
+    ``texts``. ``row [m]``: layer · tokens + query, ascending; ``key``, ``weight`` ``[m, head, k]``. ``lens_missing``
+    says why there is no lens; ``partial`` that only some states fit.
     """
 
     state: np.ndarray
@@ -66,7 +70,11 @@ class Details:
             "attention_key": self.key.astype(np.uint32),
             "attention_weight": np.round(self.weight * 65535).astype(np.uint16),
         }
-        sizes = {"tokens": int(self.lens_token.shape[1]), "keys": int(self.key.shape[2]), "heads": int(self.key.shape[1])}
+        sizes = {
+            "tokens": int(self.lens_token.shape[1]),
+            "keys": int(self.key.shape[2]),
+            "heads": int(self.key.shape[1]),
+        }
         return {"texts": self.texts, "partial": self.partial, "missing": self.lens_missing, **sizes}
 
 
@@ -82,28 +90,36 @@ def details(
 ) -> Details:
     """Run the model once more on a trace's tokens and keep what a page can show of every state and head.
 
-    Long prompts have more states than a page should hold; then only those on the route of ``position`` are kept, at the lowest threshold
-    at which they fit. Attention weights are kept for the ``TOP_KEYS`` strongest keys of a row; the whole pattern is never in memory.
+    Long prompts have more states than a page should hold; then only those on the route of ``position`` are kept, at the
+    lowest threshold at which they fit. Attention weights are kept for the ``TOP_KEYS`` strongest keys of a row; the
+    whole pattern is never in memory.
 
     The model comes back as it was, every module in its own mode; other threads may use it meanwhile.
 
     Raises:
-        ValueError: a trace without token ids, another model's trace, a model that predicts no tokens, a streamed one, one of another library.
+        ValueError: a trace without token ids, another model's trace, a model that predicts no tokens, a streamed one,
+            one of another library.
     """
     if adapter_of(model) is not None or stream_of(unwrap(model)) is not None:
-        raise ValueError("the page's details need a transformers model with its weights in memory; pass none to have the page without them")
+        raise ValueError(
+            "the page's details need a transformers model with its weights in memory; pass none to have "
+            "the page without them"
+        )
     model = unwrap(model)
     check_predicts_tokens(model, needed=False)
     check_weights(model)
     blocks = blocks_of(model)
     if len(blocks) != trace.n_layers:
         raise ValueError(
-            f"this trace has {trace.n_layers} layers and the model {len(blocks)}: it is the trace of another model ({trace.model})"
+            f"this trace has {trace.n_layers} layers and the model {len(blocks)}: it is the trace of another model "
+            f"({trace.model})"
         )
     check_tokens_alone(trace, "leave out the model to have the page without its details")
     if not trace.token_ids:
         raise ValueError("this trace holds no token ids, so its prompt cannot be run again")
-    ids = torch.tensor([token_ids(model, tokenizer, list(trace.token_ids))], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor(
+        [token_ids(model, tokenizer, list(trace.token_ids))], device=model.get_input_embeddings().weight.device
+    )
     lens, why = _lens(model, blocks, ids)
     states, rows, partial = _wanted(trace, trace._positions(position), max_states, max_rows)
     found = _Collected(lens, tokens := len(trace.tokens), states, rows)
@@ -128,10 +144,18 @@ def details(
     probabilities = _joined(found.probabilities, (0, TOP_TOKENS), np.float32)[order]
     shape = (0, max(found.heads, default=1), 1)
     return Details(
-        state[order], names.reshape(probabilities.shape), probabilities, texts,
-        np.concatenate([layer * tokens + query for layer, query in found.rows_done]) if found.rows_done else np.zeros(0, np.int64),
-        _joined(found.keys, shape, np.int64), _joined(found.weights, shape, np.float32), partial, why,
-    )  # fmt: skip
+        state[order],
+        names.reshape(probabilities.shape),
+        probabilities,
+        texts,
+        np.concatenate([layer * tokens + query for layer, query in found.rows_done])
+        if found.rows_done
+        else np.zeros(0, np.int64),
+        _joined(found.keys, shape, np.int64),
+        _joined(found.weights, shape, np.float32),
+        partial,
+        why,
+    )
 
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], kind: Any) -> np.ndarray:
@@ -217,7 +241,8 @@ def _strongest_keys(layer: Layer, rows: Tensor, positions: Tensor, most: int) ->
 
 
 class Glance:
-    """The logit lens and the attention weights of single states of a lazy trace, from what it keeps: its prompt does not run again.
+    """The logit lens and the attention weights of single states of a lazy trace, from what it keeps: its prompt does
+    not run again.
 
     The lens is fitted once, on the first few tokens of the first prompt.
     """
@@ -227,23 +252,42 @@ class Glance:
         self.fitted: tuple[Lens | None, str] | None = None
 
     @in_neutral
-    def __call__(self, trace: LazyTrace, states: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def __call__(
+        self, trace: LazyTrace, states: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]
+    ) -> dict[str, Any]:
         """What a page shows of ``states`` (height as in :class:`Details`, position) and of ``rows`` (layer, query).
 
-        Returns ``lens``: ``[height, position, [[text, probability], …]]`` of the states that there are, ``attention``: ``[layer, query,
-        [[[key, weight], …] of each head]]`` of layers with attention weights, ``missing``: why there is no lens. IndexError: out of range.
+        Returns ``lens``: ``[height, position, [[text, probability], …]]`` of the states that there are, ``attention``:
+        ``[layer, query, [[[key, weight], …] of each head]]`` of layers with attention weights, ``missing``: why there
+        is no lens. IndexError: out of range.
         """
         tokens = len(trace.tokens)
         for at, position in (*states, *((2 * layer + 1, query) for layer, query in rows)):
             if not (0 <= at <= 2 * trace.n_layers and 0 <= position < tokens):
-                raise IndexError(f"state {at} at position {position} is out of range: {trace.n_layers} layers, {tokens} tokens")
+                raise IndexError(
+                    f"state {at} at position {position} is out of range: {trace.n_layers} layers, {tokens} tokens"
+                )
         source: Any = trace.source
         with source.session():
             lens, missing = self._lens(trace)
-            found = [(at, p, state) for at, p in states if lens is not None and (state := _kept_state(source, at, p)) is not None]
-            texts = self._texts(lens, torch.cat([state.cpu() for *_, state in found])) if lens is not None and found else []
-            attention = [[layer, query, weights] for layer, query in rows if (weights := _kept_weights(source, layer, query, tokens))]
-        return {"lens": [[at, p, text] for (at, p, _), text in zip(found, texts, strict=True)], "attention": attention, "missing": missing}
+            found = [
+                (at, p, state)
+                for at, p in states
+                if lens is not None and (state := _kept_state(source, at, p)) is not None
+            ]
+            texts = (
+                self._texts(lens, torch.cat([state.cpu() for *_, state in found])) if lens is not None and found else []
+            )
+            attention = [
+                [layer, query, weights]
+                for layer, query in rows
+                if (weights := _kept_weights(source, layer, query, tokens))
+            ]
+        return {
+            "lens": [[at, p, text] for (at, p, _), text in zip(found, texts, strict=True)],
+            "attention": attention,
+            "missing": missing,
+        }
 
     def _lens(self, trace: LazyTrace) -> tuple[Lens | None, str]:
         if self.fitted is None:
@@ -261,7 +305,9 @@ class Glance:
 
 
 def _kept_state(source: Any, height: int, position: int) -> Tensor | None:
-    """A state ``[1, d_model]``; None where there is none: after the attention of a parallel block, an embedding of another shape."""
+    """A state ``[1, d_model]``; None where there is none: after the attention of a parallel block, an embedding of
+    another shape.
+    """
     if height == 0:
         state = source.layers[0].spans[0].layer.state
         return None if state is None else state[position][None]
@@ -276,7 +322,10 @@ def _kept_weights(source: Any, layer: int, query: int, tokens: int) -> list[list
         return []
     device = found.query.device
     keys, weights = _strongest_keys(
-        found, torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([query], device=device), min(TOP_KEYS, tokens)
+        found,
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.tensor([query], device=device),
+        min(TOP_KEYS, tokens),
     )
     return [
         [(k, w) for k, w in zip(key, weight, strict=True) if w > 0]
@@ -285,7 +334,9 @@ def _kept_weights(source: Any, layer: int, query: int, tokens: int) -> list[list
 
 
 def _wanted(trace: Trace, positions: list[int], max_states: int, max_rows: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Which states ``[2 · layer + 1, token]`` and attention rows ``[layer, token]`` are kept, and whether some are left out."""
+    """Which states ``[2 · layer + 1, token]`` and attention rows ``[layer, token]`` are kept, and whether some are
+    left out.
+    """
     layers, tokens, heads = trace.heads.shape
     states, rows = np.ones((2 * layers + 1, tokens), bool), np.ones((layers, tokens), bool)
     per_row = heads * min(TOP_KEYS, tokens)
@@ -323,8 +374,8 @@ def _route_edges(trace: Trace, positions: list[int], threshold: float) -> list[t
 def _lens(model: Any, blocks: list[Block], ids: Tensor) -> tuple[Lens | None, str]:
     """The model's own way from its last state to logits, as a function of any state; or None and why.
 
-    Whatever the decoder calls after its last block is run again (the last norm, projections), then the unembedding, its softcap and
-    scale; checked on a few tokens against the model's logits.
+    Whatever the decoder calls after its last block is run again (the last norm, projections), then the unembedding, its
+    softcap and scale; checked on a few tokens against the model's logits.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
@@ -332,12 +383,22 @@ def _lens(model: Any, blocks: list[Block], ids: Tensor) -> tuple[Lens | None, st
     owner = next((m for m in model.modules() if any(child is blocks[-1].module for child in _listed(m))), None)
     after: list[nn.Module] = []
     last: list[Tensor] = []
-    handles = [blocks[-1].module.register_forward_hook(only_here(lambda m, a, out: last.append(out[0] if isinstance(out, tuple) else out)))]
+    handles = [
+        blocks[-1].module.register_forward_hook(
+            only_here(lambda m, a, out: last.append(out[0] if isinstance(out, tuple) else out))
+        )
+    ]
     listed = set(_listed(owner)) if owner is not None else set()
-    children = [m for m in owner.children() if m not in listed and not isinstance(m, nn.ModuleList)] if owner is not None else []
+    children = (
+        [m for m in owner.children() if m not in listed and not isinstance(m, nn.ModuleList)]
+        if owner is not None
+        else []
+    )
     for child in children:
         handles.append(
-            child.register_forward_hook(only_here(lambda m, a, out: after.append(m) if last and isinstance(out, Tensor) else None))
+            child.register_forward_hook(
+                only_here(lambda m, a, out: after.append(m) if last and isinstance(out, Tensor) else None)
+            )
         )
     try:
         with prepared(model, blocks):

@@ -109,7 +109,9 @@ def _node_text(node: _Node) -> str:
 
 
 def _path(kind: str, start: tuple[float, float], end: tuple[float, float]) -> str:
-    """An edge's line: straight up for residual connections, bowed for FFN and same-token attention, an S across positions."""
+    """An edge's line: straight up for residual connections, bowed for FFN and same-token attention, an S across
+    positions.
+    """
     (x0, y0), (x1, y1) = start, end
     rise = y0 - y1
     if x0 != x1:
@@ -122,7 +124,9 @@ def _path(kind: str, start: tuple[float, float], end: tuple[float, float]) -> st
 
 def _heads(route: Route) -> dict[tuple[int, int, int], list[tuple[str, float]]]:
     """(layer, source, target) → the heads of that pair with their importance, strongest first."""
-    edges = route.edges[route.edges["kind"] == "attention"].sort_values("importance", ascending=False, kind="stable", key=abs)
+    edges = route.edges[route.edges["kind"] == "attention"].sort_values(
+        "importance", ascending=False, kind="stable", key=abs
+    )
     result: dict[tuple[int, int, int], list[tuple[str, float]]] = {}
     columns = [edges[name].tolist() for name in ("layer", "source", "target", "head", "importance")]
     for layer, source, target, head, importance in zip(*columns, strict=True):
@@ -134,7 +138,10 @@ def _title(route: Route, edge: dict[str, Any]) -> str:
     names = [f"{show_token(route.tokens[edge[end]])}@{edge[end]}" for end in ("source", "target")]
     where = " → ".join(names) if edge["kind"] == "attention" else names[1]
     heads = ", ".join(f"{head} {importance:.3f}" for head, importance in edge["heads"])
-    return f"{where}, layer {edge['layer']}, {KINDS[edge['kind']]} {edge['importance']:.3f}{f' ({heads})' if heads else ''}"
+    return (
+        f"{where}, layer {edge['layer']}, {KINDS[edge['kind']]} "
+        f"{edge['importance']:.3f}{f' ({heads})' if heads else ''}"
+    )
 
 
 def _edges(route: Route, layout: _Layout, index: dict[_Node, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -146,7 +153,14 @@ def _edges(route: Route, layout: _Layout, index: dict[_Node, int]) -> tuple[list
     for layer, kind, source, target, importance in rows:
         start, end = _ends(route, layer, kind, source, target)
         own = heads.get((layer, source, target), []) if kind == "attention" else []
-        edge = {"kind": kind, "layer": layer, "source": source, "target": target, "importance": round(importance, 5), "heads": own}
+        edge = {
+            "kind": kind,
+            "layer": layer,
+            "source": source,
+            "target": target,
+            "importance": round(importance, 5),
+            "heads": own,
+        }
         data.append({**edge, "from": index[start], "to": index[end]})
         at = layout.at(start), layout.at(end)
         mark = (at[0][0] + BOW, (at[0][1] + at[1][1]) / 2) if kind == "ffn" else None
@@ -206,8 +220,8 @@ ROLES = ("system", "user", "assistant")  # of a chat's messages, those with a co
 
 
 def _message(route: Route, position: int) -> dict[str, Any]:
-    """What a token is in a chat: its ``role`` ("template" for what the template adds, "" where there is no chat), and whether a message
-    ``begins``, or such a stretch of the template."""
+    """What a token is in a chat: its ``role`` ("template" for what the template adds, "" where there is no chat), and
+    whether a message ``begins``, or such a stretch of the template."""
     if not route.chat:
         return {"role": "", "begins": False, "colour": 3}
     role, first = "template", next((stop for _, _, stop in reversed(route.chat) if stop <= position), 0)
@@ -221,11 +235,15 @@ def _messages(route: Route, layout: _Layout, tokens: list[dict[str, Any]]) -> li
     """The bars below a chat's tokens."""
     return [
         {
-            "role": tokens[first]["role"], "colour": tokens[first]["colour"], "first": first, "last": stop - 1,
-            "x": tokens[first]["x"] - layout.dx / 2 + 3, "width": (stop - first) * layout.dx - 6,
+            "role": tokens[first]["role"],
+            "colour": tokens[first]["colour"],
+            "first": first,
+            "last": stop - 1,
+            "x": tokens[first]["x"] - layout.dx / 2 + 3,
+            "width": (stop - first) * layout.dx - 6,
         }
         for _, first, stop in route.chat
-    ]  # fmt: skip
+    ]
 
 
 def _folding(route: Route, layout: _Layout, tokens: list[dict[str, Any]]) -> dict[str, Any]:
@@ -237,7 +255,9 @@ def _folding(route: Route, layout: _Layout, tokens: list[dict[str, Any]]) -> dic
 @cache
 def _template(name: str) -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
     environment.filters["printable"] = printable
     return environment.get_template(name)
 
@@ -279,7 +299,9 @@ _STROKES = {"attention": "#0072b2", "ffn": "#d55e00", "residual": "#9aa3ae", "mi
 
 
 def static_picture(route: Route, numbers: list[int] | None = None) -> str:
-    """The route's graph as one SVG element with colours of its own, for where no script runs; ``numbers``: positions to write below the tokens."""
+    """The route's graph as one SVG element with colours of its own, for where no script runs; ``numbers``:
+    positions to write below the tokens.
+    """
     layout = _layout(route)
     nodes = _nodes(route, layout)
     edges, _ = _edges(route, layout, {node["node"]: i for i, node in enumerate(nodes)})
@@ -288,6 +310,11 @@ def static_picture(route: Route, numbers: list[int] | None = None) -> str:
         edge["stroke"] = _STROKES[negative or kind]
     tokens = _tokens(route, layout, nodes)
     return _template("picture.svg.j2").render(
-        route=route, layout=layout, nodes=nodes, edges=edges, tokens=tokens, numbers=numbers or range(len(tokens)),
+        route=route,
+        layout=layout,
+        nodes=nodes,
+        edges=edges,
+        tokens=tokens,
+        numbers=numbers or range(len(tokens)),
         title=f"Route to {', '.join(show_token(route.tokens[p]) for p in route.positions)}, {printable(route.model)}",
-    )  # fmt: skip
+    )

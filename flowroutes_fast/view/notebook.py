@@ -63,12 +63,18 @@ def _summary(trace: Trace) -> str:
 
 
 def _cell(page: str | None, title: str, text: str, summary: str, without: str) -> str:
-    """``page`` in a sandbox (no access to the notebook), then ``text``, which is all that is left where frames are filtered out."""
-    below = f'<details{"" if page else " open"}><summary>{escape(summary)}</summary><pre style="line-height:1.25">{_plain(text)}</pre></details>'
+    """``page`` in a sandbox (no access to the notebook), then ``text``, which is all that is left where frames are
+    filtered out.
+    """
+    below = (
+        f"<details{'' if page else ' open'}><summary>{escape(summary)}</summary><pre "
+        f'style="line-height:1.25">{_plain(text)}</pre></details>'
+    )
     if page is None:
         return f"<p>{_plain(title)}</p><p>{escape(without)}</p>{below}"
     frame = (
-        f'<iframe srcdoc="{escape(page)}" title="{_plain(title)}" sandbox="allow-scripts allow-downloads" loading="lazy" '
+        f'<iframe srcdoc="{escape(page)}" title="{_plain(title)}" sandbox="allow-scripts allow-downloads" '
+        f'loading="lazy" '
         'style="width:100%;height:680px;border:1px solid #8884;border-radius:6px"></iframe>'
     )
     return frame + below

@@ -23,7 +23,8 @@ MAX_SUB_EDGES = 800_000  # per trace: about 4 MB of the page
 MAX_HEAD_ROWS = 150_000  # (layer, query, head): above it the page leaves out intervals of whole heads
 ROLES = ("same token", "previous token", "two before", "three before", "first token")
 ROLE_SHARE = 0.5  # of a head's importance over the positions after the first
-SCALARS = ("attention_residual", "attention_bias", "ffn", "ffn_residual", "normaliser_low", "normaliser_high")  # of a row
+# of a row
+SCALARS = ("attention_residual", "attention_bias", "ffn", "ffn_residual", "normaliser_low", "normaliser_high")
 REST = 65535  # stands for head -1 in the page
 
 _Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -32,8 +33,9 @@ _Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def pack(trace: Trace, details: Details | None = None, max_sub_edges: int = MAX_SUB_EDGES) -> dict[str, Any]:
     """What ``route.js`` reads: names and sizes in clear, arrays as base64 of zlib.
 
-    Sub-edges are stored by row (layer, query), then by pair (row, key), then by head, in the order in which Python adds them up. Pairs that
-    are too weak to matter above ``floor`` are left out, where ``floor`` is raised until at most ``max_sub_edges`` remain.
+    Sub-edges are stored by row (layer, query), then by pair (row, key), then by head, in the order in which Python adds
+    them up. Pairs that are too weak to matter above ``floor`` are left out, where ``floor`` is raised until at most
+    ``max_sub_edges`` remain.
     """
     layers, tokens, heads = trace.heads.shape
     edges = _all_edges(trace)
@@ -51,9 +53,14 @@ def pack(trace: Trace, details: Details | None = None, max_sub_edges: int = MAX_
     about = {} if details is None else details.pack(arrays)
     blocks, data = _joined(arrays)
     return _facts(trace) | {
-        "floor": floor, "sub_edges": len(edges[3]), "stored": int(arrays["value"].size), "bounded": bounded, "details": about, "blocks": blocks,
+        "floor": floor,
+        "sub_edges": len(edges[3]),
+        "stored": int(arrays["value"].size),
+        "bounded": bounded,
+        "details": about,
+        "blocks": blocks,
         "data": data,
-    }  # fmt: skip
+    }
 
 
 def _facts(trace: Trace) -> dict[str, Any]:
@@ -61,27 +68,43 @@ def _facts(trace: Trace) -> dict[str, Any]:
     return {
         "tokens": [show_token(token) for token in trace.tokens],
         "breaks": [min(token.count("\n"), 2) for token in trace.tokens],
-        "model": trace.model, "layers": trace.n_layers, "heads": trace.n_heads, "shapes": trace.shapes,
-        "mixers": [bool(m) for m in trace.mixers] or [False] * trace.n_layers, "measure": trace.measure, "precision": trace.precision,
-        "floor": trace.floor, "traced_floor": trace.floor, "thresholds": list(trace.thresholds),
-        "prediction": [[show_token(text), round(p, 5)] for text, p in trace.prediction], "roles": ["", *ROLES],
+        "model": trace.model,
+        "layers": trace.n_layers,
+        "heads": trace.n_heads,
+        "shapes": trace.shapes,
+        "mixers": [bool(m) for m in trace.mixers] or [False] * trace.n_layers,
+        "measure": trace.measure,
+        "precision": trace.precision,
+        "floor": trace.floor,
+        "traced_floor": trace.floor,
+        "thresholds": list(trace.thresholds),
+        "prediction": [[show_token(text), round(p, 5)] for text, p in trace.prediction],
+        "roles": ["", *ROLES],
         "chat": [[printable(role), first, stop] for role, first, stop in trace.chat],
-    }  # fmt: skip
+    }
 
 
 def pack_lazy(trace: LazyTrace, number: int) -> dict[str, Any]:
-    """A lazy trace with the rows evaluated so far; nothing is evaluated for it. ``number``: by which the server knows it."""
-    return _facts(trace) | {"lazy": True, "bounded": True, "details": {}} | pack_rows(trace, number, [0] * trace.n_layers)
+    """A lazy trace with the rows evaluated so far; nothing is evaluated for it. ``number``: by which the server
+    knows it.
+    """
+    return (
+        _facts(trace) | {"lazy": True, "bounded": True, "details": {}} | pack_rows(trace, number, [0] * trace.n_layers)
+    )
 
 
 def pack_rows(trace: LazyTrace, number: int, have: Sequence[int]) -> dict[str, Any]:
-    """The rows that a page has not seen: of every layer those evaluated after its first ``have``. ``rows``: layer · tokens + query, rising."""
+    """The rows that a page has not seen: of every layer those evaluated after its first ``have``. ``rows``: layer ·
+    tokens + query, rising.
+    """
     tokens = len(trace.tokens)
     names = [*SCALARS, *(["mixer"] if any(trace.mixers) else [])]
     rows: list[np.ndarray] = []
     edges: list[_Edges] = []
     parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.float32)] for name in names}
-    heads: dict[str, list[np.ndarray]] = {name: [np.zeros((0, trace.n_heads), np.float32)] for name in ("heads", "heads_low", "heads_high")}
+    heads: dict[str, list[np.ndarray]] = {
+        name: [np.zeros((0, trace.n_heads), np.float32)] for name in ("heads", "heads_low", "heads_high")
+    }
     for layer, since in enumerate(have):
         queries = trace.evaluated(layer, since)
         rows.append(queries + layer * tokens)
@@ -94,9 +117,13 @@ def pack_rows(trace: LazyTrace, number: int, have: Sequence[int]) -> dict[str, A
             for name, found in heads.items():
                 own = trace.values(name, layer, queries)
                 found.append(np.pad(own, ((0, 0), (0, trace.n_heads - own.shape[1]))))
-    row, key, head, value = (np.concatenate(column) for column in zip(*edges, strict=True)) if edges else [np.zeros(0, np.int64)] * 4
+    row, key, head, value = (
+        (np.concatenate(column) for column in zip(*edges, strict=True)) if edges else [np.zeros(0, np.int64)] * 4
+    )
     every = np.concatenate(rows)
-    arrays = _rows((np.searchsorted(every, row), key, head, value.astype(np.float32)), len(every)) | {"rows": every.astype(np.uint32)}
+    arrays = _rows((np.searchsorted(every, row), key, head, value.astype(np.float32)), len(every)) | {
+        "rows": every.astype(np.uint32)
+    }
     arrays |= {name: np.concatenate(found).astype(np.float32) for name, found in {**parts, **heads}.items()}
     arrays["heads_of"] = arrays.pop("heads")
     blocks, data = _joined(arrays, level=1)
@@ -104,7 +131,9 @@ def pack_rows(trace: LazyTrace, number: int, have: Sequence[int]) -> dict[str, A
 
 
 def _all_edges(trace: Trace) -> _Edges:
-    """Row (layer · tokens + query), key, head and importance of all stored sub-edges, pairs together, heads in stored order."""
+    """Row (layer · tokens + query), key, head and importance of all stored sub-edges, pairs together, heads in
+    stored order.
+    """
     everyone = np.arange(len(trace.tokens))
     found = []
     for layer in range(trace.n_layers):
@@ -117,7 +146,11 @@ def _all_edges(trace: Trace) -> _Edges:
 
 def _pair_starts(row: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Index of the first sub-edge of each (row, key) pair."""
-    return np.flatnonzero(np.r_[True, (row[1:] != row[:-1]) | (key[1:] != key[:-1])]) if len(row) else np.zeros(0, np.int64)
+    return (
+        np.flatnonzero(np.r_[True, (row[1:] != row[:-1]) | (key[1:] != key[:-1])])
+        if len(row)
+        else np.zeros(0, np.int64)
+    )
 
 
 def _weights(edges: _Edges) -> tuple[np.ndarray, np.ndarray]:
@@ -160,14 +193,18 @@ def _unsigned(values: np.ndarray) -> type:
 
 
 def _roles(edges: _Edges, layers: int, tokens: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """``[layer, head]``: where more than half of a head's stored importance lies on this prompt (0: nowhere), and the largest share."""
+    """``[layer, head]``: where more than half of a head's stored importance lies on this prompt (0: nowhere), and
+    the largest share.
+    """
     row, key, head, value = edges
     query, layer = row % tokens, row // tokens
     known = (head >= 0) & (query > 0)
     cell, weight = (layer * heads + head)[known], np.abs(value[known].astype(np.float64))
     age, key = (query - key)[known], key[known]
     total = np.bincount(cell, weight, layers * heads)
-    shares = np.stack([np.bincount(cell[at], weight[at], layers * heads) for at in (age == 0, age == 1, age == 2, age == 3, key == 0)])
+    shares = np.stack(
+        [np.bincount(cell[at], weight[at], layers * heads) for at in (age == 0, age == 1, age == 2, age == 3, key == 0)]
+    )
     shares = np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
     best = shares.argmax(0)
     share = shares.max(0)

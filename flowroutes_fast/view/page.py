@@ -64,25 +64,46 @@ def trace_html(
         ValueError: traces of different models or prompts that do not belong together.
         IndexError: position out of range.
     """
-    trace, other, signed, other_signed = (None if one is None else one.complete() for one in (trace, other, signed, other_signed))
+    trace, other, signed, other_signed = (
+        None if one is None else one.complete() for one in (trace, other, signed, other_signed)
+    )
     if trace is None and server is None:
         raise ValueError("there is no trace to show")
     data = payload(
-        trace, other, signed=signed, other_signed=other_signed, details=details, other_details=other_details, max_sub_edges=max_sub_edges,
-        threshold=threshold, position=position, other_position=other_position, renormalize=renormalize,
-    )  # fmt: skip
+        trace,
+        other,
+        signed=signed,
+        other_signed=other_signed,
+        details=details,
+        other_details=other_details,
+        max_sub_edges=max_sub_edges,
+        threshold=threshold,
+        position=position,
+        other_position=other_position,
+        renormalize=renormalize,
+    )
     script, style = _script(), _style()
     connect = "'self'" if server else "'none'"
     policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data: blob:; connect-src {connect}; "
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data: blob:; "
+        f"connect-src {connect}; "
         "base-uri 'none'; form-action 'none'"
     )
     picture, sentence = ("", "") if trace is None else _static(trace, data["start"], renormalize)
     return _template().render(
         model=printable(trace.model) if trace is not None else "",
-        policy=policy, script=Markup(script), style=Markup(style), picture=Markup(picture), sentence=sentence, server=server,
-        data={**{key: value for key, value in data.items() if key != "data"}, "prompt": server and server.get("prompt")}, blocks=data["data"],
-    )  # fmt: skip
+        policy=policy,
+        script=Markup(script),
+        style=Markup(style),
+        picture=Markup(picture),
+        sentence=sentence,
+        server=server,
+        data={
+            **{key: value for key, value in data.items() if key != "data"},
+            "prompt": server and server.get("prompt"),
+        },
+        blocks=data["data"],
+    )
 
 
 def payload(
@@ -103,13 +124,22 @@ def payload(
     if trace is None:
         return {"sets": [], "columns": None, "start": {}, "data": []}
     for beside, whose in ((signed, trace), (other_signed, other)):
-        if beside is not None and (whose is None or any(getattr(beside, n) != getattr(whose, n) for n in ("token_ids", "model", "inputs"))):
+        if beside is not None and (
+            whose is None or any(getattr(beside, n) != getattr(whose, n) for n in ("token_ids", "model", "inputs"))
+        ):
             raise ValueError("the signed trace is of another prompt or model")
         if beside is not None and whose is not None and beside.measure == whose.measure:
-            raise ValueError(f"both traces of the prompt have measure={beside.measure!r}: there is nothing to switch between")
+            raise ValueError(
+                f"both traces of the prompt have measure={beside.measure!r}: there is nothing to switch between"
+            )
     if other is not None and (other.model != trace.model or other.n_layers != trace.n_layers):
         raise ValueError(f"traces of different models cannot be compared: {trace.model} and {other.model}")
-    given = [("A", trace, details), ("A", signed, details), ("B", other, other_details), ("B", other_signed, other_details)]
+    given = [
+        ("A", trace, details),
+        ("A", signed, details),
+        ("B", other, other_details),
+        ("B", other_signed, other_details),
+    ]
     sets, blocks = [], []
     for prompt, one, about in given:
         if one is not None:
@@ -121,13 +151,21 @@ def payload(
     if other is not None and second is None:
         second = len(other.tokens) - 1
     floor = max(one["floor"] for one in sets)
-    start = {"threshold": max(threshold, floor), "root": root, "second": second, "renormalize": renormalize, "floor": floor}
+    start = {
+        "threshold": max(threshold, floor),
+        "root": root,
+        "second": second,
+        "renormalize": renormalize,
+        "floor": floor,
+    }
     return {"sets": sets, "columns": None if other is None else align(trace, other), "start": start, "data": blocks}
 
 
-def kept_payload(kept: Sequence[tuple[int, dict[str, LazyTrace]]], threshold: float, renormalize: bool) -> dict[str, Any]:
-    """The same for one prompt or two whose states a server keeps: per prompt its number and its lazy trace by each measure, of which the rows
-    evaluated so far are in it."""
+def kept_payload(
+    kept: Sequence[tuple[int, dict[str, LazyTrace]]], threshold: float, renormalize: bool
+) -> dict[str, Any]:
+    """The same for one prompt or two whose states a server keeps: per prompt its number and its lazy trace by each
+    measure, of which the rows evaluated so far are in it."""
     sets, blocks = [], []
     for prompt, (number, traces) in zip("AB", kept, strict=False):
         for trace in traces.values():
@@ -136,12 +174,20 @@ def kept_payload(kept: Sequence[tuple[int, dict[str, LazyTrace]]], threshold: fl
             sets.append({"prompt": prompt, **packed})
     first, *others = [traces["proximity"] for _, traces in kept]
     second = len(others[0].tokens) - 1 if others else None
-    start = {"threshold": threshold, "root": len(first.tokens) - 1, "second": second, "renormalize": renormalize, "floor": sets[0]["floor"]}
+    start = {
+        "threshold": threshold,
+        "root": len(first.tokens) - 1,
+        "second": second,
+        "renormalize": renormalize,
+        "floor": sets[0]["floor"],
+    }
     return {"sets": sets, "columns": align(first, others[0]) if others else None, "start": start, "data": blocks}
 
 
 def align(trace: Trace, other: Trace) -> list[list[int]]:
-    """Columns of a comparison: pairs of positions, -1 where one prompt has nothing; equal tokens share a column, then replaced ones."""
+    """Columns of a comparison: pairs of positions, -1 where one prompt has nothing; equal tokens share a column,
+    then replaced ones.
+    """
     first, second = (list(map(str, t.token_ids or t.tokens)) for t in (trace, other))
     columns = []
     for _, a, b, c, d in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
@@ -155,7 +201,11 @@ def _static(trace: Trace, start: dict[str, Any], renormalize: bool) -> tuple[str
     """The picture and the sentence that stand in for the page where JavaScript is off."""
     alone = replace(trace, settle=None)  # a picture is not worth another forward pass
     first = start["threshold"]
-    thresholds = sorted({first * 1.5**i for i in range(12) if first * 1.5**i < 0.6} | {t for t in trace.thresholds if t > first} | {first})
+    thresholds = sorted(
+        {first * 1.5**i for i in range(12) if first * 1.5**i < 0.6}
+        | {t for t in trace.thresholds if t > first}
+        | {first}
+    )
     why = ""
     for threshold in thresholds:
         try:
@@ -189,7 +239,13 @@ def touched_only(route: Route, at_least: int = 60) -> tuple[Route, list[int]]:
     positions = tuple(int(place[p]) for p in route.positions)
     tokens, ids = [route.tokens[p] for p in kept], [route.token_ids[p] for p in kept] if route.token_ids else []
     return replace(
-        route, tokens=tokens, token_ids=ids, chat=[], edges=edges, position=int(place[route.position]), positions=positions
+        route,
+        tokens=tokens,
+        token_ids=ids,
+        chat=[],
+        edges=edges,
+        position=int(place[route.position]),
+        positions=positions,
     ), kept
 
 
@@ -200,7 +256,11 @@ def _hash(text: str) -> str:
 @cache
 def _script() -> str:
     """All scripts in one function scope, as the policy's hash sees them."""
-    return '"use strict";\n(() => {\n' + "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS) + "\n})();"
+    return (
+        '"use strict";\n(() => {\n'
+        + "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
+        + "\n})();"
+    )
 
 
 @cache
@@ -211,6 +271,10 @@ def _style() -> str:
 @cache
 def _template() -> Template:
     environment = Environment(
-        loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     return environment.get_template("instrument.html.j2")

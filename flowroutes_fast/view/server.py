@@ -1,11 +1,12 @@
 """A local server for the instrument: its page has a box for prompts, which this process traces.
 
-A prompt costs one forward pass, whose states are kept; routes of other roots and at other thresholds, the other measure, the logit lens and
-attention weights come from them. The states of the last few prompts are kept, and let go when they take too much memory.
+A prompt costs one forward pass, whose states are kept; routes of other roots and at other thresholds, the other
+measure, the logit lens and attention weights come from them. The states of the last few prompts are kept, and let go
+when they take too much memory.
 
-It listens on 127.0.0.1 and answers its own page alone: the ``Host`` must be this address (no rebinding of names), an ``Origin`` must be this
-server, and every request for a trace carries a key that only the page knows. Requests are limited in size and number, and one prompt is traced
-at a time.
+It listens on 127.0.0.1 and answers its own page alone: the ``Host`` must be this address (no rebinding of names), an
+``Origin`` must be this server, and every request for a trace carries a key that only the page knows. Requests are
+limited in size and number, and one prompt is traced at a time.
 """
 
 from __future__ import annotations
@@ -48,15 +49,19 @@ PATIENCE = 20.0  # seconds that a click waits for a prompt that is being traced
 BUSY = "another prompt is being traced; try again when it is done"
 AGAIN = "The states of this prompt had been let go: it was traced again."
 HEADERS = {
-    "Cache-Control": "no-store", "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
-}  # fmt: skip
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @dataclass
 class Limits:
-    """Of a request: ``body`` bytes, ``tokens`` of a prompt. ``per_minute`` requests for a trace, ``clicks`` a minute for what follows them.
-    States of at most ``prompts`` prompts and ``memory`` bytes are kept."""
+    """Of a request: ``body`` bytes, ``tokens`` of a prompt. ``per_minute`` requests for a trace, ``clicks`` a minute
+    for what follows them. States of at most ``prompts`` prompts and ``memory`` bytes are kept."""
 
     body: int = 256 * 1024
     tokens: int = 2048
@@ -72,7 +77,9 @@ Place = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
 
 class Question(BaseModel):
-    """What the page asks for: the trace of a prompt, or of two that are compared, and the route of each one's last position."""
+    """What the page asks for: the trace of a prompt, or of two that are compared, and the route of each one's last
+    position.
+    """
 
     text: Text
     other: Text | None = None
@@ -168,7 +175,10 @@ class Tracer:
             self.turn.release()
 
     def _answer(self, question: Question) -> dict[str, Any]:
-        asked = [(question.text, question.chat), *([(question.other, question.other_chat)] if question.other is not None else [])]
+        asked = [
+            (question.text, question.chat),
+            *([(question.other, question.other_chat)] if question.other is not None else []),
+        ]
         prompts = [self._prompt(*one) for one in asked]
         found: list[Kept] = []
         for prompt in prompts:
@@ -188,14 +198,19 @@ class Tracer:
 
     def _look(self, look: Look) -> dict[str, Any]:
         before, kept = self.passes, self._states(self._prompt(look.text, look.chat), look.threshold, [])
-        return self.glance(kept.traces["proximity"], look.states, look.rows) | {"note": AGAIN if self.passes > before else ""}
+        return self.glance(kept.traces["proximity"], look.states, look.rows) | {
+            "note": AGAIN if self.passes > before else ""
+        }
 
     def _prompt(self, text: str, chat: bool) -> tuple[Any, tuple[Any, ...]]:
         """What is traced, and the ids by which it is known."""
         prompt: Any = [{"role": "user", "content": text}] if chat else text
         (ids,) = read_prompts(self.model, self.tokenizer, prompt).ids
         if len(ids) > self.limits.tokens:
-            raise Refused(413, f"the prompt has {len(ids)} tokens and this server traces at most {self.limits.tokens} (--max-tokens)")
+            raise Refused(
+                413,
+                f"the prompt has {len(ids)} tokens and this server traces at most {self.limits.tokens} (--max-tokens)",
+            )
         return prompt, (chat, *ids)
 
     def _states(self, prompt: tuple[Any, tuple[Any, ...]], threshold: float, beside: list[Kept]) -> Kept:
@@ -212,7 +227,9 @@ class Tracer:
             self._let_go(key)
         floor, wanted = min(DEFAULT_FLOOR, threshold) or DEFAULT_FLOOR, (threshold, *DEFAULT_THRESHOLDS)
         self.passes += 1
-        first = trace(self.model, self.tokenizer, given, thresholds=wanted, floor=floor, lazy=True, memory=self.limits.memory // 2)
+        first = trace(
+            self.model, self.tokenizer, given, thresholds=wanted, floor=floor, lazy=True, memory=self.limits.memory // 2
+        )
         kept = Kept(self.passes, {"proximity": first, "signed": by_measure(first, "signed")})
         for other in [one for one in self.kept if self.kept[one] not in beside]:
             total = sum(one.nbytes for one in self.kept.values()) + kept.nbytes
@@ -226,7 +243,9 @@ class Tracer:
         self.kept.pop(key).traces["proximity"].release()
 
     def prompt_of(self, shown: Trace | None) -> str | None:
-        """The text of a trace, if this model's tokenizer gives the trace's tokens for it: what the page compares a new prompt with."""
+        """The text of a trace, if this model's tokenizer gives the trace's tokens for it: what the page compares a
+        new prompt with.
+        """
         if shown is None or not shown.token_ids or self.tokenizer is None:
             return None
         text = self.tokenizer.decode(shown.token_ids, skip_special_tokens=True)
@@ -234,9 +253,13 @@ class Tracer:
 
 
 class Guard:
-    """ASGI middleware that turns away what is not from our page, too large or too frequent, before any of it is read."""
+    """ASGI middleware that turns away what is not from our page, too large or too frequent, before any of it is
+    read.
+    """
 
-    def __init__(self, app: Any, *, port: int, key: str, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, app: Any, *, port: int, key: str, limits: Limits, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.app, self.key, self.limits, self.clock = app, key, limits, clock
         self.hosts = {f"{HOST}:{port}", f"localhost:{port}"} | ({HOST, "localhost"} if port == 80 else set())
         self.times: dict[str, deque[float]] = {"traces": deque(), "clicks": deque()}
@@ -251,12 +274,17 @@ class Guard:
             self.check(scope["method"], headers, scope["path"])
         except Refused as refused:
             more = {"Retry-After": "60"} if refused.status == 429 else {}
-            answer = JSONResponse({"error": refused.sentence}, refused.status, {**HEADERS, **more, "Connection": "close"})
+            answer = JSONResponse(
+                {"error": refused.sentence}, refused.status, {**HEADERS, **more, "Connection": "close"}
+            )
             return await answer(scope, receive, send)
 
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in HEADERS.items())]
+                message["headers"] = [
+                    *message["headers"],
+                    *((k.lower().encode(), v.encode()) for k, v in HEADERS.items()),
+                ]
             await send(message)
 
         return await self.app(scope, receive, with_headers)
@@ -340,7 +368,9 @@ def create_app(tracer: Tracer, port: int, shown: Trace | None = None, **options:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on 127.0.0.1; port 0 takes a free one. ``OSError`` with a sentence if the port is taken or not ours to take."""
+    """A socket on 127.0.0.1; port 0 takes a free one. ``OSError`` with a sentence if the port is taken or not ours
+    to take.
+    """
     if not 0 <= port <= 65535:
         raise ValueError(f"a port lies between 0 and 65535, got {port}")
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -371,7 +401,13 @@ class Server(uvicorn.Server):
 def make_server(app: Any) -> Server:
     """A uvicorn server; run it with ``.run(sockets=[listen(port)])``."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, limit_concurrency=16, timeout_keep_alive=5, timeout_graceful_shutdown=2, ws="none",
+        app,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=16,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=2,
+        ws="none",
         server_header=False,
-    )  # fmt: skip
+    )
     return Server(config)

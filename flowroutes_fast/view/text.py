@@ -30,7 +30,9 @@ _RUN = re.compile(r"([·↵⇥])\1{3,}")
 
 
 def show_token(text: str) -> str:
-    """``text`` with whitespace and control characters made visible: ``" to"`` → ``"·to"``; four or more in a row → ``"·×4"``."""
+    """``text`` with whitespace and control characters made visible: ``" to"`` → ``"·to"``; four or more in a row →
+    ``"·×4"``.
+    """
     if not text:
         return "∅"
     last = len(text) - 1
@@ -74,7 +76,8 @@ def head_name(layer: int, head: int) -> str:
 
 
 def strongest_edges(route: Route, top: int = 10, *, across: bool = False) -> pd.DataFrame:
-    """The ``top`` attention sub-edges: ``head`` (``"L20H3"``), ``source`` and ``target`` (``"John@4"``), ``importance``; strongest first.
+    """The ``top`` attention sub-edges: ``head`` (``"L20H3"``), ``source`` and ``target`` (``"John@4"``),
+    ``importance``; strongest first.
 
     ``across=True`` leaves out attention of a position to itself.
     """
@@ -92,9 +95,11 @@ def strongest_edges(route: Route, top: int = 10, *, across: bool = False) -> pd.
 
 
 def states_of(route: Route) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """The nodes of a route, as two sets: (level, position) of layer inputs and outputs, (layer, position) after attention.
+    """The nodes of a route, as two sets: (level, position) of layer inputs and outputs, (layer, position) after
+    attention.
 
-    Level 0 is the embedding, level l + 1 the residual stream after layer l. Parallel layers have no state after attention.
+    Level 0 is the embedding, level l + 1 the residual stream after layer l. Parallel layers have no state after
+    attention.
     """
     outer = {(route.n_layers, position) for position in route.positions}
     inner: set[tuple[int, int]] = set()
@@ -136,7 +141,9 @@ def _layers(route: Route) -> list[_Layer]:
         entered = set(edges["target"])
         marks = {position: "╰" for level, position in outer if level == layer}
         for position in (position for level, position in outer if level == layer + 1):
-            mark = {(False, False): "│", (True, False): "○", (False, True): "■", (True, True): "●"}[position in fed, position in ffn]
+            mark = {(False, False): "│", (True, False): "○", (False, True): "■", (True, True): "●"}[
+                position in fed, position in ffn
+            ]
             marks[position] = mark if position in entered else "╷"
         rows.append(_Layer(f"L{layer}", marks, _sub_edges(heads.get(layer))))
     return rows
@@ -151,12 +158,17 @@ def _sub_edges(edges: pd.DataFrame | None) -> list[_SubEdge]:
 
 
 def _edge_text(route: Route, edges: list[_SubEdge], cells: int) -> str:
-    """As many of ``edges`` (strongest first) as fit, heads of a pair together: ``Mary@1→to@13 L23H0 .13 L23H1 .10; … +2 more``."""
+    """As many of ``edges`` (strongest first) as fit, heads of a pair together: ``Mary@1→to@13 L23H0 .13 L23H1 .10;
+    … +2 more``.
+    """
     for count in range(min(len(edges), max(cells // 8, 1)), 0, -1):
         pairs: dict[tuple[int, int], list[str]] = {}
         for source, target, layer, head, importance in edges[:count]:
             pairs.setdefault((source, target), []).append(f"{head_name(layer, head)} {show_importance(importance)}")
-        shown = [f"{token_name(route, s, 10)}→{token_name(route, t, 10)} {' '.join(heads)}" for (s, t), heads in pairs.items()]
+        shown = [
+            f"{token_name(route, s, 10)}→{token_name(route, t, 10)} {' '.join(heads)}"
+            for (s, t), heads in pairs.items()
+        ]
         more = f" +{len(edges) - count} more" if count < len(edges) else ""
         if cell_len(line := "; ".join(shown) + more) <= cells:
             return line
@@ -187,7 +199,9 @@ class _Columns:
 
 
 def _columns(route: Route, rows: list[_Layer], room: int) -> _Columns:
-    """The columns that fit into ``room`` cells: all tokens, else those the route touches, else the most used of these."""
+    """The columns that fit into ``room`` cells: all tokens, else those the route touches, else the most used of
+    these.
+    """
     times: dict[int, int] = {}
     for row in rows:
         for position in row.marks:
@@ -199,11 +213,14 @@ def _columns(route: Route, rows: list[_Layer], room: int) -> _Columns:
             columns = _sized(route, positions, cap)
             if sum(columns.widths) <= room:
                 return columns
-    kept = sorted(touched, key=lambda position: -times[position])[: max(room // 2, 1) + 1]  # a column takes two cells or more
+    # a column takes two cells or more
+    kept = sorted(touched, key=lambda position: -times[position])[: max(room // 2, 1) + 1]
     while len(kept) > 1 and sum(columns.widths) > room:
         kept.pop()
         columns = _sized(route, sorted(kept), 3)
-        columns.left_out = f"columns: the {len(kept)} most used of {len(touched)} positions on the route ({len(route.tokens)} tokens)"
+        columns.left_out = (
+            f"columns: the {len(kept)} most used of {len(touched)} positions on the route ({len(route.tokens)} tokens)"
+        )
     return columns
 
 
@@ -211,7 +228,9 @@ def _sized(route: Route, positions: list[int], cap: int) -> _Columns:
     names = [clip(show_token(route.tokens[position]), cap) for position in positions]
     widths = [max(cell_len(name), len(str(position))) + 1 for name, position in zip(names, positions, strict=True)]
     left_out = (
-        "" if len(positions) == len(route.tokens) else f"columns: the positions on the route, {len(positions)} of {len(route.tokens)}"
+        ""
+        if len(positions) == len(route.tokens)
+        else f"columns: the positions on the route, {len(positions)} of {len(route.tokens)}"
     )
     return _Columns(positions, names, widths, left_out)
 
@@ -235,15 +254,28 @@ def _count(number: int, noun: str) -> str:
 def rule_text(route: Route) -> str:
     """How the route was cut, in words."""
     if route.rule == "flow":
-        return f"flow above {route.threshold:.2g}" + (f" (the strongest {100 * route.keep:g} %)" if route.keep is not None else "")
-    return f"threshold {route.threshold:g}, " + ("importances renormalized per node" if route.renormalize else "not renormalized")
+        return f"flow above {route.threshold:.2g}" + (
+            f" (the strongest {100 * route.keep:g} %)" if route.keep is not None else ""
+        )
+    return f"threshold {route.threshold:g}, " + (
+        "importances renormalized per node" if route.renormalize else "not renormalized"
+    )
 
 
 def _header(route: Route, width: int) -> list[str]:
-    about = [printable(route.model), _count(len(route.tokens), "token"), _count(route.n_layers, "layer"), rule_text(route)]
+    about = [
+        printable(route.model),
+        _count(len(route.tokens), "token"),
+        _count(route.n_layers, "layer"),
+        rule_text(route),
+    ]
     about += ["signed flow"] if route.measure == "signed" else []
     counts = route.edges["kind"].value_counts()
-    kinds = [f"{counts[kind]} {kind}" for kind in ("attention", "mixer", "attention_residual", "ffn", "ffn_residual") if kind in counts]
+    kinds = [
+        f"{counts[kind]} {kind}"
+        for kind in ("attention", "mixer", "attention_residual", "ffn", "ffn_residual")
+        if kind in counts
+    ]
     total = _count(len(route.edges), "sub-edge") + (f": {kinds[0]}" if kinds else "")
     lines = _wrapped(about, width, " · ") + _wrapped([total, *kinds[1:]], width)
     names = ", ".join(f"{show_token(route.tokens[position])}@{position}" for position in route.positions)
@@ -255,9 +287,9 @@ def _header(route: Route, width: int) -> list[str]:
 def route_text(route: Route, width: int | None = None, top: int = 10) -> str:
     """A plain-text picture of ``route`` in lines of at most ``width`` terminal cells (None: the terminal's width).
 
-    Tokens are the columns; information flows downwards, from the embeddings (first row) through the layers to the root (last row).
-    A row's marks stand for the states after that layer; beside them are the attention edges of the layer that cross positions,
-    strongest first. The ``top`` strongest of these are listed again at the end.
+    Tokens are the columns; information flows downwards, from the embeddings (first row) through the layers to the root
+    (last row). A row's marks stand for the states after that layer; beside them are the attention edges of the layer
+    that cross positions, strongest first. The ``top`` strongest of these are listed again at the end.
     """
     width = max(shutil.get_terminal_size().columns if width is None else width, 1)
     rows = _collapsed(_layers(route))
@@ -265,7 +297,12 @@ def route_text(route: Route, width: int | None = None, top: int = 10) -> str:
     beside = width >= NARROW and any(row.edges for row in rows)
     columns = _columns(route, rows, width - label - (max(30, width * 2 // 5) if beside else 0))
     taken = label + sum(columns.widths) + 1
-    lines = [*_header(route, width), "", " " * label + columns.line(columns.names), " " * label + columns.line(map(str, columns.positions))]
+    lines = [
+        *_header(route, width),
+        "",
+        " " * label + columns.line(columns.names),
+        " " * label + columns.line(map(str, columns.positions)),
+    ]
     for row in rows:
         line = f"{row.label:<{label}}" + columns.line(row.marks.get(position, "") for position in columns.positions)
         lines.append(line + (" " + _edge_text(route, row.edges, width - taken) if beside else ""))

@@ -31,9 +31,38 @@ KINDS = {
     "mixers": ("jamba", {}),
 }
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 2**31, 2**63, -(2**63), 10**18, 0.5, -0.5, 1.5, 1e308, 1e-320, "", "x", "\x00", "signed", "exact", "parallel",
-    "\U0001f600" * 9, [], [[]], {}, [1], {"a": 1}, ["x", 0.5], float("nan"), float("inf"),
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    2**31,
+    2**63,
+    -(2**63),
+    10**18,
+    0.5,
+    -0.5,
+    1.5,
+    1e308,
+    1e-320,
+    "",
+    "x",
+    "\x00",
+    "signed",
+    "exact",
+    "parallel",
+    "\U0001f600" * 9,
+    [],
+    [[]],
+    {},
+    [1],
+    {"a": 1},
+    ["x", 0.5],
+    float("nan"),
+    float("inf"),
+]
 FIGURES = [float("nan"), float("inf"), float("-inf"), -1.0, -1e-3, 0.0, 1e-45, 1e-30, 0.5, 0.999, 1.0, 1.01, 2.0, 3e38]
 WHOLE = [-(2**31), -2, -1, 0, 1, 2, 5, 6, 7, 100, 2**31 - 1]
 
@@ -41,7 +70,8 @@ WHOLE = [-(2**31), -2, -1, 0, 1, 2, 5, 6, 7, 100, 2**31 - 1]
 def valid_traces():
     models = {name: make(name) for name, _ in KINDS.values()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)  # intervals also where evaluating everything is cheaper
+        # intervals also where evaluating everything is cheaper
+        patch.setattr("flowroutes_fast.tracing.importances.FEW_KEYS", 0)
         found = {kind: fr.trace(models[name], None, IDS, **options) for kind, (name, options) in KINDS.items()}
     assert (found["certified"].normaliser_low < found["certified"].normaliser_high).any()
     assert any((index[2] < 0).any() for index, _ in found["certified"].sparse)
@@ -52,7 +82,11 @@ def valid_routes(traces):
     found = []
     for trace in traces.values():
         trace = copy.copy(trace)
-        for options in ({"threshold": 0.04}, {"threshold": 0.04, "renormalize": False}, {"position": [2, -1], "rule": "flow", "keep": 0.3}):
+        for options in (
+            {"threshold": 0.04},
+            {"threshold": 0.04, "renormalize": False},
+            {"position": [2, -1], "rule": "flow", "keep": 0.3},
+        ):
             try:
                 found.append(trace.route(**options))
             except ValueError:  # rows that were not traced
@@ -130,10 +164,18 @@ def spoil_tensors(tensors, rng):
     elif way == 4:
         tensors[name] = (tensor * rng.choice([0, 0.5, 2, -1])).to(tensor.dtype)
     elif way == 5:
-        tensors[name] = tensor.to(rng.choice([torch.float64, torch.float16, torch.bool, torch.int64, torch.int32, torch.float32]))
+        tensors[name] = tensor.to(
+            rng.choice([torch.float64, torch.float16, torch.bool, torch.int64, torch.int32, torch.float32])
+        )
     elif way == 6:
         tensors[name] = rng.choice(
-            [tensor[:0], tensor[:1], tensor[None], tensor.flatten(), tensor.T.contiguous() if tensor.dim() == 2 else tensor[..., :0]]
+            [
+                tensor[:0],
+                tensor[:1],
+                tensor[None],
+                tensor.flatten(),
+                tensor.T.contiguous() if tensor.dim() == 2 else tensor[..., :0],
+            ]
         )
     elif way == 7:
         del tensors[name]

@@ -1,4 +1,6 @@
-"""A spoilt file is refused by name, or what it gives works: no raw error, no warning, whatever was spoilt, also behind a right checksum."""
+"""A spoilt file is refused by name, or what it gives works: no raw error, no warning, whatever was spoilt, also
+behind a right checksum.
+"""
 
 import pytest
 from mutations import attempt, generator, spoil_route, spoil_trace, use_route, use_trace, valid_routes, valid_traces

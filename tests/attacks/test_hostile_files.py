@@ -43,11 +43,27 @@ def with_header(file, header, body=b""):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\0", b"{", b"hello", b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b"{}", b"[]", b"null", b"1e999", b"PK\x03\x04" + bytes(200), b"\x89HDF\r\n",
-        pickle.dumps({"format": "flowroutes_fast.route"}), b"[" * 200_000, b'{"a":' * 200_000, b"9" * 10_000, struct.pack("<Q", 2**63) + b"{}",
-        struct.pack("<Q", 2**64 - 1), bytes(100_000),
+        b"",
+        b"\0",
+        b"{",
+        b"hello",
+        b"\xff\xfe{\0}\0",
+        b"\xef\xbb\xbf{}",
+        b"{}",
+        b"[]",
+        b"null",
+        b"1e999",
+        b"PK\x03\x04" + bytes(200),
+        b"\x89HDF\r\n",
+        pickle.dumps({"format": "flowroutes_fast.route"}),
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b"9" * 10_000,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**64 - 1),
+        bytes(100_000),
     ],
-)  # fmt: skip
+)
 def test_files_of_other_kinds(load, content, tmp_path):
     file = tmp_path / "trace.safetensors"
     file.write_bytes(content)
@@ -81,7 +97,10 @@ def test_what_is_no_plain_file(load, saved, tmp_path):
 
 
 def test_headers_that_promise_what_is_not_there(saved, tmp_path):
-    file, about = tmp_path / "a.safetensors", {"format": "flowroutes_fast.trace", "version": "3", "trace": parts_of(saved[0])[0]["trace"]}
+    file, about = (
+        tmp_path / "a.safetensors",
+        {"format": "flowroutes_fast.trace", "version": "3", "trace": parts_of(saved[0])[0]["trace"]},
+    )
     huge = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}
     tracemalloc.start()
     for tensor in (
@@ -97,7 +116,10 @@ def test_headers_that_promise_what_is_not_there(saved, tmp_path):
         refused(fr.load_trace, with_header(file, {"__metadata__": about, "heads": tensor}, bytes(64)))
     one = {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}
     refused(fr.load_trace, with_header(file, {"__metadata__": about, "heads": one, "ffn": one}, bytes(32)))
-    refused(fr.load_trace, with_header(file, {"__metadata__": about, "heads": one, "ffn": one | {"data_offsets": [16, 48]}}, bytes(48)))
+    refused(
+        fr.load_trace,
+        with_header(file, {"__metadata__": about, "heads": one, "ffn": one | {"data_offsets": [16, 48]}}, bytes(48)),
+    )
     refused(fr.load_trace, with_header(file, {"__metadata__": about, "heads": one}, bytes(64)))
     refused(fr.load_trace, with_header(file, {"__metadata__": about | {"trace": "[" * 100_000}}), "nested")
     refused(fr.load_trace, with_header(file, {"__metadata__": about | {"trace": "null"}}), "no table")
@@ -115,17 +137,45 @@ def test_many_tokens_take_no_memory_before_they_are_checked(saved, tmp_path):
 
 
 TRACE_FIELDS = [
-    ({"tokens": ["a"] * 5}, "token ids"), ({"tokens": "abcdef"}, "no list"), ({"tokens": [1] * 6}, "no text"), ({"tokens": ["\ud800"] * 6}, "Unicode"),
-    ({"token_ids": [True] * 6}, "integers"), ({"token_ids": [-1] * 6}, "outside"), ({"token_ids": [1.0] * 6}, "integers"),
-    ({"token_ids": [2**63] * 6}, "outside"), ({"shapes": ["sequential"] * 2}, ""), ({"shapes": ["round"] * 3}, "round"), ({"shapes": []}, "0 layers"),
-    ({"floor": 1.0}, "floor"), ({"floor": -0.1}, "floor"), ({"floor": "0.1"}, "floor"), ({"floor": True}, "floor"), ({"floor": None}, "floor"),
-    ({"thresholds": [2]}, "thresholds"), ({"thresholds": 0.1}, "thresholds"), ({"precision": "rough"}, "precision"), ({"measure": ["signed"]}, "measure"),
-    ({"measure": "signed", "precision": "exact"}, "exclude"), ({"backend": "abacus"}, "backend"), ({"bias": ""}, "bias"), ({"tolerance": -1}, "tolerance"),
-    ({"work": {"bounded": -1}}, "work"), ({"work": {"bounded": 1.5}}, "work"), ({"work": []}, "work"), ({"timings": {"total": -1}}, "timings"),
-    ({"timings": {"total": "1"}}, "timings"), ({"mixers": ["Mamba"]}, "mixers"), ({"prediction": [["a", 2]]}, "prediction"),
-    ({"prediction": [["a"]]}, "prediction"), ({"prediction": [[1, 0.5]]}, "prediction"), ({"prediction": {"a": 0.5}}, "prediction"),
-    ({"settle": 1}, "nothing is known"), ({"dense": []}, "nothing is known"), ({"model": None}, "model"), ({"model": "\x1b[2J"}, "control"),
-]  # fmt: skip
+    ({"tokens": ["a"] * 5}, "token ids"),
+    ({"tokens": "abcdef"}, "no list"),
+    ({"tokens": [1] * 6}, "no text"),
+    ({"tokens": ["\ud800"] * 6}, "Unicode"),
+    ({"token_ids": [True] * 6}, "integers"),
+    ({"token_ids": [-1] * 6}, "outside"),
+    ({"token_ids": [1.0] * 6}, "integers"),
+    ({"token_ids": [2**63] * 6}, "outside"),
+    ({"shapes": ["sequential"] * 2}, ""),
+    ({"shapes": ["round"] * 3}, "round"),
+    ({"shapes": []}, "0 layers"),
+    ({"floor": 1.0}, "floor"),
+    ({"floor": -0.1}, "floor"),
+    ({"floor": "0.1"}, "floor"),
+    ({"floor": True}, "floor"),
+    ({"floor": None}, "floor"),
+    ({"thresholds": [2]}, "thresholds"),
+    ({"thresholds": 0.1}, "thresholds"),
+    ({"precision": "rough"}, "precision"),
+    ({"measure": ["signed"]}, "measure"),
+    ({"measure": "signed", "precision": "exact"}, "exclude"),
+    ({"backend": "abacus"}, "backend"),
+    ({"bias": ""}, "bias"),
+    ({"tolerance": -1}, "tolerance"),
+    ({"work": {"bounded": -1}}, "work"),
+    ({"work": {"bounded": 1.5}}, "work"),
+    ({"work": []}, "work"),
+    ({"timings": {"total": -1}}, "timings"),
+    ({"timings": {"total": "1"}}, "timings"),
+    ({"mixers": ["Mamba"]}, "mixers"),
+    ({"prediction": [["a", 2]]}, "prediction"),
+    ({"prediction": [["a"]]}, "prediction"),
+    ({"prediction": [[1, 0.5]]}, "prediction"),
+    ({"prediction": {"a": 0.5}}, "prediction"),
+    ({"settle": 1}, "nothing is known"),
+    ({"dense": []}, "nothing is known"),
+    ({"model": None}, "model"),
+    ({"model": "\x1b[2J"}, "control"),
+]
 
 
 @pytest.mark.parametrize(("fields", "says"), TRACE_FIELDS)
@@ -157,7 +207,15 @@ def test_no_field_of_a_route_has_a_default(name, saved, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"floor": NaN}', '{"floor": 1e999}', '{"floor": ' + "1" * 10_000 + "}", '{"floor": 1, "floor": 0}', "[" * 100_000, "{", '"\\ud800"'],
+    [
+        '{"floor": NaN}',
+        '{"floor": 1e999}',
+        '{"floor": ' + "1" * 10_000 + "}",
+        '{"floor": 1, "floor": 0}',
+        "[" * 100_000,
+        "{",
+        '"\\ud800"',
+    ],
 )
 def test_json_that_python_would_take(text, saved, tmp_path):
     metadata, tensors = parts_of(saved[0])
@@ -189,23 +247,43 @@ def put(name, value):
 
 
 ARRAYS = [
-    (changed("heads", (0, 0, 0), float("nan")), "numbers where nothing"), (changed("normaliser_low", (0, 3), float("nan")), "numbers where"),
-    (changed("ffn", (1, 2), float("inf")), "finite"), (changed("mixer", (1, 2), -0.5), "outside"), (changed("attention_residual", (1, 2), 3.0), "outside"),
-    (scaled("heads", 0.5), "heads_low"), (scaled("attention_residual", 0.5), "sum to 1"), (scaled("ffn", 0.9), "sum to 1"),
-    (scaled("normaliser_high", 0.01), "above normaliser_high"), (changed("heads_low", (2, 3, 1), 0.99), "heads_low"),
-    (changed("edge_index.1", (0, 3), 6), "names queries"), (changed("edge_index.1", (0, 3), -1), "names queries"),
-    (changed("edge_index.1", (1, 0), 5), "keys after"), (changed("edge_index.1", (2, 3), 6), "names queries"),
-    (changed("edge_index.1", (2, 3), -2), "names queries"), (changed("edge_index.0", (0, 0), 2**31 - 1), "names queries"),
+    (changed("heads", (0, 0, 0), float("nan")), "numbers where nothing"),
+    (changed("normaliser_low", (0, 3), float("nan")), "numbers where"),
+    (changed("ffn", (1, 2), float("inf")), "finite"),
+    (changed("mixer", (1, 2), -0.5), "outside"),
+    (changed("attention_residual", (1, 2), 3.0), "outside"),
+    (scaled("heads", 0.5), "heads_low"),
+    (scaled("attention_residual", 0.5), "sum to 1"),
+    (scaled("ffn", 0.9), "sum to 1"),
+    (scaled("normaliser_high", 0.01), "above normaliser_high"),
+    (changed("heads_low", (2, 3, 1), 0.99), "heads_low"),
+    (changed("edge_index.1", (0, 3), 6), "names queries"),
+    (changed("edge_index.1", (0, 3), -1), "names queries"),
+    (changed("edge_index.1", (1, 0), 5), "keys after"),
+    (changed("edge_index.1", (2, 3), 6), "names queries"),
+    (changed("edge_index.1", (2, 3), -2), "names queries"),
+    (changed("edge_index.0", (0, 0), 2**31 - 1), "names queries"),
     (put("edge_index.1", lambda t: t["edge_index.1"][:, [0, *range(t["edge_index.1"].shape[1] - 1)]]), "twice"),
-    (put("edge_index.1", lambda t: t["edge_index.1"].long()), "type I64"), (put("heads", lambda t: t["heads"].double()), "type F64"),
-    (put("edge_index.1", lambda t: t["edge_index.1"][:, :-1]), "shape"), (put("edge_importance.1", lambda t: t["edge_importance.1"][:-1]), "shape"),
-    (changed("edge_importance.1", 2, float("nan")), "finite"), (changed("edge_importance.1", 2, -0.1), "negative"),
-    (changed("edge_importance.1", 2, 1.5), "above 1"), (scaled("edge_importance.1", 1.5), ""), (put("ffn", lambda t: t["ffn"][:, :-1]), "shape"),
-    (put("ffn", lambda t: t["ffn"][None]), "shape"), (put("ffn2", lambda t: t["ffn"].clone()), "nothing is known"),
-    (put("dense.0", lambda t: torch.zeros(6, 6, 6)), ""), (lambda t: t.pop("edge_index.2"), "missing"), (lambda t: t.pop("heads"), "missing"),
-    (lambda t: t.pop("neuron_low.0"), "missing"), (changed("neuron_index.0", (0, 0), 6), "positions that there are not"),
-    (changed("neuron_importance.0", 0, 2.0), "outside"), (changed("neuron_low.0", 1, float("nan")), "no bound"), (changed("neuron_low.0", 1, 1e30), "above"),
-]  # fmt: skip
+    (put("edge_index.1", lambda t: t["edge_index.1"].long()), "type I64"),
+    (put("heads", lambda t: t["heads"].double()), "type F64"),
+    (put("edge_index.1", lambda t: t["edge_index.1"][:, :-1]), "shape"),
+    (put("edge_importance.1", lambda t: t["edge_importance.1"][:-1]), "shape"),
+    (changed("edge_importance.1", 2, float("nan")), "finite"),
+    (changed("edge_importance.1", 2, -0.1), "negative"),
+    (changed("edge_importance.1", 2, 1.5), "above 1"),
+    (scaled("edge_importance.1", 1.5), ""),
+    (put("ffn", lambda t: t["ffn"][:, :-1]), "shape"),
+    (put("ffn", lambda t: t["ffn"][None]), "shape"),
+    (put("ffn2", lambda t: t["ffn"].clone()), "nothing is known"),
+    (put("dense.0", lambda t: torch.zeros(6, 6, 6)), ""),
+    (lambda t: t.pop("edge_index.2"), "missing"),
+    (lambda t: t.pop("heads"), "missing"),
+    (lambda t: t.pop("neuron_low.0"), "missing"),
+    (changed("neuron_index.0", (0, 0), 6), "positions that there are not"),
+    (changed("neuron_importance.0", 0, 2.0), "outside"),
+    (changed("neuron_low.0", 1, float("nan")), "no bound"),
+    (changed("neuron_low.0", 1, 1e30), "above"),
+]
 
 
 @pytest.mark.parametrize(("change", "says"), ARRAYS)
@@ -233,16 +311,59 @@ def test_the_checksum_finds_what_could_have_been(saved, tmp_path):
 
 
 ROUTE_FIELDS = [
-    {"tokens": []}, {"tokens": ["\udfff"] * 6}, {"position": 6}, {"position": -1}, {"position": True}, {"position": 2.0}, {"position": 2},
-    {"positions": [5, 2]}, {"positions": [5, 5]}, {"positions": "5"}, {"threshold": 1.5}, {"threshold": -1}, {"threshold": "0"}, {"threshold": False},
-    {"renormalize": 1}, {"shapes": []}, {"shapes": ["x"] * 3}, {"measure": "x"}, {"rule": "x"}, {"keep": 0.5}, {"keep": 2, "rule": "flow"},
-    {"token_ids": [1]}, {"prediction": [["a", -1]]}, {"model": 3}, {"model": "a\nb"}, {"edges": []}, {"edges": {}}, {"version": 0}, {"version": 99}, {"version": True},
-    {"version": "2"}, {"format": "x"}, {"unknown": 1}, {"rule": "flow", "renormalize": False},
-]  # fmt: skip
+    {"tokens": []},
+    {"tokens": ["\udfff"] * 6},
+    {"position": 6},
+    {"position": -1},
+    {"position": True},
+    {"position": 2.0},
+    {"position": 2},
+    {"positions": [5, 2]},
+    {"positions": [5, 5]},
+    {"positions": "5"},
+    {"threshold": 1.5},
+    {"threshold": -1},
+    {"threshold": "0"},
+    {"threshold": False},
+    {"renormalize": 1},
+    {"shapes": []},
+    {"shapes": ["x"] * 3},
+    {"measure": "x"},
+    {"rule": "x"},
+    {"keep": 0.5},
+    {"keep": 2, "rule": "flow"},
+    {"token_ids": [1]},
+    {"prediction": [["a", -1]]},
+    {"model": 3},
+    {"model": "a\nb"},
+    {"edges": []},
+    {"edges": {}},
+    {"version": 0},
+    {"version": 99},
+    {"version": True},
+    {"version": "2"},
+    {"format": "x"},
+    {"unknown": 1},
+    {"rule": "flow", "renormalize": False},
+]
 EDGES = [
-    ("layer", 3), ("layer", -1), ("layer", 0.0), ("layer", True), ("kind", "x"), ("kind", 1), ("source", 6), ("source", "0"), ("target", -1), ("head", -2),
-    ("head", 2**40), ("importance", 2), ("importance", -0.1), ("importance", "1"), ("importance", True), ("importance", None),
-]  # fmt: skip
+    ("layer", 3),
+    ("layer", -1),
+    ("layer", 0.0),
+    ("layer", True),
+    ("kind", "x"),
+    ("kind", 1),
+    ("source", 6),
+    ("source", "0"),
+    ("target", -1),
+    ("head", -2),
+    ("head", 2**40),
+    ("importance", 2),
+    ("importance", -0.1),
+    ("importance", "1"),
+    ("importance", True),
+    ("importance", None),
+]
 
 
 @pytest.mark.parametrize("fields", ROUTE_FIELDS)

@@ -16,7 +16,13 @@ PROMPT = "When Mary and John went to the store ,"
 
 def tiny(parallel=False):
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 20}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 20,
+    }
     if parallel:
         return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_parallel_residual=True)).eval()
     return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)).eval()
@@ -25,9 +31,13 @@ def tiny(parallel=False):
 def words():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "<unk>", "<pad>"])}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate([*WORDS, "<unk>", "<pad>"])}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<pad>", bos_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<pad>", bos_token="<pad>"
+    )
 
 
 IDS = [3, 4, 5, 6, 7, 8, 9, 1]
@@ -36,7 +46,13 @@ IDS = [3, 4, 5, 6, 7, 8, 9, 1]
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"precision": "exact"}, {"precision": "exact", "dense": False}, {"measure": "signed"}, {"floor": 0.05, "thresholds": ()}],
+    [
+        {},
+        {"precision": "exact"},
+        {"precision": "exact", "dense": False},
+        {"measure": "signed"},
+        {"floor": 0.05, "thresholds": ()},
+    ],
 )
 def test_matrix_is_the_token_attribution_of_every_position(parallel, options):
     trace = fr.trace(tiny(parallel), None, IDS, **options)
@@ -72,7 +88,11 @@ def test_positions_that_were_not_traced():
 
 @pytest.mark.parametrize(
     ("version", "says"),
-    [(None, "captum is not installed"), ("0.8.0", "captum 0.8.0 is not supported"), ("1.0", "captum 1.0 is not supported")],
+    [
+        (None, "captum is not installed"),
+        ("0.8.0", "captum 0.8.0 is not supported"),
+        ("1.0", "captum 1.0 is not supported"),
+    ],
 )
 def test_missing_or_unsupported(monkeypatch, version, says):
     def found(name):
@@ -130,7 +150,8 @@ class TestWithCaptum:
         assert axes.images[0].get_array().shape == (3, 6)
         figure, axes = result.plot_seq_attr()
         assert [bar.get_height() for bar in axes.patches[:6]] == pytest.approx(result.seq_attr.tolist())
-        with pytest.raises(ValueError, match="ImageMaskInput"):  # captum's own sentence: it draws pictures that were masked
+        # captum's own sentence: it draws pictures that were masked
+        with pytest.raises(ValueError, match="ImageMaskInput"):
             result.plot_image_heatmap()
         assert set(result.seq_attr_dict) == set(result.input_tokens)
         plt.close("all")
@@ -145,7 +166,9 @@ class TestWithCaptum:
         torch.testing.assert_close(given.token_attr, wanted.token_attr)
         torch.testing.assert_close(adapter.attribute(model, tokenizer, PROMPT, ids[-3:]).token_attr, wanted.token_attr)
         assert adapter.attribute(model, tokenizer, PROMPT, " gave", measure="signed").token_attr.shape == (1, 9)
-        written = adapter.attribute(model, tokenizer, PROMPT, gen_args={"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False})
+        written = adapter.attribute(
+            model, tokenizer, PROMPT, gen_args={"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        )
         assert len(written.output_tokens) == 3
         assert written.token_attr.shape == (3, 9)
         options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}

@@ -10,10 +10,26 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 import flowroutes_fast as fr
 
 NODE = {
-    "node_id": str, "feature": int, "layer": str, "ctx_idx": int, "feature_type": str, "token_prob": float, "is_target_logit": bool,
-    "run_idx": int, "reverse_ctx_idx": int, "jsNodeId": str, "clerp": str,
-}  # fmt: skip
-METADATA = {"slug": str, "scan": str, "transcoder_list": list, "prompt_tokens": list, "prompt": str, "schema_version": int}
+    "node_id": str,
+    "feature": int,
+    "layer": str,
+    "ctx_idx": int,
+    "feature_type": str,
+    "token_prob": float,
+    "is_target_logit": bool,
+    "run_idx": int,
+    "reverse_ctx_idx": int,
+    "jsNodeId": str,
+    "clerp": str,
+}
+METADATA = {
+    "slug": str,
+    "scan": str,
+    "transcoder_list": list,
+    "prompt_tokens": list,
+    "prompt": str,
+    "schema_version": int,
+}
 PARAMS = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
 
 
@@ -22,12 +38,19 @@ def trace(request):
     torch.manual_seed(0)
     if request.param == "sequential":
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
         )
         model = LlamaForCausalLM(config).eval()
     else:
         model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=50)
+            GPTNeoXConfig(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=50
+            )
         ).eval()
     return fr.trace(model, None, [3, 4, 5, 6, 7, 8])
 
@@ -82,9 +105,13 @@ def test_weights_are_what_is_left_of_all_paths(trace, tmp_path):
 def test_by_hand(tmp_path):
     """One layer, two tokens: the FFN gives half of the root, the head a quarter, the embedding the last quarter."""
     columns = {
-        "layer": [0, 0, 0, 0], "kind": ["ffn", "ffn_residual", "attention", "attention_residual"], "source": [1, 1, 0, 1],
-        "target": [1, 1, 1, 1], "head": [-1, -1, 2, -1], "importance": [0.5, 0.5, 0.5, 0.5],
-    }  # fmt: skip
+        "layer": [0, 0, 0, 0],
+        "kind": ["ffn", "ffn_residual", "attention", "attention_residual"],
+        "source": [1, 1, 0, 1],
+        "target": [1, 1, 1, 1],
+        "head": [-1, -1, 2, -1],
+        "importance": [0.5, 0.5, 0.5, 0.5],
+    }
     import pandas as pd
 
     route = fr.Route(["a", "b"], 1, 0.01, True, "toy", ["sequential"], pd.DataFrame(columns), [("c", 0.9)])
@@ -93,8 +120,13 @@ def test_by_hand(tmp_path):
     found = {(name[link["source"]], name[link["target"]]): link["weight"] for link in graph["links"]}
     head, ffn, logit = 'L0H2 to "b"', 'FFN 0 at "b"', 'Output "c" (p=0.900)'
     assert found == {
-        ("E0", head): 1, (head, ffn): 0.5, ("E1", ffn): 0.5, (ffn, logit): 0.5, (head, logit): 0.25, ("E1", logit): 0.25,
-    }  # fmt: skip
+        ("E0", head): 1,
+        (head, ffn): 0.5,
+        ("E1", ffn): 0.5,
+        (ffn, logit): 0.5,
+        (head, logit): 0.25,
+        ("E1", logit): 0.25,
+    }
 
 
 def test_several_graphs_in_one_folder(trace, tmp_path):

@@ -1,4 +1,6 @@
-"""Component-to-component scores against the broadcast they replace, and in a real TransformerLens model where that is installed."""
+"""Component-to-component scores against the broadcast they replace, and in a real TransformerLens model where that
+is installed.
+"""
 
 import importlib.metadata
 import sys
@@ -92,7 +94,9 @@ def test_a_checkout_without_what_it_needs(monkeypatch, tmp_path):
 
 
 def graph_of(cfg):
-    return SimpleNamespace(n_forward=1 + cfg.n_layers * (cfg.n_heads + 1), n_backward=cfg.n_layers * (3 * cfg.n_heads + 1) + 1)
+    return SimpleNamespace(
+        n_forward=1 + cfg.n_layers * (cfg.n_heads + 1), n_backward=cfg.n_layers * (3 * cfg.n_heads + 1) + 1
+    )
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -100,7 +104,15 @@ def test_in_a_model(parallel):
     lens = pytest.importorskip("transformer_lens")
     torch.manual_seed(0)
     cfg = lens.HookedTransformerConfig(
-        n_layers=2, d_model=16, n_ctx=8, d_head=4, n_heads=4, d_vocab=20, act_fn="gelu", parallel_attn_mlp=parallel, device="cpu"
+        n_layers=2,
+        d_model=16,
+        n_ctx=8,
+        d_head=4,
+        n_heads=4,
+        d_vocab=20,
+        act_fn="gelu",
+        parallel_attn_mlp=parallel,
+        device="cpu",
     )
     model = lens.HookedTransformer(cfg)
     tokens, lengths = torch.randint(0, 20, (2, 6)), torch.tensor([6, 4])
@@ -120,7 +132,9 @@ def test_in_a_model(parallel):
         if parallel:
             wanted[:first, into + 12] = reads
         else:
-            wanted[: first + 4, into + 12] = broadcast(sources[:, :, : first + 4], cache[f"blocks.{layer}.hook_resid_mid"], lengths)
+            wanted[: first + 4, into + 12] = broadcast(
+                sources[:, :, : first + 4], cache[f"blocks.{layer}.hook_resid_mid"], lengths
+            )
     wanted[:, -1] = broadcast(sources, cache["blocks.1.hook_resid_post"], lengths)
     torch.testing.assert_close(found.double(), wanted / 2, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="another model"):

@@ -27,7 +27,13 @@ NAME = "flowroutes_fast.integrations.inseq"
 
 def tiny(parallel=False):
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 15}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 15,
+    }
     shape |= {"bos_token_id": 14, "eos_token_id": 14, "pad_token_id": 13}
     if parallel:
         return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_parallel_residual=True)).eval()
@@ -37,14 +43,22 @@ def tiny(parallel=False):
 def words():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "<unk>", "<pad>", "<end>"])}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate([*WORDS, "<unk>", "<pad>", "<end>"])}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<end>", bos_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<end>", bos_token="<end>"
+    )
 
 
 @pytest.mark.parametrize(
     ("version", "says"),
-    [(None, "inseq is not installed"), ("0.6.0", "inseq 0.6.0 is not supported"), ("0.8.0", "inseq 0.8.0 is not supported")],
+    [
+        (None, "inseq is not installed"),
+        ("0.6.0", "inseq 0.6.0 is not supported"),
+        ("0.8.0", "inseq 0.8.0 is not supported"),
+    ],
 )
 def test_missing_or_unsupported(monkeypatch, version, says):
     def found(name):
@@ -113,7 +127,12 @@ class TestWithInseq:
         prompts = [PROMPT, "Mary went to the"]
         model = self.load()
         given = {
-            "generation_args": {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [12, 13, 14]},
+            "generation_args": {
+                "max_new_tokens": 3,
+                "min_new_tokens": 3,
+                "do_sample": False,
+                "suppress_tokens": [12, 13, 14],
+            },
             "score": score,
         }
         together = self.attribute(model, prompts, **given).sequence_attributions
@@ -174,7 +193,9 @@ class TestWithInseq:
         out.save(tmp_path / "out.json")
         back = self.inseq.FeatureAttributionOutput.load(tmp_path / "out.json")
         torch.testing.assert_close(
-            back.sequence_attributions[0].target_attributions, out.sequence_attributions[0].target_attributions, equal_nan=True
+            back.sequence_attributions[0].target_attributions,
+            out.sequence_attributions[0].target_attributions,
+            equal_nan=True,
         )
 
     def test_other_methods_still_work(self):
@@ -183,9 +204,13 @@ class TestWithInseq:
         assert self.attribute(model, PROMPT, GIVEN).info["attribution_method"] == "information_flow_routes"
 
     def test_encoder_decoder(self):
-        model = T5ForConditionalGeneration(T5Config(vocab_size=15, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+        model = T5ForConditionalGeneration(
+            T5Config(vocab_size=15, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        ).eval()
         model.config.decoder_start_token_id = model.config.bos_token_id = 13
-        with pytest.raises(ValueError, match="is for decoder-only models; T5ForConditionalGeneration is an encoder-decoder"):
+        with pytest.raises(
+            ValueError, match="is for decoder-only models; T5ForConditionalGeneration is an encoder-decoder"
+        ):
             self.load(model)
 
     def test_unknown_family(self):

@@ -1,4 +1,6 @@
-"""Our functions in llm-transparency-tool's places: its graph and its numbers, against a double with its interface and arithmetic."""
+"""Our functions in llm-transparency-tool's places: its graph and its numbers, against a double with its interface
+and arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,15 @@ def tool(monkeypatch):
 
 
 def ran(tool, n_kv=2, value_bias=0.3, batch=2, tokens=11, cls=None, **change):
-    shape = {"n_layers": 3, "d_model": 60, "n_heads": 6, "n_kv": n_kv, "d_head": 10, "d_mlp": 77, "value_bias": value_bias} | change
+    shape = {
+        "n_layers": 3,
+        "d_model": 60,
+        "n_heads": 6,
+        "n_kv": n_kv,
+        "d_head": 10,
+        "d_mlp": 77,
+        "value_bias": value_bias,
+    } | change
     model = (cls or tool.lens.TransformerLensTransparentLlm)(tool.lens.ToyLens(**shape))
     model.run(torch.randint(0, 101, (batch, tokens), generator=torch.Generator().manual_seed(3)))
     return model
@@ -161,8 +171,15 @@ def contribution_calls():
     parts = torch.randn(2, 5, 7, 3, 33)
     neurons = torch.randn(123, 33)
     return {
-        "get_contributions": [(torch.randn(4, 3, 2, 5, 33), mid), (torch.randn(2, 2, 5, 33), mid), (neurons, mid[0, 0])],
-        "get_contributions_with_one_off_part": [(torch.randn(4, 3, 2, 5, 33), pre, mid), (neurons, pre[0, 0], mid[0, 0])],
+        "get_contributions": [
+            (torch.randn(4, 3, 2, 5, 33), mid),
+            (torch.randn(2, 2, 5, 33), mid),
+            (neurons, mid[0, 0]),
+        ],
+        "get_contributions_with_one_off_part": [
+            (torch.randn(4, 3, 2, 5, 33), pre, mid),
+            (neurons, pre[0, 0], mid[0, 0]),
+        ],
         "get_attention_contributions": [(pre, mid, parts)],
         "get_mlp_contributions": [(mid, post, ffn)],
         "get_decomposed_mlp_contributions": [(mid[0, 0], post[0, 0], neurons)],
@@ -178,7 +195,9 @@ def test_contributions_are_theirs(tool, name, distance_norm):
     for arguments in contribution_calls()[name]:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             given = [tensor.to(dtype) for tensor in arguments]
-            expected = as_tuple(getattr(tool.contributions, name)(*(t.double() for t in given), distance_norm=distance_norm))
+            expected = as_tuple(
+                getattr(tool.contributions, name)(*(t.double() for t in given), distance_norm=distance_norm)
+            )
             with integration.patched():
                 found = as_tuple(getattr(tool.contributions, name)(*given, distance_norm=distance_norm))
             for ours, theirs in zip(found, expected, strict=True):
@@ -197,7 +216,9 @@ def test_threshold_is_strict_and_theirs(tool):
     blocks[0, 0, 0, 0] = residual[1, 1] = 0.5
     for given in (blocks, blocks[..., 0, 0]):
         expected = tool.contributions.apply_threshold_and_renormalize(0.5, given, residual)
-        for ours, theirs in zip(integration.apply_threshold_and_renormalize(0.5, given, residual), expected, strict=True):
+        for ours, theirs in zip(
+            integration.apply_threshold_and_renormalize(0.5, given, residual), expected, strict=True
+        ):
             torch.testing.assert_close(ours, theirs.nan_to_num(0))
     assert integration.apply_threshold_and_renormalize(0.5, blocks, residual)[0][0, 0, 0, 0] == 0
 
@@ -210,7 +231,10 @@ def test_patch_reaches_names_imported_by_value_and_unpatch_restores_them(tool, t
             "from llm_transparency_tool.routes.contributions import get_contributions\n"
         )
         monkeypatch.delitem(sys.modules, name, raising=False)
-    originals = {(module, name): getattr(importlib.import_module(f"llm_transparency_tool.{module}"), name) for module, name in NAMES}
+    originals = {
+        (module, name): getattr(importlib.import_module(f"llm_transparency_tool.{module}"), name)
+        for module, name in NAMES
+    }
     before = importlib.import_module("app_before")
     model = ran(tool)
     integration.patch()
@@ -255,7 +279,9 @@ def test_not_installed(monkeypatch):
     forget()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ImportError, match=r"^llm_transparency_tool is not installed: it is on no package index; clone https://.*PYTHONPATH$"
+        ImportError,
+        match=r"^llm_transparency_tool is not installed: it is on no package index; clone "
+        r"https://.*PYTHONPATH$",
     ):
         integration.patch()
     integration.unpatch()
@@ -264,7 +290,9 @@ def test_not_installed(monkeypatch):
 def test_another_version_is_refused(tool, monkeypatch):
     original = tool.graph.build_full_graph
     monkeypatch.delattr(tool.contributions, "get_mlp_contributions")
-    with pytest.raises(ImportError, match=r"has no routes.contributions.get_mlp_contributions: version 0.1 is supported"):
+    with pytest.raises(
+        ImportError, match=r"has no routes.contributions.get_mlp_contributions: version 0.1 is supported"
+    ):
         integration.patch()
     assert tool.graph.build_full_graph is original
 
@@ -402,5 +430,7 @@ def hooked(model, ids):
     for layer, pattern in enumerate(patterns):
         cache[f"blocks.{layer}.attn.hook_pattern"] = pattern
         cache[f"blocks.{layer}.attn.hook_v"] = cache[f"blocks.{layer}.attn.hook_v"].unflatten(-1, (-1, d_head))
-    cfg = SimpleNamespace(n_layers=len(blocks), n_heads=config.num_attention_heads, d_model=config.hidden_size, d_vocab=0, n_params=0)
+    cfg = SimpleNamespace(
+        n_layers=len(blocks), n_heads=config.num_attention_heads, d_model=config.hidden_size, d_vocab=0, n_params=0
+    )
     return SimpleNamespace(cfg=cfg, blocks=blocks), SimpleNamespace(tokens=ids[None], cache=cache)

@@ -1,4 +1,6 @@
-"""fr.trace on models of nnsight and nnterp gives what it gives on the transformers model inside, and leaves both as they were."""
+"""fr.trace on models of nnsight and nnterp gives what it gives on the transformers model inside, and leaves both as
+they were.
+"""
 
 import copy
 import importlib.util
@@ -29,10 +31,26 @@ from flowroutes_fast.integrations import nnsight as ours
 ROOT = Path(__file__).parents[2]
 WORDS = "When Mary and John went to the store, gave a drink".replace(",", " ,").split()
 TEXT = "When Mary and John went to the store , John gave a drink to"
-PARTS = ("heads", "heads_low", "heads_high", "ffn", "ffn_residual", "attention_residual", "attention_bias", "normaliser_low")
+PARTS = (
+    "heads",
+    "heads_low",
+    "heads_high",
+    "ffn",
+    "ffn_residual",
+    "attention_residual",
+    "attention_bias",
+    "normaliser_low",
+)
 MODELS = {
     "llama": lambda v: LlamaForCausalLM(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=v)
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=v,
+        )
     ),
     "gpt2": lambda v: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=v, n_positions=64)),
     "neox": lambda v: GPTNeoXForCausalLM(
@@ -43,7 +61,9 @@ MODELS = {
 
 @pytest.fixture
 def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
@@ -68,7 +88,12 @@ def state_of(model):
     """What a trace may change and has to put back."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     modules = {
-        path: ({name: list(getattr(m, name)) for name in names}, m.training, id(m.__dict__.get("forward")), sorted(m.__dict__))
+        path: (
+            {name: list(getattr(m, name)) for name in names},
+            m.training,
+            id(m.__dict__.get("forward")),
+            sorted(m.__dict__),
+        )
         for path, m in model.named_modules()
     }
     return modules, model.config._attn_implementation
@@ -148,7 +173,11 @@ class TestDouble:
             empty = tiny()
         monkeypatch.setattr(ours, "available_memory", lambda: 1000)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match=r"weights of tiny are not loaded; they take .* GB and 0.0 GB of memory are free"):
+        with pytest.raises(
+            ValueError,
+            match=r"weights of tiny are not loaded; they take .* GB and 0.0 GB of memory "
+            r"are free",
+        ):
             fr.trace(Double(empty, tokenizer, real=tiny()), None, TEXT)
 
     def test_refused(self, tokenizer):
@@ -256,7 +285,9 @@ def test_equals_and_leaves_as_it_was(name, implementation, tokenizer):
 @pytest.mark.parametrize("memory", [None, 1000], ids=["whole", "inputs"])
 @pytest.mark.parametrize("name", MODELS)
 def test_routes_on_demand(name, memory, tokenizer):
-    """Rows that a route reaches, evaluated or run again through the model inside; refused within a block of its trace()."""
+    """Rows that a route reaches, evaluated or run again through the model inside; refused within a block of its
+    trace().
+    """
     model = tiny(name)
     full = fr.trace(model, tokenizer, TEXT)
     wrapped = language_model(model, tokenizer=tokenizer)
@@ -268,7 +299,9 @@ def test_routes_on_demand(name, memory, tokenizer):
         found, wanted = lazy.route(position, threshold).edges, full.route(position, threshold).edges
         assert_frame_equal(found, wanted, rtol=1e-4, atol=1e-6)
     assert 0 < lazy.certificate["rows"] < lazy.n_layers * len(lazy.tokens)
-    assert_frame_equal(fr.route(wrapped, None, TEXT, threshold=0.05).edges, full.route(threshold=0.05).edges, rtol=1e-4, atol=1e-6)
+    assert_frame_equal(
+        fr.route(wrapped, None, TEXT, threshold=0.05).edges, full.route(threshold=0.05).edges, rtol=1e-4, atol=1e-6
+    )
     assert state_of(model) == state
     fresh = fr.trace(wrapped, None, TEXT, lazy=True, memory=memory)
     with pytest.raises(ValueError, match="inside a block"), wrapped.trace(TEXT):
@@ -377,10 +410,14 @@ def standardized():
     return StandardizedTransformer
 
 
-@pytest.mark.parametrize("options", [{}, {"enable_attention_probs": True}, {"remote": True}], ids=["plain", "eager", "remote"])
+@pytest.mark.parametrize(
+    "options", [{}, {"enable_attention_probs": True}, {"remote": True}], ids=["plain", "eager", "remote"]
+)
 def test_nnterp(standardized, options, tokenizer, tmp_path):
     folder = saved(tmp_path, tokenizer)
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager" if "enable_attention_probs" in options else "sdpa").eval()
+    model = LlamaForCausalLM.from_pretrained(
+        folder, attn_implementation="eager" if "enable_attention_probs" in options else "sdpa"
+    ).eval()
     expected = fr.trace(model, tokenizer, TEXT)
     wrapped = standardized(folder, device_map="cpu", **options)
     same(fr.trace(wrapped, None, TEXT), expected)

@@ -1,4 +1,6 @@
-"""fr.trace on bridges, hooked transformers and activation caches of TransformerLens; head results without the large broadcast."""
+"""fr.trace on bridges, hooked transformers and activation caches of TransformerLens; head results without the large
+broadcast.
+"""
 
 import contextlib
 import importlib.util
@@ -34,8 +36,15 @@ WORDS = [str(i) for i in range(61)]
 TEXT = "3 4 5 17 4 5 22 8 3 9 40 17"
 IDS = [int(word) for word in TEXT.split()]
 PARTS = ("heads", "ffn", "ffn_residual", "attention_residual", "attention_bias", "normaliser_low", "normaliser_high")
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "vocab_size": 61, "max_position_embeddings": 32}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "max_position_embeddings": 32,
+}
 PLAIN = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, attention_bias=True),
@@ -52,11 +61,26 @@ HOOKED = {
     "plain": {"act_fn": "gelu"},
     "attention only": {"act_fn": "gelu", "attn_only": True},
     "parallel": {"act_fn": "gelu", "parallel_attn_mlp": True},
-    "grouped": {"act_fn": "silu", "gated_mlp": True, "n_key_value_heads": 2, "positional_embedding_type": "rotary", "rotary_dim": 8,
-                "normalization_type": "RMS"},
-    "norms behind": {"act_fn": "silu", "gated_mlp": True, "normalization_type": "RMS", "use_normalization_before_and_after": True},
-    "norms behind under other names": {"act_fn": "gelu", "normalization_type": "RMS", "original_architecture": "Olmo2ForCausalLM"},
-}  # fmt: skip
+    "grouped": {
+        "act_fn": "silu",
+        "gated_mlp": True,
+        "n_key_value_heads": 2,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 8,
+        "normalization_type": "RMS",
+    },
+    "norms behind": {
+        "act_fn": "silu",
+        "gated_mlp": True,
+        "normalization_type": "RMS",
+        "use_normalization_before_and_after": True,
+    },
+    "norms behind under other names": {
+        "act_fn": "gelu",
+        "normalization_type": "RMS",
+        "original_architecture": "Olmo2ForCausalLM",
+    },
+}
 
 
 def test_missing_or_unsupported(monkeypatch):
@@ -66,7 +90,11 @@ def test_missing_or_unsupported(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(integrations, "version", missing)
-    with pytest.raises(ImportError, match=r"transformer-lens is not installed: pip install 'flowroutes-fast\[transformer-lens\]'"):
+    with pytest.raises(
+        ImportError,
+        match=r"transformer-lens is not installed: pip install "
+        r"'flowroutes-fast\[transformer-lens\]'",
+    ):
         fr.trace(foreign, None, TEXT)
     for found in ("2.16.1", "5.0.0"):
         monkeypatch.setattr(integrations, "version", lambda name, found=found: found)
@@ -91,7 +119,9 @@ def tokenizer(tmp_path_factory):
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", bos_token="1", eos_token="2", pad_token="2").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="0", bos_token="1", eos_token="2", pad_token="2"
+    ).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -136,12 +166,20 @@ def near(a, b, atol=2e-6):
     assert a.shapes == b.shapes
     for part in PARTS:
         torch.testing.assert_close(
-            getattr(a, part), getattr(b, part), rtol=atol, atol=atol, equal_nan=True, msg=lambda text, part=part: part + text
+            getattr(a, part),
+            getattr(b, part),
+            rtol=atol,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda text, part=part: part + text,
         )
 
 
 def state_of(bridge):
-    return [(path, id(module), module.training, len(module._forward_hooks)) for path, module in bridge.original_model.named_modules()]
+    return [
+        (path, id(module), module.training, len(module._forward_hooks))
+        for path, module in bridge.original_model.named_modules()
+    ]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -210,7 +248,8 @@ def test_through_hooks_and_from_a_cache(name, tokenizer):
     expected = fr.trace(model, None, IDS, precision="exact")
     bridge = bridge_of(model, tokenizer)
     _, cache = bridge.run_with_cache(torch.tensor([IDS]), names_filter=ours.hooks_for(bridge))
-    if name in ("olmo2", "granite") and version("transformer-lens").startswith("3."):  # its hooks do not show what is added
+    # its hooks do not show what is added
+    if name in ("olmo2", "granite") and version("transformer-lens").startswith("3."):
         with pytest.raises(ValueError, match="misses the residual states"):
             fr.trace(cache, None, IDS)
         return
@@ -222,7 +261,9 @@ def test_through_hooks_and_from_a_cache(name, tokenizer):
     seen = fr.trace(bridge, None, IDS, precision="exact")
     near(seen, expected, 5e-6)
     assert seen.model == found.model == expected.model
-    assert [token for token, _ in seen.prediction] == [tokenizer.decode([int(token)]) for token, _ in expected.prediction]
+    assert [token for token, _ in seen.prediction] == [
+        tokenizer.decode([int(token)]) for token, _ in expected.prediction
+    ]
 
 
 def test_a_hook_that_changes_the_state_is_part_of_the_trace(tokenizer):
@@ -296,7 +337,9 @@ def test_caches_without_what_is_needed(tokenizer):
     names = [name for name in ours.hooks_for(bridge) if not name.endswith("hook_v")]
     _, cache = bridge.run_with_cache(torch.tensor([IDS]), names_filter=names)
     with pytest.raises(
-        ValueError, match=r"the cache has no blocks.0.attn.hook_v, blocks.1.attn.hook_v: add them to names_filter.*hooks_for"
+        ValueError,
+        match=r"the cache has no blocks.0.attn.hook_v, blocks.1.attn.hook_v: add them to "
+        r"names_filter.*hooks_for",
     ):
         fr.trace(cache, None, None)
     with pytest.raises(ValueError, match=r"layer must be -1 or from 0 to 2, got 3"):
@@ -369,7 +412,9 @@ def runs(tokenizer):
     def run(name, batch):
         if name not in bridges:
             bridges[name] = bridge_of(tiny(name), tokenizer)
-        return bridges[name].run_with_cache(torch.tensor([IDS, IDS[::-1]] if batch else [IDS]), remove_batch_dim=not batch)[1]
+        return bridges[name].run_with_cache(
+            torch.tensor([IDS, IDS[::-1]] if batch else [IDS]), remove_batch_dim=not batch
+        )[1]
 
     return run
 
@@ -393,7 +438,10 @@ def runs(tokenizer):
 def test_stack_head_results(name, options, batch, runs):
     cache = runs(name, batch)
     found = ours.stack_head_results(cache, **options)
-    assert not any(key.endswith("hook_result") and cache.cache_dict[key].dim() == (4 if batch else 3) for key in list(cache.cache_dict))
+    assert not any(
+        key.endswith("hook_result") and cache.cache_dict[key].dim() == (4 if batch else 3)
+        for key in list(cache.cache_dict)
+    )
     expected = cache.stack_head_results(**options)
     if options.get("return_labels"):
         assert found[1] == expected[1]
@@ -426,7 +474,9 @@ def same_route(found, wanted):
     keys = ["layer", "kind", "source", "target", "head"]
     assert found.edges[keys].equals(wanted.edges[keys])
     assert len(wanted.edges)
-    torch.testing.assert_close(torch.tensor(found.edges["importance"]), torch.tensor(wanted.edges["importance"]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(found.edges["importance"]), torch.tensor(wanted.edges["importance"]), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2"])
@@ -447,7 +497,9 @@ def test_rows_on_demand(name, tokenizer):
         same_route(fr.route(source, None, IDS, threshold=0.05), full.route(threshold=0.05))
         signed = fr.trace(source, None, IDS, lazy=True, measure="signed").token_attribution()
         wanted = fr.trace(source, None, IDS, measure="signed").token_attribution()
-        torch.testing.assert_close(torch.tensor(signed["importance"]), torch.tensor(wanted["importance"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(signed["importance"]), torch.tensor(wanted["importance"]), rtol=0, atol=1e-5
+        )
         near(lazy.complete(), full, 1e-5)
     assert lazy.certificate["states"] == "activations"
 
@@ -472,9 +524,10 @@ def test_caches_on_demand_say_what_changed(tokenizer):
         return fr.trace(cache, None, IDS, lazy=True, **options)
 
     for options, said in (
-        ({"memory": "1GiB"}, "memory= is for models that run"), ({"positions": [3]}, "leave out positions="),
+        ({"memory": "1GiB"}, "memory= is for models that run"),
+        ({"positions": [3]}, "leave out positions="),
         ({"dense": True, "precision": "exact"}, "leave out positions= and dense=True"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=said):
             lazy(**options)
     found = lazy()

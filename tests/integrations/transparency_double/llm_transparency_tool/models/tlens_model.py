@@ -1,4 +1,6 @@
-"""The interface over a TransformerLens model: here a random one, with TransformerLens's names for activations and weights."""
+"""The interface over a TransformerLens model: here a random one, with TransformerLens's names for activations and
+weights.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from llm_transparency_tool.models.transparent_llm import ModelInfo, TransparentL
 class ToyLens:
     """Random blocks with grouped queries; ``run_with_cache`` returns activations under TransformerLens's names."""
 
-    def __init__(self, n_layers: int, d_model: int, n_heads: int, n_kv: int, d_head: int, d_mlp: int, value_bias: float = 0.0) -> None:
+    def __init__(
+        self, n_layers: int, d_model: int, n_heads: int, n_kv: int, d_head: int, d_mlp: int, value_bias: float = 0.0
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int, scale: float | None = None) -> Tensor:

@@ -26,7 +26,9 @@ def get_contributions(parts: Tensor, whole: Tensor, distance_norm: int = 1) -> T
     return near / near.sum(list(range(leading)), keepdim=True)
 
 
-def get_contributions_with_one_off_part(parts: Tensor, one_off: Tensor, whole: Tensor, distance_norm: int = 1) -> tuple[Tensor, Tensor]:
+def get_contributions_with_one_off_part(
+    parts: Tensor, one_off: Tensor, whole: Tensor, distance_norm: int = 1
+) -> tuple[Tensor, Tensor]:
     assert one_off.shape == whole.shape
     leading = parts.shape[: parts.dim() - whole.dim()]
     together = torch.cat([parts.reshape(-1, *whole.shape), one_off[None]])
@@ -45,7 +47,9 @@ def get_attention_contributions(
     return shares.permute(2, 3, 0, 1), residual
 
 
-def get_mlp_contributions(resid_mid: Tensor, resid_post: Tensor, mlp_out: Tensor, distance_norm: int = 1) -> tuple[Tensor, Tensor]:
+def get_mlp_contributions(
+    resid_mid: Tensor, resid_post: Tensor, mlp_out: Tensor, distance_norm: int = 1
+) -> tuple[Tensor, Tensor]:
     for state in (resid_mid, resid_post, mlp_out):
         _check(state, 3)
     ffn, residual = get_contributions(torch.stack([mlp_out, resid_mid]), resid_post, distance_norm)

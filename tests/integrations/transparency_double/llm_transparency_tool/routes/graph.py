@@ -16,7 +16,9 @@ def _add(graph: nx.DiGraph, source: str, target: str, weight: float) -> None:
 
 
 @torch.no_grad()
-def build_full_graph(model: TransparentLlm, batch_i: int = 0, renormalizing_threshold: float | None = None) -> nx.DiGraph:
+def build_full_graph(
+    model: TransparentLlm, batch_i: int = 0, renormalizing_threshold: float | None = None
+) -> nx.DiGraph:
     layers, length = model.model_info().n_layers, len(model.tokens()[batch_i])
     graph = nx.DiGraph()
     for layer in range(layers):
@@ -26,7 +28,12 @@ def build_full_graph(model: TransparentLlm, batch_i: int = 0, renormalizing_thre
     for layer in range(layers):
         pre, mid, post, ffn = (
             state[batch_i][None]
-            for state in (model.residual_in(layer), model.residual_after_attn(layer), model.residual_out(layer), model.ffn_out(layer))
+            for state in (
+                model.residual_in(layer),
+                model.residual_after_attn(layer),
+                model.residual_out(layer),
+                model.ffn_out(layer),
+            )
         )
         shares = contributions.get_attention_contributions(pre, mid, model.decomposed_attn(batch_i, layer)[None])
         ffn_shares = contributions.get_mlp_contributions(mid, post, ffn)
@@ -50,7 +57,9 @@ def build_paths_to_predictions(
     graph: nx.DiGraph, n_layers: int, n_tokens: int, starting_tokens: list[int], threshold: float
 ) -> list[nx.DiGraph]:
     downwards = graph.reverse()
-    above = nx.subgraph_view(downwards, filter_edge=lambda source, target: downwards.edges[source, target]["weight"] > threshold)
+    above = nx.subgraph_view(
+        downwards, filter_edge=lambda source, target: downwards.edges[source, target]["weight"] > threshold
+    )
     routes = []
     for token in starting_tokens:
         assert 0 <= token < n_tokens
