@@ -107,7 +107,7 @@ def walks(model: Any, ids: list[int], runs: int, full_up_to: int) -> dict[str, A
 
 
 def peak(tokens: int, lazy: bool) -> float:
-    """MB of the resident peak of a process of its own."""
+    """MB of memory that a pass takes, in a process of its own."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import on_demand; "
         f"on_demand.child({tokens}, {lazy})"
@@ -117,16 +117,25 @@ def peak(tokens: int, lazy: bool) -> float:
 
 
 def child(tokens: int, lazy: bool) -> None:
+    """Prints by how many MB a pass goes beyond what a process has that has run a short one, lazily, before."""
     model, tokenizer = fr.load("demo")
     ids = prompt(tokenizer, tokens)
+    fr.trace(model, None, ids[:16], lazy=True).route(threshold=0.04)  # imports, and the thorough check of a first trace
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmHWM")
     if lazy:
         trace = fr.trace(model, None, ids, lazy=True)
         trace.route(threshold=0.04)
     else:
         with torch.no_grad():
             model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1)
-    status = Path("/proc/self/status").read_text()  # (ru_maxrss begins with what the parent had)
-    print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3)
+    print(resident("VmHWM") - before)
+
+
+def resident(name: str) -> float:
+    """MB, of this process alone (``ru_maxrss`` begins with what the parent had)."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) / 1e3
 
 
 def generation(model: Any, ids: list[int], count: int, runs: int) -> dict[str, Any]:
@@ -191,8 +200,8 @@ def plot(found: dict[str, Any], file: Path) -> None:
     )
     right.plot(sizes, [row["inputs_and_kv_mb"] for row in found["memory"]], "k:", label="layer inputs, keys and values")
     right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MB", title="memory")
-    for axes in (left, right):
-        axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    for axes, ticks in ((left, tokens), (right, sizes)):
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
