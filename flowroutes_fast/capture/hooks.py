@@ -124,6 +124,21 @@ class Layer:
         return self.block.index
 
 
+ROW_WISE = (  # what a layer has a row of for each token
+    "residual",
+    "resid_mid",
+    "through",
+    "ffn_out",
+    "resid_post",
+    "mixer_out",
+    "row_scale",
+    "gate",
+    "neurons",
+    "neuron_rows",
+    "mixed",
+)
+
+
 def _wrap(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """An attention function that keeps its inputs and calls the one the model would have called."""
 
@@ -498,32 +513,21 @@ def _given_weights(layer: Layer, pattern: Tensor) -> Layer:
     return replace(layer, query=query, key=key, mask=pattern.float().log(), scaling=1.0, softcap=0.0, window=0)
 
 
+def some_rows(layer: Layer, rows: Tensor) -> Layer:
+    """Some rows of a layer; keys, values and the mask stay as they are."""
+    rows = rows.to(layer.resid_post.device)
+    taken: dict[str, Any] = {name: None if (t := getattr(layer, name)) is None else t[rows] for name in ROW_WISE}
+    return replace(layer, query=None if layer.query is None else layer.query[:, rows], **taken)
+
+
 def rows_of(layer: Layer, rows: Tensor) -> Layer:
     """The same layer with the query positions ``rows`` (sorted) alone; keys and values stay."""
     n_key = len(layer.resid_post)
     if len(rows) == n_key:
         return layer
     positions = None if layer.mask is not None or int(rows[0]) == n_key - len(rows) else rows.cpu()
-    rows = rows.to(layer.resid_post.device)
-    mask = None if layer.mask is None else layer.mask[..., rows, :]
-    by_row: dict[str, Any] = {
-        name: None if (t := getattr(layer, name)) is None else t[rows]
-        for name in (
-            "residual",
-            "resid_mid",
-            "through",
-            "ffn_out",
-            "resid_post",
-            "mixer_out",
-            "row_scale",
-            "gate",
-            "neurons",
-            "neuron_rows",
-            "mixed",
-        )
-    }
-    query = None if layer.query is None else layer.query[:, rows]
-    return replace(layer, query=query, mask=mask, positions=positions, **by_row)
+    mask = None if layer.mask is None else layer.mask[..., rows.to(layer.resid_post.device), :]
+    return replace(some_rows(layer, rows), mask=mask, positions=positions)
 
 
 def masked(layer: Layer) -> Layer:

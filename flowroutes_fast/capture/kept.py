@@ -17,23 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowroutes_fast.capture.hooks import Call, Layer, Stored, _here, forward_options, prepared, watched
+from flowroutes_fast.capture.hooks import (
+    ROW_WISE,
+    Call,
+    Layer,
+    Stored,
+    _here,
+    forward_options,
+    prepared,
+    some_rows,
+    watched,
+)
 from flowroutes_fast.models.causes import put_on
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.ops.bounds import causal_mask
 
-ROW_WISE = (
-    "residual",
-    "resid_mid",
-    "through",
-    "ffn_out",
-    "resid_post",
-    "mixer_out",
-    "row_scale",
-    "gate",
-    "neurons",
-    "neuron_rows",
-)
 MANY = 32  # spans, before all but the first are joined
 # of a row that ran twice, relative
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -112,9 +110,7 @@ class KeptLayer:
             return
         if self.lean:
             assert layer.state is not None
-            empty: dict[str, Any] = dict.fromkeys(
-                (*ROW_WISE, "query", "key", "value", "mask", "mixed", "weight", "sinks")
-            )
+            empty: dict[str, Any] = dict.fromkeys((*ROW_WISE, "query", "key", "value", "mask", "weight", "sinks"))
             kept = replace(layer, **empty, state=_own(layer.state))
         else:
             kept = replace(layer, key=None, value=None, mask=None, mixed=None, weight=None, call=None)
@@ -223,13 +219,6 @@ class KeptLayer:
             span = self.spans[-1]
             span.output = after.spans[-1].layer.state if after is not None and after.lean and follows else _own(output)
             self.note_versions()
-
-
-def some_rows(layer: Layer, rows: Tensor) -> Layer:
-    """Some rows of a layer; keys, values and the mask stay as they are."""
-    rows = rows.to(layer.resid_post.device)
-    taken: dict[str, Any] = {name: None if (t := getattr(layer, name)) is None else t[rows] for name in ROW_WISE}
-    return replace(layer, query=None if layer.query is None else layer.query[:, rows], **taken)
 
 
 def can_be_lean(layer: Layer) -> bool:

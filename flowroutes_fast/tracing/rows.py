@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flowroutes_fast.capture.conservation import check_finite
-from flowroutes_fast.capture.hooks import Layer
-from flowroutes_fast.capture.kept import ROW_WISE, SAME_WEIGHTS, Changed, KeptLayer, probe
+from flowroutes_fast.capture.hooks import ROW_WISE, Layer
+from flowroutes_fast.capture.kept import SAME_WEIGHTS, Changed, KeptLayer, probe
 from flowroutes_fast.ops import native
 from flowroutes_fast.ops.bounds import Counts
 from flowroutes_fast.ops.certified import CAPACITY, FIRST_CUT

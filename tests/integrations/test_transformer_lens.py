@@ -254,12 +254,14 @@ def test_through_hooks_and_from_a_cache(name, tokenizer):
             fr.trace(cache, None, IDS)
         return
     found = fr.trace(cache, None, IDS, precision="exact")
-    near(found, expected, 2e-5)
+    # the divisors of OLMo 2's norms are recovered from what they left: 6e-6 from float64 where others are below 1e-6
+    room = 2e-5 if name == "olmo2" else 5e-6
+    near(found, expected, room)
     assert found.tokens == [str(i) for i in IDS]
     assert found.prediction == []
     bridge.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: tensor)
     seen = fr.trace(bridge, None, IDS, precision="exact")
-    near(seen, expected, 2e-5)
+    near(seen, expected, room)
     assert seen.model == found.model == expected.model
     assert [token for token, _ in seen.prediction] == [
         tokenizer.decode([int(token)]) for token, _ in expected.prediction
