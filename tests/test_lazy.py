@@ -442,6 +442,20 @@ def test_generated_tokens_have_the_routes_of_a_full_trace(kind, memory):
     )
 
 
+@pytest.mark.parametrize("memory", [None, LITTLE], ids=["whole", "inputs"])
+def test_layers_that_would_leave_out_states_of_the_prompt_do_not(memory):
+    """Layers that share keys and values run for the positions alone whose logits are asked for, as generation asks."""
+    model = make("gemma4_text, shared values")
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(torch.tensor([IDS]), max_new_tokens=4, do_sample=False)[0, len(IDS) :].tolist()
+    running = fr.generate(model, None, IDS, 4, do_sample=False, memory=memory)
+    routes = [route for _, route in running]
+    assert running.token_ids == wanted
+    full = fr.trace(model, None, IDS + wanted)
+    for route in routes:
+        same_route(route, full.route(route.position, 0.04), 0.04, 1e-5)
+
+
 def test_many_generated_tokens():
     """A layer grows token by token; what its native arguments point at stays."""
     model, ids = long("gpt2", 20)

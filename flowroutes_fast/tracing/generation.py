@@ -213,7 +213,7 @@ class _Run:
 
     # --- hooks of the model: one pass begins and ends
 
-    def begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         from flowroutes_fast.capture.hooks import _here
 
         given = kwargs.get("input_ids", args[0] if args else None)
@@ -231,6 +231,9 @@ class _Run:
         _here.masks.clear()
         self.layers.clear()
         self.check = checker(self.model, self.blocks) if self.states is not None and not self.states.layers else None
+        if "logits_to_keep" in kwargs and not self.blocks[0].family.last_logits:  # it would leave out states
+            kwargs = kwargs | {"logits_to_keep": 0}
+        return args, kwargs
 
     def ends(self, module: nn.Module, args: Any, output: Any) -> None:
         assert self.states is not None
