@@ -59,7 +59,7 @@ SANITIZED := $(VENV)/sanitized
 FLAGS_baseline :=
 FLAGS_avx2 := -mavx2 -mfma
 FLAGS_avx512 := -mavx512f -mavx512dq -mavx512vl -mfma
-KERNELS := proximity certified conservation
+KERNELS := $(patsubst csrc/%_cpu.cpp,%,$(wildcard csrc/*_cpu.cpp))
 SETS := baseline $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
 
 # $(1): name; $(2): options. EMULATOR runs what CXX compiled for another processor.

@@ -74,10 +74,10 @@ def compile_cuda(directory):
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         highest = max(archs, key=lambda arch: int(re.sub(r"\D", "", arch)))
         codes.append(f"-gencode=arch=compute_{highest},code=compute_{highest}")
-        target = os.path.join(directory, "proximity_cuda.o")
+        target = os.path.join(directory, "kernels_cuda.o")
         os.makedirs(directory, exist_ok=True)
         options = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        subprocess.run([nvcc, *options, *codes, "-c", "csrc/proximity_cuda.cu", "-o", target], check=True)
+        subprocess.run([nvcc, *options, *codes, "-c", "csrc/kernels_cuda.cu", "-o", target], check=True)
     except (AttributeError, OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"\nflowroutes_fast: built without CUDA kernels ({error!r}).\n", file=sys.stderr)
         return None
@@ -105,7 +105,7 @@ class BuildNative(build_ext):
         for name, options in INSTRUCTION_SETS.items():
             try:
                 ext.extra_objects += self.compiler.compile(
-                    ["csrc/proximity_cpu.cpp", "csrc/certified_cpu.cpp", "csrc/conservation_cpu.cpp"],
+                    sorted(glob.glob("csrc/*_cpu.cpp")),
                     output_dir=f"{self.build_temp}/{name}",
                     include_dirs=["csrc"],
                     extra_postargs=[*flags, *options, f"-DFLOWROUTES_ISA={name}", "-fPIC"],

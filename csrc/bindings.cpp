@@ -1,7 +1,7 @@
 // This file, bindings_fields.h and bindings_cuda.h alone know pybind11. Tensors arrive checked (flowroutes_fast/ops/native.py), as integers.
 #include "bindings_fields.h"
 #include "few_rows.h"
-#include "proximity.h"
+#include "kernels.h"
 #ifdef FLOWROUTES_CUDA
 #include "bindings_cuda.h"
 #endif
@@ -140,9 +140,9 @@ PYBIND11_MODULE(_native, m) {
         return names;
     });
     m.def(
-        "attention_proximity",
+        "dense",
         [](const py::dict& arguments, const std::string& isa) {
-            AttentionProximity p;
+            Dense p;
             static Names names;
             Fields f(arguments, names);
             layer(f, p);
@@ -151,7 +151,7 @@ PYBIND11_MODULE(_native, m) {
             require(p.queries == 0 || (p.by_head && p.normaliser), "'by_head' and 'normaliser' must not be null");
             const Kernels& k = kernels(isa);
             std::vector<Edge> edges;
-            unlocked([&] { k.attention(p, edges); });
+            unlocked([&] { k.dense(p, edges); });
             return table(edges);
         },
         py::arg("arguments"), py::arg("isa") = "auto");
@@ -239,7 +239,7 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
-        "rank1_proximity",
+        "rank1",
         [](const py::dict& arguments, const std::string& isa) {
             const float *activation = nullptr, *w = nullptr, *whole = nullptr;
             float* near = nullptr;
@@ -256,7 +256,7 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
-        "component_proximity",
+        "components",
         [](const py::dict& arguments, const std::string& isa) {
             const float *output = nullptr, *whole = nullptr;
             float* out = nullptr;
@@ -273,7 +273,7 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
-        "part_proximity",
+        "parts",
         [](const py::dict& arguments, const std::string& isa) {
             const float *part = nullptr, *whole = nullptr;
             float* out = nullptr;

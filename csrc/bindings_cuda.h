@@ -1,7 +1,7 @@
 // Bindings of the CUDA kernels. Arguments arrive checked (flowroutes_fast/ops/cuda.py) in a dict; pointers arrive as integers.
 #pragma once
 #include "bindings_fields.h"
-#include "proximity_cuda.h"
+#include "kernels_cuda.h"
 
 namespace flowroutes::cuda {
 

@@ -2,6 +2,8 @@
 #pragma once
 #include "certified_layer.h"
 
+#include <optional>
+
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
@@ -392,6 +394,28 @@ class RowBlock {
     int32_t wide_channel[WIDE];
     float wide_y[WIDE], wide_width[WIDE];
 };
+
+// Calls work(row block, first row, slot) for all row blocks, a RowBlock per thread; blocks with most keys first.
+template <class Work>
+void for_row_blocks(const Layer& layer, int threads, Work&& work) {
+    const int64_t blocks = layer.blocks();
+    Failure failure;
+#pragma omp parallel num_threads(threads)
+    {
+        std::optional<RowBlock> x;
+        failure.guard([&] { x.emplace(layer); });
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t b = blocks - 1; b >= 0; --b) failure.guard([&] { work(*x, b * layer.height, b); });
+    }
+    failure.rethrow();
+}
+
+inline void join(const std::vector<std::vector<Edge>>& found, std::vector<Edge>& edges) {
+    size_t total = 0;
+    for (const auto& f : found) total += f.size();
+    edges.reserve(total);
+    for (const auto& f : found) edges.insert(edges.end(), f.begin(), f.end());
+}
 
 }  // namespace
 }  // namespace FLOWROUTES_ISA

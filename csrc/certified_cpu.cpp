@@ -7,8 +7,6 @@
 // F(t) = sum_d max(0, t |W_O[h, :, d]| - |y_d|) is convex with F(0) = 0, so that a chord bounds it over a whole class of sub-edges.
 #include "certified_block.h"
 
-#include <optional>
-
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
@@ -128,51 +126,6 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
     }
 }
 
-void bound_rows(RowBlock& x, int64_t i0, const Bound& b, std::vector<Edge>& edges) {
-    const Certified& p = x.p;
-    x.start(i0);
-    float cut[ROWS];
-    for (int r = 0; r < x.rows; ++r) cut[r] = std::numeric_limits<float>::max();
-    const auto nothing = [](int, int32_t, float, float) {};
-    for (int64_t h = 0; h < p.heads; ++h) {
-        x.weights(h);
-        x.scan(h, 0, x.rows, cut, true, nothing);
-        for (int r = 0; r < x.rows; ++r) {
-            const Rest& rest = x.rest[r * p.heads + h];
-            b.upper[(i0 + r) * p.heads + h] = rest.w[0] + rest.w[1] + rest.w[2];
-            b.flow[(i0 + r) * p.heads + h] = x.flow[r * p.heads + h];
-        }
-    }
-    if (!b.cut) return;
-    float zero[ROWS] = {};
-    for (int64_t h = 0; h < p.heads; ++h)
-        x.scan(h, 0, x.rows, zero, false, [&](int r, int32_t key, float, float w) {
-            if (w > b.cut[i0 + r] || (b.pair_cut && x.pair[r * x.stride + key] > b.pair_cut[i0 + r])) edges.push_back({int32_t(i0 + r), key, int32_t(h), w});
-        });
-}
-
-// Calls work(row block, first row, slot) for all row blocks, a RowBlock per thread; blocks with most keys first.
-template <class Work>
-void for_row_blocks(const Layer& layer, int threads, Work&& work) {
-    const int64_t blocks = layer.blocks();
-    Failure failure;
-#pragma omp parallel num_threads(threads)
-    {
-        std::optional<RowBlock> x;
-        failure.guard([&] { x.emplace(layer); });
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t b = blocks - 1; b >= 0; --b) failure.guard([&] { work(*x, b * layer.height, b); });
-    }
-    failure.rethrow();
-}
-
-void join(const std::vector<std::vector<Edge>>& found, std::vector<Edge>& edges) {
-    size_t total = 0;
-    for (const auto& f : found) total += f.size();
-    edges.reserve(total);
-    for (const auto& f : found) edges.insert(edges.end(), f.begin(), f.end());
-}
-
 }  // namespace
 
 void certified(const Certified& p, std::vector<Edge>& edges, Counts& counts) {
@@ -192,37 +145,6 @@ void certified(const Certified& p, std::vector<Edge>& edges, Counts& counts) {
         counts.refined += c.refined;
         counts.exhausted += c.exhausted;
     }
-}
-
-void bound(const Bound& b, std::vector<Edge>& edges) {
-    const int threads = thread_count(b.layer.threads);
-    const Layer layer(b.layer, threads);
-    std::vector<std::vector<Edge>> found(layer.blocks());
-    for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t n) { bound_rows(x, i0, b, found[n]); });
-    join(found, edges);
-}
-
-void pairs(const Certified& p, const int32_t* query, const int32_t* key, const int32_t* head, float* value, int64_t n) {
-    const int threads = thread_count(p.threads);
-    const Layer layer(p, threads);
-    std::vector<std::vector<int64_t>> listed(layer.blocks());
-    for (int64_t e = 0; e < n; ++e) listed[query[e] / layer.height].push_back(e);
-    for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t b) {
-        if (listed[b].empty()) return;
-        x.start(i0);
-        std::sort(listed[b].begin(), listed[b].end(), [&](int64_t a, int64_t c) { return head[a] < head[c]; });
-        int64_t current = -1;
-        for (const int64_t e : listed[b]) {
-            const int64_t h = head[e];
-            if (h != current) x.weights(current = h);
-            const int r = static_cast<int>(query[e] - i0);
-            const float weight = x.alpha[(h * x.height + r) * x.stride + key[e]];
-            x.aim(r, h);
-            const float* v = p.v + h / p.group * p.v_head + key[e] * p.v_row;
-            const float w = weight * dot(p.g + (int64_t(query[e]) * p.heads + h) * p.d_v, v, p.d_v);
-            value[e] = w > 0.f ? x.exact(r, h, key[e], weight, w) : 0.f;
-        }
-    });
 }
 
 }  // namespace FLOWROUTES_ISA

@@ -1,6 +1,6 @@
 // Importances of a few rows of one layer whose activations lie there whole: parts, sub-edges and their division, in one call.
 #pragma once
-#include "proximity.h"
+#include "kernels.h"
 
 #include <algorithm>
 #include <limits>

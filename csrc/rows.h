@@ -1,6 +1,6 @@
 // Pieces that the CPU kernels share: register tiles, channels sorted by magnitude, attention rows. Included once per instruction set.
 #pragma once
-#include "proximity.h"
+#include "kernels.h"
 #include "simd.h"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // The CUDA kernels, their launchers and their bindings as a Python module for machines without a GPU.
 #include "cuda_emulation.h"
 
-#include "../csrc/proximity_cuda.cu"
+#include "../csrc/kernels_cuda.cu"
 
 #include "../csrc/bindings_cuda.h"
 

@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the host: a fiber per thread of a block, blocks one after another. Stands in for csrc/cuda_primitives.h.
+// Runs CUDA kernels on the host: a fiber per thread of a block, blocks one after another. Stands in for csrc/primitives_cuda.h.
 //
 // Asynchronous copies happen either at once or not before they are waited for, and each warp runs on to the next __syncthreads before
 // another warp starts, in ascending or descending order: a result that depends on either shows a missing wait or barrier. Shared

@@ -5,7 +5,6 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-KERNELS = ("proximity_cpu", "certified_cpu", "conservation_cpu")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 
 
@@ -17,7 +16,8 @@ def build(csrc: Path, target: Path, objects: Path, *options: str) -> None:
 
     includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     made = []
-    for name, more in [*((name, ["-DFLOWROUTES_ISA=baseline", *options]) for name in KERNELS), ("bindings", includes)]:
+    kernels = [(file.stem, ["-DFLOWROUTES_ISA=baseline", *options]) for file in sorted(csrc.glob("*_cpu.cpp"))]
+    for name, more in [*kernels, ("bindings", includes)]:
         command = ["g++", *FLAGS, *more, csrc / f"{name}.cpp"]
         text = subprocess.run([*command, "-E", "-P"], capture_output=True, check=True).stdout
         made.append(objects / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.o")

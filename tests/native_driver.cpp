@@ -1,6 +1,6 @@
 // Every native operation without Python, for the sanitizers and for other processors: on odd shapes, from two threads at once, and with each
 // allocation failing in turn; its figures against their definitions in double. Build and run: make test-sanitizers, make test-arm64.
-#include "../csrc/proximity.h"
+#include "../csrc/kernels.h"
 
 #include <algorithm>
 #include <atomic>
@@ -218,9 +218,9 @@ struct Case {
         c.thresholds = &threshold, c.n_thresholds = 1, c.capacity = 64;
         switch (operation) {
             case 0: {
-                auto p = layer<AttentionProximity>();
+                auto p = layer<Dense>();
                 p.by_head = head_low.data(), p.normaliser = low.data(), p.dense = dense.data(), p.floor = 0.f, p.base = in.base.data();
-                return kernels.attention(p, edges);
+                return kernels.dense(p, edges);
             }
             case 1: return kernels.certified(c, edges, counts);
             case 2: c.whole_norm = in.base.data(); return kernels.certified(c, edges, counts);

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 import flowroutes_fast as fr
 from flowroutes_fast.ops import native, reference
-from flowroutes_fast.ops.bounds import Attention, bound, candidates, pairs
+from flowroutes_fast.ops.attention import Attention
+from flowroutes_fast.ops.bound import bound, candidates
 from flowroutes_fast.ops.certified import certified
+from flowroutes_fast.ops.pairs import pairs
 
 needs_native = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
 WAYS = ["reference", pytest.param("cpu", marks=needs_native), pytest.param("cpu, in passes", marks=needs_native)]
@@ -587,7 +589,7 @@ def test_demo_model(demo):
 
 _GROWTH = """
 import sys, torch
-from flowroutes_fast.ops.bounds import Attention
+from flowroutes_fast.ops.attention import Attention
 from flowroutes_fast.ops.certified import certified
 
 def peak():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowroutes_fast.ops import cuda, native, reference
+from flowroutes_fast.ops import cuda, dense, native, pairs, parts, reference
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
@@ -91,7 +91,7 @@ def check_pairs(shape, dtype, device, n, gated=False, ordered=False):
     )
     query, key, head = index.long()
     alpha = pattern[head, query, key]
-    got = cuda.pair_proximity(alpha, surrounded(value), w_o, surrounded(whole), index, gate, ordered=ordered)
+    got = pairs.on_cuda(alpha, surrounded(value), w_o, surrounded(whole), index, gate, ordered=ordered)
     assert got.dtype == torch.float32
     written = (alpha[:, None] * value[head // (shape[0] // shape[1]), key].float()).norm(dim=-1) * w_o.float().flatten(
         1
@@ -109,7 +109,7 @@ def check_dense(shape, dtype, device, causal=True):
     if causal:
         alpha.masked_fill_(hidden, torch.nan)
     by_head = torch.full((shape[2], shape[0]), torch.nan, device=device)
-    got = cuda.dense_proximity(
+    got = dense.on_cuda(
         alpha, value, w_o, surrounded(whole), causal, out=torch.full_like(pattern, torch.nan), by_head=by_head
     )
     error = (got.double() - wanted).abs() / whole.double().abs().sum(-1)[:, None]
@@ -117,14 +117,14 @@ def check_dense(shape, dtype, device, causal=True):
     assert (got[:, hidden] == 0).all()
     torch.testing.assert_close(by_head, got.sum(-1).T, rtol=1e-5, atol=1e-6)
     same = alpha.clone()
-    assert cuda.dense_proximity(same, value, w_o, whole, causal, out=same) is same
+    assert dense.on_cuda(same, value, w_o, whole, causal, out=same) is same
     assert torch.equal(same, got)
 
 
 def check_parts(rows, part_rows, d_model, device):
     _, _, _, whole = case((1, 1, rows, rows, 1, d_model), torch.float32, device)
     part = surrounded(whole[:part_rows] / 2 + torch.randn(part_rows, d_model).to(device))
-    got = cuda.part_proximity(part, surrounded(whole))
+    got = parts.on_cuda(part, surrounded(whole))
     wanted = reference.proximity(part.double().repeat(-(-rows // part_rows), 1)[:rows], whole.double())
     assert (wanted[:part_rows] > 0).any()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -161,9 +161,9 @@ def emulated_module(tmp_path_factory):
 def emulated(emulated_module, monkeypatch, request):
     """cuda.py on CPU tensors; copies arrive at once or as late as allowed, threads run up or down."""
     emulated_module.conditions(*request.param)
-    monkeypatch.setattr(cuda, "_extension", lambda: emulated_module)
-    monkeypatch.setattr(cuda, "_place", lambda device: {"device": 0, "stream": 0})
-    monkeypatch.setattr(cuda, "_processors", lambda device: 2)
+    monkeypatch.setattr(cuda, "extension", lambda: emulated_module)
+    monkeypatch.setattr(cuda, "place", lambda device: {"device": 0, "stream": 0})
+    monkeypatch.setattr(cuda, "processors", lambda device: 2)
     return emulated_module
 
 
@@ -176,7 +176,7 @@ def test_emulated_pairs(emulated, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_emulated_pairs_gated_ordered_and_split(emulated, dtype, monkeypatch):
     check_pairs(ODD[2], dtype, "cpu", n=100, gated=True, ordered=True)
-    monkeypatch.setattr(cuda, "_processors", lambda device: 100)
+    monkeypatch.setattr(cuda, "processors", lambda device: 100)
     check_pairs((2, 1, 4, 9, 20, 600), dtype, "cpu", n=70, gated=True)
     check_pairs((2, 1, 4, 9, 20, 600), dtype, "cpu", n=70)
 
@@ -188,7 +188,7 @@ def test_emulated_dense(emulated, shape):
 
 
 def test_emulated_dense_in_chunks_of_heads(emulated, monkeypatch):
-    monkeypatch.setattr(cuda, "_DENSE_BYTES", 2 * 5 * 40 * 4)
+    monkeypatch.setattr(cuda, "DENSE_BYTES", 2 * 5 * 40 * 4)
     check_dense((6, 2, 5, 5, 8, 40), torch.bfloat16, "cpu")
 
 
@@ -201,27 +201,27 @@ def test_emulated_nan_in_a_state_stays_nan(emulated):
     pattern, value, w_o, whole = case((2, 2, 4, 4, 8, 16), torch.bfloat16, "cpu")
     whole[2, 3] = torch.nan
     index = torch.tensor([[1, 2, 2], [0, 0, 1], [1, 0, 1]])
-    assert cuda.pair_proximity(torch.ones(3), value, w_o, whole, index).isnan().tolist() == [False, True, True]
-    assert cuda.dense_proximity(pattern, value, w_o, whole, True)[0].isnan().any(1).tolist() == [
+    assert pairs.on_cuda(torch.ones(3), value, w_o, whole, index).isnan().tolist() == [False, True, True]
+    assert dense.on_cuda(pattern, value, w_o, whole, True)[0].isnan().any(1).tolist() == [
         False,
         False,
         True,
         False,
     ]
-    assert cuda.part_proximity(whole + 1, whole).isnan().tolist() == [False, False, True, False]
+    assert parts.on_cuda(whole + 1, whole).isnan().tolist() == [False, False, True, False]
 
 
 def test_emulated_arguments_are_checked(emulated):
     pattern, value, w_o, whole = case((4, 2, 6, 6, 8, 16), torch.bfloat16, "cpu")
     index = listed(pattern, 5)
     alpha = torch.rand(5)
-    assert cuda.pair_proximity(alpha[:0], value, w_o, whole, index[:, :0]).shape == (0,)
+    assert pairs.on_cuda(alpha[:0], value, w_o, whole, index[:, :0]).shape == (0,)
     with pytest.raises(ValueError, match="alpha must have shape"):
-        cuda.pair_proximity(alpha[:3], value, w_o, whole, index)
+        pairs.on_cuda(alpha[:3], value, w_o, whole, index)
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
-        cuda.pair_proximity(alpha, value.double(), w_o.double(), whole, index)
+        pairs.on_cuda(alpha, value.double(), w_o.double(), whole, index)
     with pytest.raises(ValueError, match="does not divide"):
-        cuda.pair_proximity(alpha, torch.cat([value, value[:1]]), w_o, whole, index)
+        pairs.on_cuda(alpha, torch.cat([value, value[:1]]), w_o, whole, index)
     with pytest.raises(ValueError, match="entry 'device' is missing"):
         emulated.cuda_pairs({"piars": 3})
     fields = ("device", "stream", "rows", "part_rows", "part", "whole", "out")
@@ -235,7 +235,7 @@ def test_missing_gpu_is_said():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available"):
-        cuda.part_proximity(torch.ones(1, 4), torch.ones(1, 4))
+        parts.on_cuda(torch.ones(1, 4), torch.ones(1, 4))
 
 
 @needs_nvcc
@@ -257,7 +257,7 @@ def test_compiled_kernels(arch, tmp_path):
         tmp_path,
     ]
     done = subprocess.run(
-        [*command, ROOT / "csrc/proximity_cuda.cu", "-o", tmp_path / "out.cubin"],
+        [*command, ROOT / "csrc/kernels_cuda.cu", "-o", tmp_path / "out.cubin"],
         capture_output=True,
         text=True,
         check=True,

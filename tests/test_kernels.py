@@ -489,7 +489,7 @@ if not IN_CHILD:
         """Bound, list, evaluate, refine: intervals hold the exact normaliser, and everything above the floor is
         listed with its value.
         """
-        from flowroutes_fast.ops.bounds import Attention
+        from flowroutes_fast.ops.attention import Attention
         from flowroutes_fast.ops.certified import certified
 
         case = Case(4, 2, 20, 20, 16, 16, 48, dtype=torch.bfloat16, sinks=True, row_scale=True)

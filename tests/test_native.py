@@ -17,8 +17,8 @@ from native_build import build
 
 from flowroutes_fast import ops
 from flowroutes_fast.ops import native
-from flowroutes_fast.ops.bounds import pairs
 from flowroutes_fast.ops.neurons import neuron_importances
+from flowroutes_fast.ops.pairs import pairs
 from flowroutes_fast.ops.selftest import OPERATIONS, _layer, self_test
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
@@ -104,7 +104,8 @@ def test_threads_are_as_many_as_asked():
     import time
     import torch
     from flowroutes_fast import ops
-    from flowroutes_fast.ops.bounds import bound, pairs
+    from flowroutes_fast.ops.bound import bound
+    from flowroutes_fast.ops.pairs import pairs
     from flowroutes_fast.ops.certified import certified
     from flowroutes_fast.ops.neurons import neuron_importances
     from flowroutes_fast.ops.selftest import _layer
@@ -176,13 +177,13 @@ class Broken:
 @pytest.mark.parametrize(
     ("name", "tests"),
     {
-        "attention_proximity": "attention",
+        "dense": "dense",
         "certified": "certified",
         "bound": "bound",
         "pairs": "pairs",
-        "rank1_proximity": "rank1",
-        "part_proximity": "parts",
-        "component_proximity": "components",
+        "rank1": "rank1",
+        "parts": "parts",
+        "components": "components",
     }.items(),
 )
 def test_a_broken_kernel_is_told(name, tests, monkeypatch):
@@ -199,7 +200,7 @@ def test_the_extension_refuses_unknown_missing_and_null_fields():
     layer = _layer(LAYER)
 
     def arguments():
-        from flowroutes_fast.ops.bounds import native_arguments
+        from flowroutes_fast.ops.attention import native_arguments
 
         made = native_arguments(layer)
         for name in ("upper", "flow"):
@@ -292,7 +293,8 @@ def test_memory_that_runs_out_is_a_memory_error():
     import resource
     import torch
     from flowroutes_fast import ops
-    from flowroutes_fast.ops.bounds import Bounds, bound, pairs
+    from flowroutes_fast.ops.bound import Bounds, bound
+    from flowroutes_fast.ops.pairs import pairs
     from flowroutes_fast.ops.certified import certified
     from flowroutes_fast.ops.neurons import neuron_importances
     from flowroutes_fast.ops.selftest import _layer

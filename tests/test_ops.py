@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowroutes_fast import ops
-from flowroutes_fast.ops import native, reference
+from flowroutes_fast.ops import backends, native, reference
 
 # importances, absolute, on the rounded inputs
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -518,7 +518,7 @@ def test_tensors_without_numbers_are_refused():
 
 
 def test_a_backend_runs_what_was_asked_or_refuses(monkeypatch):
-    monkeypatch.setitem(ops._MISSING, "triton", lambda: None)
+    monkeypatch.setitem(backends._MISSING, "triton", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     outputs, state = components()
     with pytest.raises(ValueError, match="'triton' takes tensors on a CUDA device, not on cpu"):

@@ -66,7 +66,7 @@ def test_kernels_do_not_compile_with_them(option):
         "-fsyntax-only",
         option,
         "-DFLOWROUTES_ISA=baseline",
-        ROOT / "csrc/proximity_cpu.cpp",
+        ROOT / "csrc/kernels_cpu.cpp",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode

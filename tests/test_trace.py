@@ -111,8 +111,8 @@ def test_parity_with_the_reference_tool(demo, name, text):
         )
         assert (edge[0] - wanted[f"{name}.attention"][i]).abs().max() < 3e-4
         assert (residual[0] - wanted[f"{name}.attention_residual"][i]).abs().max() < 3e-4
-        ffn = ops._part_proximity(layer.ffn_out, layer.resid_post, "auto").clamp_min(1e-5)
-        through = ops._part_proximity(layer.resid_mid, layer.resid_post, "auto").clamp_min(1e-5)
+        ffn = torch.ops.flowroutes.part_proximity(layer.ffn_out, layer.resid_post, "auto").clamp_min(1e-5)
+        through = torch.ops.flowroutes.part_proximity(layer.resid_mid, layer.resid_post, "auto").clamp_min(1e-5)
         assert (ffn / (ffn + through) - wanted[f"{name}.ffn"][i]).abs().max() < 3e-4
 
     capture(model, torch.tensor([ids]), compare)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowroutes_fast.ops.bounds import Attention
+from flowroutes_fast.ops.attention import Attention
 
 REAL_LAYERS = (0, 8, 23)
 REAL_TOKENS = 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowroutes_fast.ops.bounds import Attention
+from flowroutes_fast.ops.attention import Attention
 
 
 def materialised(a: Attention) -> Tensor:

@@ -21,7 +21,7 @@ from flowroutes_fast.bench.layers import SHAPES, Case, long_prompt, random_case,
 from flowroutes_fast.bench.rivals import RIVALS
 from flowroutes_fast.loading.load import cache_folder
 from flowroutes_fast.ops import native, reference
-from flowroutes_fast.ops.bounds import bound
+from flowroutes_fast.ops.bound import bound
 from flowroutes_fast.ops.certified import certified
 from flowroutes_fast.system.files import check_writable, write_text
 

@@ -25,7 +25,7 @@ from flowroutes_fast.models.causes import causes, foreign_classes, modes, replac
 from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.models.modules import modules_of
 from flowroutes_fast.models.precision import coarsest_dtype
-from flowroutes_fast.ops.bounds import causal_mask
+from flowroutes_fast.ops.attention import causal_mask
 from flowroutes_fast.system.ambient import neutral
 
 PREFIX = "flowroutes_capture_"

@@ -30,7 +30,7 @@ from flowroutes_fast.capture.hooks import (
 )
 from flowroutes_fast.models.causes import put_on
 from flowroutes_fast.models.families import Block, blocks_of
-from flowroutes_fast.ops.bounds import causal_mask
+from flowroutes_fast.ops.attention import causal_mask
 
 MANY = 32  # spans, before all but the first are joined
 # of a row that ran twice, relative

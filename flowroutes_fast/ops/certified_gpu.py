@@ -15,7 +15,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flowroutes_fast.ops.bounds import Attention, Bounds, Certified, Counts, pair_weights, visible
+from flowroutes_fast.ops import pairs
+from flowroutes_fast.ops.attention import Attention, visible
+from flowroutes_fast.ops.bound import Bounds
+from flowroutes_fast.ops.intervals import Certified, Counts
+from flowroutes_fast.ops.pairs import pair_weights
 
 SMALLER = (0.1, 0.01, 0.0)  # of the first cut, where a row is listed again; 0 is everything
 EXPECTED = 0.7  # of the sum of all bounds, to guess a normaliser from; what comes of it is checked
@@ -125,10 +129,8 @@ class Passes:
         """Exact proximities of ``index [3, n]``, whose heads ascend."""
         a = self.attention
         if self.backend == "cuda" and a.value.dtype == a.w_o.dtype:
-            from flowroutes_fast.ops.cuda import pair_proximity as cuda_pairs
-
             alpha = pair_weights(a, Bounds(self.rest, self.rest, self.lse), index)
-            return cuda_pairs(alpha, a.value, a.w_o, a.whole, index, a.gate, ordered=True)
+            return pairs.on_cuda(alpha, a.value, a.w_o, a.whole, index, a.gate, ordered=True)
         from flowroutes_fast.kernels.pairs import pair_proximity
 
         return pair_proximity(  # type: ignore[no-any-return]

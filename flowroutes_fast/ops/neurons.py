@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowroutes_fast.ops import check_tensors, check_threads, choose_backend, native, reference
+from flowroutes_fast.ops import reference
+from flowroutes_fast.ops.arguments import check_tensors, check_threads
+from flowroutes_fast.ops.backends import choose_backend
+from flowroutes_fast.ops.rank1 import rank1_proximity
 from flowroutes_fast.system.ambient import in_neutral, matmul
 
 FIRST_CUT = 1e-3
@@ -93,7 +96,7 @@ def neuron_importances(
         return NeuronImportances(at.T.to(torch.int32), share[at[:, 0], at[:, 1]], norm, norm.clone())
     bound = flow.clamp_min_(0)
     if backend == "cpu":
-        near = _native(activation, w_down, whole, bound, threads)
+        near = rank1_proximity(activation, w_down, whole, bound, threads)
         total = others + near.sum(-1)
         at = (near > (floor * total)[:, None]).nonzero()
         return NeuronImportances(at.T.to(torch.int32), near[at[:, 0], at[:, 1]] / total[at[:, 0]], total, total.clone())
@@ -118,19 +121,6 @@ def neuron_importances(
     at = (near > (floor * low)[:, None]).nonzero()
     value = near[at[:, 0], at[:, 1]] / middle[at[:, 0]]
     return NeuronImportances(at.T.to(torch.int32), value, low, high)
-
-
-def _native(activation: Tensor, w_down: Tensor, whole: Tensor, bound: Tensor, threads: int) -> Tensor:
-    """Proximities ``[token, neuron]``, in the place of the bounds."""
-    (rows, parts), d_model = activation.shape, whole.shape[1]
-    near = native.contiguous(bound.float())
-    arguments = native.Arguments(rows=rows, parts=parts, d_model=d_model, threads=threads)
-    arguments.take("activation", activation.float(), rows, parts)
-    arguments.take("w_down", w_down.float(), parts, d_model, where="w")
-    arguments.take("whole", whole.float(), rows, d_model)
-    arguments.take("near", near, rows, parts)
-    arguments.call("rank1_proximity")
-    return near
 
 
 def _evaluate(activation: Tensor, w_down: Tensor, whole: Tensor, at: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from flowroutes_fast import ops
 from flowroutes_fast.ops import native, reference
-from flowroutes_fast.ops.bounds import Attention, Bounds, bound, candidates, pairs
+from flowroutes_fast.ops.attention import Attention
+from flowroutes_fast.ops.bound import Bounds, bound, candidates
 from flowroutes_fast.ops.certified import certified
 from flowroutes_fast.ops.neurons import neuron_importances
+from flowroutes_fast.ops.pairs import pairs
 from flowroutes_fast.system.ambient import in_neutral
 
 TOLERANCE = 1e-5  # of |y|_1
@@ -108,7 +110,7 @@ def _near(a: Attention) -> Tensor:
     return reference.attention_proximity(a.pattern, a.value, a.w_o, a.whole, row_scale=a.row_scale, gate=a.gate)
 
 
-def _attention() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _dense() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for layer, exact, unit in _layers():
         if layer.gate is not None:
             continue
@@ -309,7 +311,7 @@ def _rank1() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 OPERATIONS = {
-    "attention": _attention,
+    "dense": _dense,
     "certified": _certified,
     "few_rows": _few_rows,
     "bound": _bound,

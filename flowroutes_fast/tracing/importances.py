@@ -10,9 +10,11 @@ from torch import Tensor
 
 from flowroutes_fast.capture.conservation import check_finite
 from flowroutes_fast.capture.hooks import Layer
-from flowroutes_fast.ops import interpreted, native, reference
-from flowroutes_fast.ops.bounds import Attention, Counts
+from flowroutes_fast.ops import native, reference
+from flowroutes_fast.ops.attention import Attention
+from flowroutes_fast.ops.backends import interpreted
 from flowroutes_fast.ops.certified import certified
+from flowroutes_fast.ops.intervals import Counts
 from flowroutes_fast.ops.neurons import NeuronImportances, neuron_importances
 from flowroutes_fast.system.ambient import unrounded
 

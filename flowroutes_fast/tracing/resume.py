@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flowroutes_fast.loading.layer_feed import Feed
 from flowroutes_fast.loading.load import cache_folder
 from flowroutes_fast.models.identity import code_of
-from flowroutes_fast.ops.bounds import Counts
+from flowroutes_fast.ops.intervals import Counts
 from flowroutes_fast.ops.neurons import NeuronImportances
 from flowroutes_fast.system.files import (
     LOCK,

@@ -17,8 +17,9 @@ from flowroutes_fast.capture.conservation import check_finite
 from flowroutes_fast.capture.hooks import ROW_WISE, Layer
 from flowroutes_fast.capture.kept import SAME_WEIGHTS, Changed, KeptLayer, probe
 from flowroutes_fast.ops import native
-from flowroutes_fast.ops.bounds import Counts
-from flowroutes_fast.ops.certified import CAPACITY, FIRST_CUT
+from flowroutes_fast.ops.certified import CAPACITY
+from flowroutes_fast.ops.certified_rounds import FIRST_CUT
+from flowroutes_fast.ops.intervals import Counts
 from flowroutes_fast.tracing.importances import FEW_KEYS, Options, parts_of
 
 SCALARS = 7  # columns of a table of rows before its heads

@@ -23,8 +23,8 @@ from flowroutes_fast.models.modules import modules_of, name_of
 from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.models.weights import check_adapters, state_of
 from flowroutes_fast.ops import choose_backend
-from flowroutes_fast.ops.bounds import Counts
 from flowroutes_fast.ops.certified import MEASURES
+from flowroutes_fast.ops.intervals import Counts
 from flowroutes_fast.results.lazy import LazyTrace
 from flowroutes_fast.results.trace import Settle, Trace
 from flowroutes_fast.results.trace_file import ARRAYS

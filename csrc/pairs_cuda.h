@@ -1,6 +1,6 @@
 // CUDA kernels of listed sub-edges: gather the values of 64 pairs, multiply them by W_O chunk by chunk, meet y in registers.
 #pragma once
-#include "cuda_tiles.h"
+#include "tiles_cuda.h"
 
 namespace flowroutes::cuda {
 

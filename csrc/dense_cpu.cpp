@@ -1,4 +1,5 @@
-// CPU kernels. This file is compiled once per instruction set, with FLOWROUTES_ISA naming the namespace.
+// Exact proximities of all sub-edges on the CPU.
+// Compiled once per instruction set, with FLOWROUTES_ISA naming the namespace.
 //
 // proximity(z, y) = max(|y|_1 - |z - y|_1, 0) and, termwise with w = sign(y) z,
 //     |y|_1 - |z - y|_1 = sum_d w_d - 2 sum_d max(0, w_d - |y_d|).
@@ -55,7 +56,7 @@ public:
 };
 
 // Turns s[rows, keys] from alpha into proximities, for one head; adds their sum over keys to by_head.
-void head_rows(const AttentionProximity& p, const Magnitudes& order, const Head& head, int64_t h, int64_t i0, int rows, float* s) {
+void head_rows(const Dense& p, const Magnitudes& order, const Head& head, int64_t h, int64_t i0, int rows, float* s) {
     const int64_t stride = round_up(p.keys, NR);
     const int64_t visible = attention_rows(p.alpha, p.keys, h, p.group, i0, rows, head.k, s, stride);
     const float* g = p.g + (i0 * p.heads + h) * p.d_v;
@@ -91,7 +92,7 @@ void head_rows(const AttentionProximity& p, const Magnitudes& order, const Head&
 }
 
 // All heads of ROWS queries: their normaliser, then dense importances or the sub-edges above the floor.
-void row_block(const AttentionProximity& p, const Magnitudes& order, const std::vector<Head>& heads, int64_t i0, float* s, std::vector<Edge>& edges) {
+void row_block(const Dense& p, const Magnitudes& order, const std::vector<Head>& heads, int64_t i0, float* s, std::vector<Edge>& edges) {
     const int rows = static_cast<int>(std::min<int64_t>(ROWS, p.queries - i0));
     const int64_t stride = round_up(p.keys, NR);
     for (int64_t h = 0; h < p.heads; ++h) head_rows(p, order, heads[h], h, i0, rows, s + h * ROWS * stride);
@@ -126,7 +127,7 @@ void row_block(const AttentionProximity& p, const Magnitudes& order, const std::
 }
 
 // u and reach of the NR keys from j on, for one head.
-void panel_of(const AttentionProximity& p, const Head& head, int64_t h, int64_t j) {
+void panel_of(const Dense& p, const Head& head, int64_t h, int64_t j) {
     const float* w = p.w_o + h * p.d_v;
     float* u = head.u + j * p.d_model;
     vec high0 = {}, high1 = {};
@@ -142,7 +143,9 @@ void panel_of(const AttentionProximity& p, const Head& head, int64_t h, int64_t 
     store(head.reach + j + LANES, high1);
 }
 
-void attention(const AttentionProximity& p, std::vector<Edge>& edges) {
+}  // namespace
+
+void dense(const Dense& p, std::vector<Edge>& edges) {
     const int threads = thread_count(p.threads);
     const Magnitudes order(p.y, p.queries, p.d_model, threads);
     const int64_t padded = round_up(p.keys, NR), kv_heads = p.heads / p.group, d_qk = p.alpha.pattern ? 0 : p.alpha.d_qk;
@@ -181,100 +184,5 @@ void attention(const AttentionProximity& p, std::vector<Edge>& edges) {
     scratch.release_if_large();
 }
 
-// proximity of z to y
-inline float proximity(const float* z, const float* y, int64_t d) {
-    vec acc = {};
-    float total = 0.f;
-    int64_t c = 0;
-    for (; c + LANES <= d; c += LANES) {
-        const vec yc = load(y + c), w = flip(load(z + c), yc);
-        acc += vmin(w, 2.f * vabs(yc) - w);
-    }
-    for (; c < d; ++c) {
-        const float w = std::signbit(y[c]) ? -z[c] : z[c];
-        total += std::min(w, 2.f * std::fabs(y[c]) - w);
-    }
-    total += sum(acc);
-    return total < 0.f ? 0.f : total;  // NaN stays NaN
-}
-
-void parts(const float* part, const float* whole, float* out, int64_t rows, int64_t part_rows, int64_t d, int threads) {
-#pragma omp parallel for num_threads(thread_count(threads)) schedule(static)
-    for (int64_t n = 0; n < rows; ++n) out[n] = proximity(part + (n % part_rows) * d, whole + n * d, d);
-}
-
-void components(const float* output, int64_t stride, int64_t count, const float* whole, float* out, int64_t rows, int64_t d, int threads) {
-#pragma omp parallel for num_threads(thread_count(threads)) schedule(static)
-    for (int64_t n = 0; n < rows; ++n)
-        for (int64_t f = 0; f < count; ++f) out[n * count + f] = proximity(output + n * stride + f * d, whole + n * d, d);
-}
-
-// Only channels with |y_d| < |activation| * max_d |w_d| can take anything off the bound.
-void rank1(const float* activation, const float* w, const float* whole, float* near, int64_t rows, int64_t parts, int64_t d, int threads) {
-    threads = thread_count(threads);
-    const Magnitudes order(whole, rows, d, threads);
-    std::vector<float> reach(parts);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < parts; ++n)
-            for (int64_t c = 0; c < d; ++c) reach[n] = std::max(reach[n], std::fabs(w[n * d + c]));
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; ++i) {
-            const int32_t* channel = order.channel.data() + i * d;
-            const float* y = order.sorted.data() + i * d;
-            for (int64_t n = 0; n < parts; ++n) {
-                float& out = near[i * parts + n];
-                const float a = activation[i * parts + n];
-                if (!(out > 0.f)) {
-                    out = 0.f;
-                    continue;
-                }
-                const int32_t count = order.prefix(i, std::fabs(a) * reach[n] * (1.f + 1e-6f));
-                float over = 0.f;
-                for (int32_t c = 0; c < count; ++c) {
-                    const float z = a * w[n * d + channel[c]];
-                    over += std::max(0.f, (std::signbit(y[c]) ? -z : z) - std::fabs(y[c]));
-                }
-                out = std::max(0.f, out - 2.f * over);
-            }
-        }
-    }
-}
-
-// What compiler options that define no macro may have changed (clang's -fassociative-math), or null.
-const char* arithmetic() {
-    volatile float big = 1e8f, one = 1.f, zero = 0.f, minus = -0.f;  // nothing is known while compiling
-    const float b = big, o = one, z = zero, m = minus;
-    if ((b + o) - b != 0.f) return "sums are reordered";
-    const vec rounded = (splat(o) / 4.f + 12582912.f) - 12582912.f;  // as in vexp
-    if (rounded[0] != 0.f) return "sums are reordered";
-    if (std::signbit(m + 0.f) || !std::signbit(z * -o)) return "the sign of zero is lost";
-    for (float n = o; n < 20.f; n += o)
-        if (n / 3.f != static_cast<float>(double(n) / double(o + o + o))) return "divisions are replaced by approximations";
-    const float nothing = z / z, most = o / z;
-    if (nothing == nothing || !(most > std::numeric_limits<float>::max())) return "infinity and NaN are not kept";
-    return nullptr;
-}
-
-}  // namespace
-
-void certified(const Certified&, std::vector<Edge>&, Counts&);
-void bound(const Bound&, std::vector<Edge>&);
-void pairs(const Certified&, const int32_t*, const int32_t*, const int32_t*, float*, int64_t);
-void conservation(const Conservation&, float*);
-
 }  // namespace FLOWROUTES_ISA
-
-#define FLOWROUTES_JOIN_(a, b) a##b
-#define FLOWROUTES_JOIN(a, b) FLOWROUTES_JOIN_(a, b)
-#define FLOWROUTES_TEXT_(a) #a
-#define FLOWROUTES_TEXT(a) FLOWROUTES_TEXT_(a)
-const Kernels& FLOWROUTES_JOIN(kernels_, FLOWROUTES_ISA)() {
-    using namespace FLOWROUTES_ISA;
-    static const Kernels table{
-        FLOWROUTES_TEXT(FLOWROUTES_ISA), arithmetic, certified, bound, pairs, attention, rank1, parts, components, conservation};
-    return table;
-}
-
 }  // namespace flowroutes

@@ -1,9 +1,10 @@
 // Launchers of the CUDA kernels: they check what the kernels rely on, then choose one.
 #ifdef __CUDACC__
-#include "cuda_primitives.h"  // elsewhere the tests' emulation was included before
+#include "primitives_cuda.h"  // elsewhere the tests' emulation was included before
 #endif
-#include "cuda_dense.h"
-#include "cuda_pairs.h"
+#include "dense_cuda.h"
+#include "pairs_cuda.h"
+#include "parts_cuda.h"
 
 #include <cstdint>
 #include <limits>

@@ -1,6 +1,6 @@
 // What the CUDA kernels share. Every block has 128 threads and moves matrix rows through shared memory in stages of 64 rows of 128 bytes.
 #pragma once
-#include "proximity_cuda.h"
+#include "kernels_cuda.h"
 
 namespace flowroutes::cuda {
 

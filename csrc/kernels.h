@@ -33,7 +33,7 @@ struct Edge {
 };
 
 // Proximity of every sub-edge alpha[h,i,j] * u[h,j] to y_i, summed, normalised, and written densely or above a floor.
-struct AttentionProximity {
+struct Dense {
     Alpha alpha;
     int64_t queries = 0, keys = 0, heads = 0, group = 1, d_v = 0, d_model = 0;
     const float* v = nullptr;     // [kv_head, key, d_v], inner stride 1
@@ -133,7 +133,7 @@ struct Kernels {
     void (*bound)(const Bound&, std::vector<Edge>&);
     // value[n] = proximity of sub-edge n; the list is sorted by (query, head) inside blocks of rows by the kernel itself
     void (*pairs)(const Certified&, const int32_t* query, const int32_t* key, const int32_t* head, float* value, int64_t n);
-    void (*attention)(const AttentionProximity&, std::vector<Edge>&);
+    void (*dense)(const Dense&, std::vector<Edge>&);
     // near[i, n]: on entry the sign bound of the rank-1 part activation[i, n] * w[n], on return its proximity to whole[i]; all contiguous
     void (*rank1)(const float* activation, const float* w, const float* whole, float* near, int64_t rows, int64_t parts, int64_t d_model, int threads);
     // out[n] = proximity of part[n % part_rows] to whole[n]; rows of d_model, contiguous
