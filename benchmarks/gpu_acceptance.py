@@ -390,7 +390,7 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
     """Kernels one by one at the shapes of large models, and whole layers."""
     import torch
 
-    from flowroutes_fast.kernels import bound, gradient
+    from flowroutes_fast.kernels import attention, bound, gradient
     from flowroutes_fast.ops.certified import certified
     from flowroutes_fast.ops.certified_gpu import Passes
 
@@ -418,7 +418,7 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
         work = {
             "gradient": lambda a=a: gradient.gradient(a.whole, a.w_o),
             "values": lambda a=a: gradient.values(a.value, bound.tile_of(a.query, a.value.shape[2]).columns),
-            "log_sum_exp": lambda a=a, how=how: bound.attention_rows(a.query, a.key, **how),
+            "log_sum_exp": lambda a=a, how=how: attention.attention_rows(a.query, a.key, **how),
             "first_cuts": passes._first_cuts,
             "bounds_and_list": lambda p=passes, how=how: list(bound.bounds(*p.inputs, p.cut, p.rest, **how)),
             "pair_rests": lambda p=passes, low=low, how=how: bound.pair_rests(*p.inputs, p.cut, 1e-3 * low, **how),

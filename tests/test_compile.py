@@ -99,7 +99,7 @@ def launch(kernel, dtype, width, target):
     """
     import torch
 
-    from flowroutes_fast.kernels import bound, common, decide, dense, gradient, pairs, parts
+    from flowroutes_fast.kernels import attention, bound, common, decide, dense, gradient, pairs, parts
 
     dtype = getattr(torch, dtype)
     n, heads, group, channels = (32, 4, 2, 64) if width > 1 else (1, 1, 1, 1)
@@ -123,8 +123,8 @@ def launch(kernel, dtype, width, target):
         ]
         inputs = (q, k, *halves, lse, row)
     if kernel == "rows":
-        recorder, tiles = record(bound, "rows_kernel"), bound.configurations(width, width, dtype)
-        call = partial(bound.attention_rows, q, k, sinks=row[:heads], **options)
+        recorder, tiles = record(attention, "rows_kernel"), bound.configurations(width, width, dtype)
+        call = partial(attention.attention_rows, q, k, sinks=row[:heads], **options)
     elif kernel == "levels":
         call = partial(bound.sums_below, *inputs, **options)
     elif kernel in ("bounds", "list"):

@@ -37,7 +37,7 @@ if IN_CHILD:
         assert child.returncode == 0, child.stdout[-5000:]
 
 else:
-    from flowroutes_fast.kernels import bound, decide, dense, gradient, pairs, parts
+    from flowroutes_fast.kernels import attention, bound, decide, dense, gradient, pairs, parts
     from flowroutes_fast.kernels.common import Tile
     from flowroutes_fast.ops import reference
 
@@ -85,7 +85,7 @@ class Case:
         self.options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()}
 
     def rows(self, **options):
-        return bound.attention_rows(
+        return attention.attention_rows(
             self.query,
             self.key,
             self.value,
@@ -177,7 +177,7 @@ if not IN_CHILD:
         case.close(signed, flow.sum(-1).T, 0)
         total = case.pattern.sum(-1)
         assert ((lse == -torch.inf) <= (total == 0)).all()
-        alone, nothing = bound.attention_rows(case.query, case.key, sinks=case.sinks, **case.options)
+        alone, nothing = attention.attention_rows(case.query, case.key, sinks=case.sinks, **case.options)
         assert nothing is None
         torch.testing.assert_close(alone, lse)
 

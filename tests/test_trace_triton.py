@@ -30,7 +30,7 @@ else:
     from families import make
 
     import flowroutes_fast as fr
-    from flowroutes_fast.kernels import bound, dense
+    from flowroutes_fast.kernels import attention, bound, dense
 
     def tiny(name):
         """One layer of a family: the interpreter takes a second for every few programs."""
@@ -61,7 +61,7 @@ else:
 
             monkeypatch.setattr(module, name, call)
 
-        noting(bound, "attention_rows")
+        noting(attention, "attention_rows")
         noting(bound, "bounds")
         noting(dense, "dense_proximity")
         return names

@@ -54,9 +54,10 @@ def bound(attention: Attention, backend: str, slack: float = 0.0, threads: int =
         return Bounds(upper, flow)
     from flowroutes_fast.kernels import bound as passes
     from flowroutes_fast.kernels import gradient
+    from flowroutes_fast.kernels.attention import attention_rows
 
     a = attention
-    lse, flow = passes.attention_rows(a.query, a.key, a.value, a.gradient, sinks=a.sinks, **a.triton_options)
+    lse, flow = attention_rows(a.query, a.key, a.value, a.gradient, sinks=a.sinks, **a.triton_options)
     g, v = (
         gradient.gradient(a.whole, a.w_o, a.gate),
         gradient.values(a.value, passes.tile_of(a.query, a.value.shape[2]).columns),

@@ -47,6 +47,7 @@ class Passes:
         tolerance: float | Tensor,
         backend: str,
     ) -> None:
+        from flowroutes_fast.kernels import attention as rows
         from flowroutes_fast.kernels import bound, decide, gradient
 
         a = self.attention = attention
@@ -56,7 +57,7 @@ class Passes:
         self.thresholds = _small(thresholds, device)
         self.tolerance = tolerance.to(device, torch.float32) if isinstance(tolerance, Tensor) else tolerance
         self.base = self.others.sum(0)
-        self.lse, _ = bound.attention_rows(a.query, a.key, sinks=a.sinks, **a.triton_options)
+        self.lse, _ = rows.attention_rows(a.query, a.key, sinks=a.sinks, **a.triton_options)
         self.g = gradient.gradient(a.whole, a.w_o, a.gate)
         self.v = gradient.values(a.value, bound.tile_of(a.query, a.value.shape[2]).columns)
         self.inputs = (a.query, a.key, self.v, self.g, self.lse)

@@ -154,7 +154,7 @@ def _attention_layer(
 def _triton_dense(
     query: Tensor, key: Tensor, value: Tensor, w_o: Tensor, whole: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    from flowroutes_fast.kernels.bound import attention_rows
+    from flowroutes_fast.kernels.attention import attention_rows
     from flowroutes_fast.kernels.dense import dense_proximity
 
     lse = attention_rows(query, key, **options)[0]
