@@ -391,7 +391,7 @@ MUTANTS = [
     ),
     mutant(
         "triton rows: sinks are left out of the sum",
-        "bound.py",
+        "attention.py",
         "total = total * decay + tl.exp(sink - new_high)",
         "total = total * decay",
         "test_rows",
