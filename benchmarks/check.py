@@ -9,7 +9,6 @@ OMP_NUM_THREADS=1 python benchmarks/check.py
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.bench.harness import conditions, write_report
 from flowroutes_fast.capture import conservation
 from flowroutes_fast.capture.conservation import Conservation
 from flowroutes_fast.capture.hooks import capture
@@ -77,7 +76,7 @@ def main() -> None:
         "model": DEMO_NAME,
         "statistic": f"median of {arguments.runs}, processor time of the calling thread",
     }
-    arguments.out.write_text(json.dumps({"conditions": about, "rows": rows}, indent=1) + "\n")
+    write_report(arguments.out, about, rows=rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import random
 import re
 import statistics
 import sysconfig
-import time
 from pathlib import Path
 
 import torch
@@ -145,6 +144,7 @@ def speed(model, tokenizer, sources: dict[str, list[str]], repeats: int = 3) -> 
     import tempfile
 
     import flowroutes_fast as fr
+    from flowroutes_fast.bench.harness import clock
     from flowroutes_fast.corpora.run import Item, batches
 
     chosen = [text for texts in sources.values() for text in texts[:4]]
@@ -161,11 +161,6 @@ def speed(model, tokenizer, sources: dict[str, list[str]], repeats: int = 3) -> 
     def traced() -> None:
         with tempfile.TemporaryDirectory() as folder:
             fr.corpus(model, tokenizer, chosen, Path(folder) / "run")
-
-    def clock(call) -> float:  # type: ignore[no-untyped-def]
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
 
     forward()
     pairs = [(clock(forward), clock(traced)) for _ in range(repeats)]
@@ -191,7 +186,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import flowroutes_fast as fr
     from flowroutes_fast.analysis import analyze
-    from flowroutes_fast.bench.run import conditions
+    from flowroutes_fast.bench.harness import conditions
 
     sources = texts(arguments.fortunes, arguments.manuals, arguments.texts)
     print({name: len(found) for name, found in sources.items()}, flush=True)

@@ -17,8 +17,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import pandas as pd
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.bench.harness import clock, conditions
 from flowroutes_fast.corpora.run import Item, batches
 
 ROOT = Path(__file__).parent.parent
@@ -53,12 +51,6 @@ def forward(model: Any, items: list[Item]) -> None:
             model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def same_routes(mine: pd.DataFrame, theirs: pd.DataFrame) -> int:
     """How many edges both runs have, which must be the same."""
     keys = [name for name in theirs if name != "importance"]
@@ -81,7 +73,7 @@ def measured(model: Any, tokenizer: Any, tokens: int, threshold: float, turns: i
     forward(model, items)
     times: dict[str, list[float]] = {name: [] for name in ("forward", *RUNS)}
     for _ in range(turns):
-        times["forward"].append(seconds(lambda: forward(model, items)))
+        times["forward"].append(clock(lambda: forward(model, items)))
         for name, options in RUNS.items():
             times[name].append(run(options)[0])
     over = {

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.bench.harness import conditions
 from flowroutes_fast.experiments import ablation, faithfulness
 
 ROOT = Path(__file__).parent.parent

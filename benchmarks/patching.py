@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import pandas as pd
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.bench.harness import clock, conditions
 from flowroutes_fast.experiments.patching import record
 from flowroutes_fast.experiments.templates import Example
 from flowroutes_fast.loading.load import DEMO_NAME
@@ -81,12 +80,6 @@ def gate(model: Any, tokenizer: Any, example: Example, corrupted: str, table: pd
             worst, abs(float(wanted) - row.metric) / max(abs(table.attrs["clean"] - table.attrs["corrupted"]), 0.1)
         )
     return worst
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def scores(traces: list[Any]) -> dict[str, np.ndarray]:
@@ -155,10 +148,10 @@ def in_turns(
     times: dict[str, list[float]] = {"route": [], "forward": [], "batch": []}
     for n, example in enumerate(examples):
         for name in names:
-            times["route"].append(seconds_of(lambda example=example: alone(example.prompt)))
-            times["forward"].append(seconds_of(lambda example=example: forward(example.prompt)))
+            times["route"].append(clock(lambda example=example: alone(example.prompt)))
+            times["forward"].append(clock(lambda example=example: forward(example.prompt)))
             tables[name].append(patch(example, name))
-        times["batch"].append(seconds_of(together))
+        times["batch"].append(clock(together))
         print(task, n + 1, "of", len(examples), flush=True)
     return (
         traces,

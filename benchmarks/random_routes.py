@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.bench.harness import conditions
 from flowroutes_fast.models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent

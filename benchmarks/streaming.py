@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=16, help="of the batch that is compared with one prompt")
     arguments = parser.parse_args()
-    from flowroutes_fast.bench.run import conditions
+    from flowroutes_fast.bench.harness import conditions
 
     out = ROOT / "benchmarks" / "results"
     rows: list[dict] = []

@@ -9,11 +9,8 @@ python benchmarks/integrations/captum.py --out benchmarks/results/integrations/c
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+
+from flowroutes_fast.bench.harness import conditions, in_turns, peak_of, without_folder, write_report
 
 TEXT = (
     "When Mary and John went to the store, John gave a drink to Mary. She thanked him and they walked home along the "
@@ -69,35 +66,19 @@ def call(side, model, tokenizer, prompt):
     return lambda: method.attribute(given, target=TARGET, n_samples=SHAPLEY_SAMPLES, forward_in_tokens=False)
 
 
-def peak(reset=False):
-    """Largest resident bytes of this process since the last reset (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
 def memory(side, tokens):
     """Peak bytes of one call above the loaded, once used model, in a process of its own."""
-    code = (
-        f"import sys; sys.path[:] = [p for p in sys.path if p != {str(Path(__file__).parent)!r}]\n"
-        f"import importlib.util as u; s = u.spec_from_file_location('b', {str(Path(__file__))!r}); b = "
-        f"u.module_from_spec(s); s.loader.exec_module(b)\n"
+    prepare = (
         "import torch, flowroutes_fast as fr, captum.attr; model, tokenizer = fr.load('demo')\n"
         f"b.call({side!r}, model, tokenizer, 'Mary')\n"
         "with torch.no_grad(): model(**tokenizer('Mary', return_tensors='pt'))\n"
-        f"run = b.call({side!r}, model, tokenizer, b.prompt_of(tokenizer, {tokens}))\n"
-        "before = b.peak(reset=True); run(); print(b.peak() - before)"
+        f"run = b.call({side!r}, model, tokenizer, b.prompt_of(tokenizer, {tokens}))"
     )
-    return int(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+    return peak_of(__file__, prepare, "run()")
 
 
 def main():
-    sys.path[:] = [
-        p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()
-    ]  # this folder's captum.py is not captum
+    without_folder(__file__)  # this folder's captum.py is not captum
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--tokens", type=int, nargs="+", default=[14, 64])
@@ -106,7 +87,6 @@ def main():
     import captum
 
     import flowroutes_fast as fr
-    from flowroutes_fast.bench.run import conditions
 
     model, tokenizer = fr.load("demo")
     rows = []
@@ -115,20 +95,14 @@ def main():
         sides = [side for side in SIDES if tokens <= LONGEST.get(side, 10**9)]
         calls = {side: call(side, model, tokenizer, prompt) for side in sides}
         calls["routes, exact"](), calls["routes, certified"]()  # they are short: warm up
-        times, shapes = {side: [] for side in sides}, set()
-        for _ in range(options.repeats):
-            for side in sides:
-                start = time.perf_counter()
-                found = calls[side]()
-                times[side].append(time.perf_counter() - start)
-                shapes.add(tuple(found.token_attr.shape))
+        turns = in_turns(calls, options.repeats)
+        shapes = {tuple(found.token_attr.shape) for found in turns.found.values()}
         assert len(shapes) == 1, shapes
-        seconds = {side: statistics.median(kept) for side, kept in times.items()}
         rows.append(
             {
                 "prompt tokens": tokens,
                 "output tokens": shapes.pop()[0],
-                "seconds": seconds,
+                "seconds": turns.medians(),
                 "peak bytes": {side: memory(side, tokens) for side in sides},
             }
         )
@@ -140,9 +114,7 @@ def main():
         "integration steps": STEPS,
         "repeats": options.repeats,
     }
-    found = {"conditions": conditions("cpu", "cpu") | what, "rows": rows}
-    if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_report(options.out, conditions("cpu", "cpu") | what, rows=rows)
 
 
 if __name__ == "__main__":

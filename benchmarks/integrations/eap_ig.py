@@ -7,16 +7,13 @@ With a checkout of EAP-IG (and TransformerLens 3 installed) its own function is 
 """
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
 import sys
-import time
+from functools import partial
 from importlib.metadata import version
 
 import torch
 
+from flowroutes_fast.bench.harness import conditions, in_turns, peak_of, write_report
 from flowroutes_fast.integrations.eap_ig import component_importances
 
 MODELS = {"GPT-2 small": (12, 12, 768), "GPT-2 medium": (24, 16, 1024)}
@@ -58,25 +55,13 @@ def run(side, outputs, targets, lengths):
     return found
 
 
-def peak(reset=False):
-    """Largest resident bytes of this process since the last reset (Linux)."""
-    if reset:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
 def memory(side, shape):
     """Peak bytes above what the activations need, in a process of its own."""
-    code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import torch, eap_ig as b\n"
-        f"outputs, targets = b.cases(*{shape!r}); lengths = torch.full(({shape[3]},), {shape[4]})\n"
-        "b.run('ours', outputs[:, :1], targets[:1], lengths * 0 + 1)\n"
-        "before = b.peak(reset=True)\n"
-        f"b.run({side!r}, outputs, targets, lengths); print(b.peak() - before)"
+    prepare = (
+        f"import torch; outputs, targets = b.cases(*{shape!r}); lengths = torch.full(({shape[3]},), {shape[4]})\n"
+        "b.run('ours', outputs[:, :1], targets[:1], lengths * 0 + 1)"
     )
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return peak_of(__file__, prepare, f"b.run({side!r}, outputs, targets, lengths)")
 
 
 def whole(checkout, repeats):
@@ -116,18 +101,13 @@ def whole(checkout, repeats):
         "ours": lambda: eap_ig.scores(model, graph, [(tokens, torch.tensor([20]))], quiet=True),
         "forward pass": lambda: model(tokens),
     }
-    seconds, found = {name: [] for name in sides}, {}
     try:
-        for _ in range(repeats + 1):
-            for name, call in sides.items():
-                start = time.perf_counter()
-                with torch.no_grad():
-                    found[name] = call()
-                seconds[name].append(time.perf_counter() - start)
+        with torch.no_grad():
+            turns = in_turns(sides, repeats, warm=1)
     finally:
         attribute.torch.zeros = zeros
-    medians = {name: statistics.median(kept[1:]) for name, kept in seconds.items()}
-    worst = float((found["theirs"] - found["ours"]).abs().max())
+    medians = turns.medians()
+    worst = float((turns.found["theirs"] - turns.found["ours"]).abs().max())
     return {
         "model": "GPT-2 small",
         "texts": 1,
@@ -153,23 +133,14 @@ def main():
             shape = (layers, heads, width, texts, tokens)
             outputs, targets = cases(*shape)
             lengths = torch.full((texts,), tokens)
-            times = {"ours": [], "theirs": []}
-            for _ in range(options.repeats):
-                for side, kept in times.items():
-                    start = time.perf_counter()
-                    found = run(side, outputs, targets, lengths)
-                    kept.append(time.perf_counter() - start)
-                    if side == "ours":
-                        mine = found
-            worst = max(float((a - b).abs().max()) for a, b in zip(mine, found, strict=True))
-            states = []
-            for _ in range(options.repeats):
-                start = time.perf_counter()
-                for before, *_rest in targets:
-                    outputs[:, :, :before].sum(2)
-                states.append(time.perf_counter() - start)
-            shared = statistics.median(states)  # making the states is not part of either
-            seconds = {side: statistics.median(kept) - shared for side, kept in times.items()}
+            sides = ("ours", "theirs")
+            turns = in_turns({s: partial(run, s, outputs, targets, lengths) for s in sides}, options.repeats)
+            pairs = zip(turns.found["ours"], turns.found["theirs"], strict=True)
+            worst = max(float((a - b).abs().max()) for a, b in pairs)
+            # making the states is not part of either
+            states = in_turns({"states": lambda: [outputs[:, :, :n].sum(2) for n, *_ in targets]}, options.repeats)  # noqa: B023
+            shared = states.medians()["states"]
+            seconds = {side: taken - shared for side, taken in turns.medians().items()}
             rows.append(
                 {
                     "model": name,
@@ -178,24 +149,18 @@ def main():
                     "seconds": seconds,
                     "ratio": seconds["theirs"] / seconds["ours"],
                     "largest difference": worst,
-                    "peak bytes": {side: memory(side, shape) for side in times},
+                    "peak bytes": {side: memory(side, shape) for side in sides},
                 }
             )
             print(rows[-1])
-    from flowroutes_fast.bench.run import conditions
-
     what = {
         "what": "component-to-component scores of one batch, all layers",
         "repeats": options.repeats,
         "statistic": "median",
     }
-    found = {"conditions": conditions("cpu", "cpu") | what, "rows": rows}
-    if options.checkout:
-        found["whole function"] = whole(options.checkout, options.repeats)
-        print(found["whole function"])
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
+    more = {"whole function": whole(options.checkout, options.repeats)} if options.checkout else {}
+    print(more)
+    write_report(options.out, conditions("cpu", "cpu") | what, rows=rows, **more)
 
 
 if __name__ == "__main__":

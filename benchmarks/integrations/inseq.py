@@ -8,11 +8,8 @@ python benchmarks/integrations/inseq.py --out benchmarks/results/integrations/in
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+
+from flowroutes_fast.bench.harness import conditions, in_turns, peak_of, without_folder, write_report
 
 TEXT = (
     "When Mary and John went to the store, John gave a drink to Mary. She thanked him and they walked home along the "
@@ -52,33 +49,18 @@ def call(side, model, tokenizer, prompt):
     return run
 
 
-def peak(reset=False):
-    """Largest resident bytes of this process since the last reset (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
 def memory(side, tokens):
     """Peak bytes of one call above the loaded, once used model, in a process of its own."""
-    code = (
-        f"import sys, importlib.util as u; s = u.spec_from_file_location('b', {str(Path(__file__))!r})\n"
-        "b = u.module_from_spec(s); s.loader.exec_module(b)\n"
+    prepare = (
         "import flowroutes_fast as fr; model, tokenizer = fr.load('demo')\n"
         f"b.call({side!r}, model, tokenizer, 'Mary gave')()\n"
-        f"run = b.call({side!r}, model, tokenizer, b.prompt_of(tokenizer, {tokens}))\n"
-        "before = b.peak(reset=True); run(); print(b.peak() - before)"
+        f"run = b.call({side!r}, model, tokenizer, b.prompt_of(tokenizer, {tokens}))"
     )
-    return int(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+    return peak_of(__file__, prepare, "run()")
 
 
 def main():
-    here = Path(__file__).parent.resolve()
-    # this folder's inseq.py and captum.py are not the libraries
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]
+    without_folder(__file__)  # this folder's inseq.py and captum.py are not the libraries
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--tokens", type=int, nargs="+", default=[14, 128, 512])
@@ -87,7 +69,6 @@ def main():
     from importlib.metadata import version
 
     import flowroutes_fast as fr
-    from flowroutes_fast.bench.run import conditions
 
     model, tokenizer = fr.load("demo")
     rows = []
@@ -95,18 +76,13 @@ def main():
         prompt = prompt_of(tokenizer, tokens)
         sides = [side for side in SIDES if tokens <= LONGEST.get(side, 10**9)]
         calls = {side: call(side, model, tokenizer, prompt) for side in sides}
-        times = {side: [] for side in sides}
-        for i in range(options.repeats + 1):  # the first warms up
-            for side in sides:
-                start = time.perf_counter()
-                found = calls[side]().sequence_attributions[0]
-                if i:
-                    times[side].append(time.perf_counter() - start)
+        turns = in_turns(calls, options.repeats, warm=1)
+        found = turns.found[sides[-1]].sequence_attributions[0]
         rows.append(
             {
                 "source tokens": tokens,
                 "generated tokens": found.attr_pos_end - found.attr_pos_start,
-                "seconds": {side: statistics.median(kept) for side, kept in times.items()},
+                "seconds": turns.medians(),
                 "peak bytes": {side: memory(side, tokens) for side in sides},
             }
         )
@@ -118,9 +94,7 @@ def main():
         "integration steps": 20,
         "repeats": options.repeats,
     }
-    found = {"conditions": conditions("cpu", "cpu") | what, "rows": rows}
-    if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_report(options.out, conditions("cpu", "cpu") | what, rows=rows)
 
 
 if __name__ == "__main__":

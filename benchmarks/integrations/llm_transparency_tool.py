@@ -14,30 +14,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from flowroutes_fast.bench.harness import conditions, in_turns, peak_bytes, write_report
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks/results/integrations/llm_transparency_tool.json"
 SHAPE = {"n_layers": 30, "d_model": 576, "n_heads": 9, "n_kv": 3, "d_head": 64, "d_mlp": 1536}
 ROUTE, LIMIT = 0.03, 3e-4
 SIDES = ("tool", "patched", "float64")
-
-
-def peak_kib(reset: bool = False) -> int:
-    """Largest resident KiB of this process since the last reset (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    return next(
-        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-    )
 
 
 def side(name: str, tokens: int, repeats: int, weights: str) -> dict:
@@ -58,22 +49,19 @@ def side(name: str, tokens: int, repeats: int, weights: str) -> dict:
             vars(block.attn).update({key: tensor.double() for key, tensor in vars(block.attn).items()})
     if name == "patched":
         integration.patch()
-    before = peak_kib(reset=True)
-    graph_seconds, route_seconds = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        graph = routes.build_full_graph(model)
-        graph_seconds.append(time.perf_counter() - start)
-    peak = peak_kib() - before
-    for _ in range(repeats):
-        start = time.perf_counter()
-        found = routes.build_paths_to_predictions(graph, SHAPE["n_layers"], tokens, range(tokens), ROUTE)
-        route_seconds.append(time.perf_counter() - start)
+    before = peak_bytes(reset=True)
+    built = in_turns({"graph": lambda: routes.build_full_graph(model)}, repeats)
+    peak, graph = peak_bytes() - before, built.found["graph"]
+    last = SHAPE["n_layers"]
+    walked = in_turns(
+        {"routes": lambda: routes.build_paths_to_predictions(graph, last, tokens, range(tokens), ROUTE)}, repeats
+    )
+    found = walked.found["routes"]
     np.save(weights, np.array([weight for *_, weight in graph.edges(data="weight")]))
     return {
-        "graph_seconds": statistics.median(graph_seconds),
-        "routes_seconds": statistics.median(route_seconds),
-        "graph_peak_mb": peak / 1024,
+        "graph_seconds": built.medians()["graph"],
+        "routes_seconds": walked.medians()["routes"],
+        "graph_peak_mb": peak / 2**20,
         "edges": graph.number_of_edges(),
         "route_edges": sum(route.number_of_edges() for route in found),
     }
@@ -89,8 +77,6 @@ def main() -> None:
     if given.side:
         print(json.dumps(side(given.side, int(given.tokens), given.repeats, given.weights)))
         return
-    from flowroutes_fast.bench.run import conditions
-
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for tokens in map(int, given.tokens.split(",")):
@@ -129,8 +115,7 @@ def main() -> None:
         "repeats": given.repeats,
         "statistic": "median",
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"conditions": found, "rows": rows}, indent=1) + "\n")
+    write_report(RESULT, found, rows=rows)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,14 @@ python benchmarks/integrations/nnsight.py --out benchmarks/results/integrations/
 """
 
 import argparse
-import ctypes
-import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
 import warnings
+from functools import partial
 from importlib.metadata import version
 
 import torch
 
 import flowroutes_fast as fr
+from flowroutes_fast.bench.harness import conditions, in_turns, medians, peak_of, without_folder, write_report
 
 TEXT = (
     "When Mary and John went to the store, John gave a drink to Mary, and then they walked home along the river in "
@@ -69,29 +63,10 @@ def run(side, model, ids):
     return head_importances(model, ids[None]) if side == "nnsight" else fr.trace(model, None, ids, precision=side)
 
 
-def peak(reset=False):
-    """Largest resident bytes of this process since the last reset (Linux); memory that loading left free is given
-    back before.
-    """
-    if reset:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
 def memory(side, tokens):
     """Peak bytes above the loaded and warmed up model, in a process of its own."""
-    code = (
-        f"import sys, importlib.util as u; s = u.spec_from_file_location('benchmark', {os.path.abspath(__file__)!r})\n"
-        "b = u.module_from_spec(s); s.loader.exec_module(b)\n"
-        f"model, ids = b.prepared({side!r}, {tokens}); b.run({side!r}, model, ids[:8]); before = b.peak(reset=True)\n"
-        f"b.run({side!r}, model, ids); print(b.peak() - before)"
-    )
-    return int(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+    prepare = f"model, ids = b.prepared({side!r}, {tokens}); b.run({side!r}, model, ids[:8])"
+    return peak_of(__file__, prepare, f"b.run({side!r}, model, ids)")
 
 
 def main():
@@ -102,15 +77,10 @@ def main():
     rows = []
     for tokens in TOKENS:
         ready = {side: prepared(side, tokens) for side in SIDES}
-        times, system, found = {side: [] for side in SIDES}, {side: [] for side in SIDES}, {}
         for side in SIDES:
             run(side, ready[side][0], ready[side][1][:8])
-        for _ in range(options.repeats):
-            for side in SIDES:
-                start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_stime
-                found[side] = run(side, *ready[side])
-                times[side].append(time.perf_counter() - start)
-                system[side].append(resource.getrusage(resource.RUSAGE_SELF).ru_stime - before)
+        turns = in_turns({side: partial(run, side, *ready[side]) for side in SIDES}, options.repeats)
+        found = turns.found
         theirs, certified = found["nnsight"], found["certified"]
         difference = float((found["exact"].heads - theirs).abs().max())
         outside = float(torch.maximum(certified.heads_low - theirs, theirs - certified.heads_high).max())
@@ -121,10 +91,8 @@ def main():
             )
         row = {
             "tokens": tokens,
-            "seconds": {side: statistics.median(kept) for side, kept in times.items()},
-            "of these in the system (pages of large tensors)": {
-                side: statistics.median(kept) for side, kept in system.items()
-            },
+            "seconds": turns.medians(),
+            "of these in the system (pages of large tensors)": medians(turns.system),
             "peak bytes": {side: memory(side, tokens) for side in SIDES},
             "largest difference of exact heads": difference,
             "farthest outside a certified interval": outside,
@@ -132,8 +100,6 @@ def main():
         row["ratio"] = {side: row["seconds"]["nnsight"] / row["seconds"][side] for side in SIDES[1:]}
         rows.append(row)
         print(row)
-    from flowroutes_fast.bench.run import conditions
-
     what = {
         "what": "head importances of one prompt, SmolLM2-135M, float32, all layers",
         "repeats": options.repeats,
@@ -141,12 +107,9 @@ def main():
         "nnsight": version("nnsight"),
         "transformers": version("transformers"),
     }
-    found = {"conditions": conditions("cpu", "cpu") | what, "rows": rows}
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
+    write_report(options.out, conditions("cpu", "cpu") | what, rows=rows)
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, where this file would be found as nnsight
+    without_folder(__file__)  # where this file would be found as nnsight
     main()

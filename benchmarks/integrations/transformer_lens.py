@@ -7,20 +7,16 @@ Results are kept by version of TransformerLens: run it in an environment of each
 """
 
 import argparse
-import ctypes
 import json
 import logging
 import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
+from functools import partial
 from importlib.metadata import version
 
 import torch
 
 import flowroutes_fast as fr
+from flowroutes_fast.bench.harness import conditions, in_turns, medians, peak_of, without_folder
 
 TEXT = (
     "When Mary and John went to the store, John gave a drink to Mary, and then they walked home along the river in "
@@ -90,30 +86,13 @@ def run(side, given, ids):
     return given.stack_head_results()
 
 
-def peak(reset=False):
-    """Largest resident bytes of this process since the last reset (Linux); memory that loading left free is given
-    back before.
-    """
-    if reset:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
 def memory(side, tokens):
     """Peak bytes above the loaded and warmed up model (and the cache a side is given), in a process of its own."""
-    code = (
-        f"import sys, importlib.util as u; s = u.spec_from_file_location('benchmark', {os.path.abspath(__file__)!r})\n"
-        f"b = u.module_from_spec(s); s.loader.exec_module(b); b.torch.set_num_threads({torch.get_num_threads()})\n"
+    prepare = (
         f"model, ids = b.prepared({tokens}); b.run({side!r}, b.needs({side!r}, model, ids[:8]), ids[:8])\n"
-        f"given = b.needs({side!r}, model, ids); before = b.peak(reset=True); b.run({side!r}, given, ids); "
-        f"print(b.peak() - before)"
+        f"given = b.needs({side!r}, model, ids)"
     )
-    return int(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+    return peak_of(__file__, prepare, f"b.run({side!r}, given, ids)")
 
 
 def measured(what, repeats, check):
@@ -122,22 +101,14 @@ def measured(what, repeats, check):
         model, ids = prepared(tokens)
         sides = what["sides"]
         given = {side: needs(side, model, ids) for side in sides}
-        times, system, found = {side: [] for side in sides}, {side: [] for side in sides}, {}
         for side in sides:
             run(side, needs(side, model, ids[:8]), ids[:8])
-        for _ in range(repeats):
-            for side in sides:
-                found.pop(side, None)
-                start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_stime
-                found[side] = run(side, given[side], ids)
-                times[side].append(time.perf_counter() - start)
-                system[side].append(resource.getrusage(resource.RUSAGE_SELF).ru_stime - before)
+        turns = in_turns({side: partial(run, side, given[side], ids) for side in sides}, repeats)
+        found = turns.found
         row = {
             "tokens": tokens,
-            "seconds": {side: statistics.median(kept) for side, kept in times.items()},
-            "of these in the system (pages of large tensors)": {
-                side: statistics.median(kept) for side, kept in system.items()
-            },
+            "seconds": turns.medians(),
+            "of these in the system (pages of large tensors)": medians(turns.system),
         } | check(tokens, found)
         row["ratio"] = {side: row["seconds"][sides[0]] / row["seconds"][side] for side in sides[1:]}
         found.clear()
@@ -177,8 +148,6 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    from flowroutes_fast.bench.run import conditions
-
     what = {
         "what": "SmolLM2-135M as a TransformerBridge, float32, all layers",
         "repeats": options.repeats,
@@ -201,5 +170,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, where this file would be found as transformer_lens
+    without_folder(__file__)  # where this file would be found as transformer_lens
     main()

@@ -48,9 +48,9 @@ class Case:
     def tokens(self) -> int:
         return self.attention.n_query
 
-    def flops(self, kernel: str) -> float:
+    def flops(self, kernel: str) -> float | None:
         """Floating point operations that a kernel cannot do without: a multiply-add counts two, causal halves are
-        halves.
+        halves. None for operations that no product of matrices bounds.
         """
         s, t = self.shape, self.tokens
         gemm = 2.0 * t * s.heads * s.d_head * s.d_model  # sign(Y) W_O
@@ -62,7 +62,7 @@ class Case:
             "exact": 0.0,
             "exact, termwise": 3.0 * t * t / 2 * s.heads * s.d_model,
         }
-        return gemm + attention + per_element[kernel]
+        return gemm + attention + per_element[kernel] if kernel in per_element else None
 
 
 def random_case(name: str, tokens: int, device: str, dtype: torch.dtype) -> Case:

@@ -40,6 +40,12 @@ def tables(report: dict[str, Any]) -> list[Any]:
             ]
             table.add_row(str(row["tokens"]), f"{row['seconds']['forward']:.2f}", *ratios)
         found.append(table)
+    if report.get("import_seconds"):
+        table = Table(title="fresh processes, seconds")
+        for name in report["import_seconds"]:
+            table.add_column(name, justify="right")
+        table.add_row(*(f"{seconds:.2f}" for seconds in report["import_seconds"].values()))
+        found.append(table)
     if report.get("memory_megabytes"):
         table = Table(title="peak resident memory, MB")
         for name in report["memory_megabytes"][0]:

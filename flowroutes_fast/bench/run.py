@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flowroutes_fast import ops
+from flowroutes_fast.bench.harness import conditions, in_turns, result_path
 from flowroutes_fast.bench.layers import SHAPES, Case, long_prompt, random_case, real_cases
+from flowroutes_fast.bench.operations import OPERATIONS, certified_call, error
 from flowroutes_fast.bench.rivals import RIVALS
 from flowroutes_fast.loading.load import cache_folder
-from flowroutes_fast.ops import native, reference
-from flowroutes_fast.ops.bound import bound
-from flowroutes_fast.ops.certified import certified
 from flowroutes_fast.system.files import check_writable, write_text
 
 RIVAL_BYTES = 4e9
 RIVAL_SECONDS = 90.0
 GATE = 1e-5  # of the normaliser
+PARTS = ("kernels", "end-to-end", "memory", "import")
+LARGE = ("attention", "dense")  # operations that return something of the size of [head, query, key]
 
 
 class GateError(ValueError):
@@ -35,73 +33,28 @@ class GateError(ValueError):
 
 
 def kernels(case: Case, backend: str) -> dict[str, Callable[[], Any]]:
-    """What is timed on one layer."""
-    a, o = case.attention, case.others
-
-    def fresh(measure: str) -> Any:
-        a.__dict__.pop("gradient", None)
-        return certified(
-            a,
-            o,
-            floor=1e-3,
-            thresholds=(0.01, 0.03, 0.04) if measure == "proximity" else (),
-            backend=backend,
-            measure=measure,
-        )
-
-    def bounds() -> Any:
-        a.__dict__.pop("gradient", None)
-        return bound(a, backend)
-
-    def exact() -> Any:
-        return torch.ops.flowroutes.attention_layer(
-            a.query.float(),
-            a.key.float(),
-            a.value.float(),
-            a.w_o.float(),
-            a.whole,
-            o[0],
-            None,
-            None,
-            a.scaling,
-            0.0,
-            0,
-            True,
-            -1.0,
-            backend,
-        )
-
-    return {"certified": lambda: fresh("proximity"), "bound": bounds, "signed": lambda: fresh("signed"), "exact": exact}
+    """What is timed on one layer: every operation under its stem, signed flow, and ``exact``: the dense operation."""
+    calls = {name: call for name, make in OPERATIONS.items() if (call := make(case, backend)) is not None}
+    calls["exact"] = calls.pop("dense")
+    return calls | {"signed": certified_call(case, backend, "signed")}
 
 
-def gate(case: Case, backend: str, rows: int = 3) -> float:
-    """Largest error of the exact kernel over its normaliser in the last rows, against float64; intervals must hold
-    the truth.
+def gate(case: Case, backend: str) -> float:
+    """Largest error of any operation in the last rows, in units of their states; intervals must hold the truth.
+
+    Raises:
+        GateError: one that is too large.
     """
-    a = case.attention.float()
-    last = slice(a.n_query - rows, None) if a.n_query > rows else slice(None)
-    pattern = reference.attention_pattern(a.query.double()[:, last], a.key.double(), scaling=a.scaling)
-    near = reference.attention_proximity(pattern, a.value.double(), a.w_o.double(), a.whole[last].double())
-    total = near.sum((0, 2)) + case.others[0, last].double()
-    todo = kernels(case, backend)
-    found = todo["certified"]()
-    outside = max(float(((found.low[last] - total) / total).max()), float(((total - found.high[last]) / total).max()))
-    query, key, head = found.index.long().cpu()
-    first = a.n_query - near.shape[1]
-    mine = (query >= first) & (head >= 0)
-    wanted = near[head[mine], query[mine] - first, key[mine]].cpu()
-    error = (
-        float(((found.value.cpu()[mine] - wanted).abs() / total.cpu()[query[mine] - first]).max())
-        if bool(mine.any())
-        else 0.0
-    )
-    if case.tokens <= 2048 and "reference" not in backend:
-        error = max(error, float((todo["exact"]()[0][:, last].double() - near / total[:, None]).abs().max()))
-    worst = max(error, outside)
+    wrong = {}
+    for name in OPERATIONS:
+        if name in LARGE and (case.tokens > 2048 or "reference" in backend):
+            continue
+        wrong[name] = error(name, case, backend)
+    name, worst = max(wrong.items(), key=lambda one: one[1] if one[1] == one[1] else float("inf"))
     if not worst <= GATE:
         raise GateError(
-            f"{case.name} at {case.tokens} tokens: an error of {worst:.1e} of the normaliser (allowed {GATE:.0e}); no "
-            f"speed is reported"
+            f"{name} on {case.name} at {case.tokens} tokens: an error of {worst:.1e} of the normaliser (allowed "
+            f"{GATE:.0e}); no speed is reported"
         )
     return worst
 
@@ -137,14 +90,15 @@ def measure_layer(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": case.name, "tokens": case.tokens, "gate": gate(case, backend)}
     for name, function in kernels(case, backend).items():
-        if name == "exact" and case.tokens**2 * case.shape.heads * 4 > RIVAL_BYTES:
+        if name in ("exact", *LARGE) and case.tokens**2 * case.shape.heads * 4 > RIVAL_BYTES:
             continue
         seconds, count = median(function, device)
         row[name] = {
             "seconds": seconds,
             "repetitions": count,
-            "roofline": case.flops(name) / ceiling["flops_per_second"] / seconds,
         }
+        if (flops := case.flops(name)) is not None:
+            row[name]["roofline"] = flops / ceiling["flops_per_second"] / seconds
     for name in rivals:
         elements = case.tokens**2 * case.shape.heads * case.shape.d_model
         need = 8 * elements if name == "materialised" else 12 * case.tokens**2 * case.shape.heads
@@ -191,16 +145,8 @@ def end_to_end(tokens: int, backend: str, repetitions: int) -> dict[str, Any]:
         "signed": lambda: fr.trace(model, None, ids, backend=backend, measure="signed"),
         "exact": lambda: fr.trace(model, None, ids, backend=backend, precision="exact"),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
-        for name in runs:
-            runs[name]()
-        for _ in range(repetitions):
-            for name, function in runs.items():
-                start = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+        seconds = in_turns(runs, repetitions, warm=1).medians()
     ratios = {
         f"{name} / {base}": seconds[name] / seconds[base]
         for name in ("certified", "signed", "exact")
@@ -238,6 +184,22 @@ def memory(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     return rows
 
 
+def imports(turns: int) -> dict[str, float]:
+    """Median seconds of fresh processes: Python alone, with torch, with this package, and the command's help."""
+    python = [sys.executable, "-c"]
+    commands = {
+        "python": [*python, "pass"],
+        "import torch": [*python, "import torch"],
+        "import flowroutes_fast": [*python, "import flowroutes_fast"],
+        "flowroutes --help": [sys.executable, "-m", "flowroutes_fast", "--help"],
+    }
+
+    def run(command: list[str]) -> Callable[[], Any]:
+        return lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+
+    return in_turns({name: run(command) for name, command in commands.items()}, turns, warm=1).medians()
+
+
 def write_profile(path: Path, tokens: int) -> None:
     """A Chrome trace (chrome://tracing, Perfetto) of one traced pass over the demo model."""
     import flowroutes_fast as fr
@@ -249,37 +211,6 @@ def write_profile(path: Path, tokens: int) -> None:
     with torch.profiler.profile() as profile:
         fr.trace(model, None, ids)
     write_atomically(path, lambda temporary: profile.export_chrome_trace(str(temporary)))
-
-
-def conditions(device: str, backend: str) -> dict[str, Any]:
-    import transformers
-
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    found = {
-        "device": name,
-        "backend": backend,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-        "load_average": os.getloadavg()[0],
-        "statistic": "median, warm",
-    }
-    if backend == "cpu":
-        found["isa"] = native.extension().isa()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return found | {"commit": commit.stdout.strip() or "unknown"}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def run(
@@ -294,10 +225,10 @@ def run(
 ) -> Path:
     """Measure and write ``<out>/<device>.json`` and plots; returns the JSON's path.
 
-    ``what`` may hold ``"kernels"``, ``"end-to-end"`` and ``"memory"``. ``ValueError`` for unknown names,
+    ``what`` may hold ``"kernels"``, ``"end-to-end"``, ``"memory"`` and ``"import"``. ``ValueError`` for unknown names,
     :class:`GateError` for a wrong kernel.
     """
-    for name, chosen, known in (("shape", shapes, tuple(SHAPES)), ("part", what, ("kernels", "end-to-end", "memory"))):
+    for name, chosen, known in (("shape", shapes, tuple(SHAPES)), ("part", what, PARTS)):
         if unknown := [c for c in chosen if c not in known]:
             raise ValueError(f"unknown {name} {unknown[0]!r}: choose among {', '.join(known)}")
     check_writable(out)
@@ -305,12 +236,7 @@ def run(
     backend = ops.choose_backend(backend, torch.empty(0, device=device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     report: dict[str, Any] = {"conditions": conditions(device, backend)}
-    label = (
-        f"{report['conditions']['device']}-{torch.get_num_threads()}-cores"
-        if device == "cpu"
-        else report["conditions"]["device"]
-    )
-    path = out / f"{label.replace(' ', '-').lower()}.json"
+    path = result_path(out, "", report["conditions"] | {"backend": "cpu" if device == "cpu" else "cuda"})
 
     def save() -> None:  # after every length: an interrupted run leaves what it measured
         write_text(path, json.dumps(report, indent=1) + "\n")
@@ -342,5 +268,9 @@ def run(
     if "memory" in what:
         step("peak memory")
         report["memory_megabytes"] = memory((256, 512) if quick else (512, 1024, 2048))
+        save()
+    if "import" in what:
+        step("imports")
+        report["import_seconds"] = imports(3 if quick else 9)
     save()
     return path

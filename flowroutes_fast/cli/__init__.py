@@ -670,7 +670,9 @@ def bench(
     shapes: Annotated[
         str, typer.Option(help="Layer shapes: smollm2-135m, llama-2-7b, llama-3-8b, llama-70b.")
     ] = "smollm2-135m,llama-2-7b",
-    what: Annotated[str, typer.Option(help="Any of kernels, end-to-end, memory.")] = "kernels,end-to-end,memory",
+    what: Annotated[
+        str, typer.Option(help="Any of kernels, end-to-end, memory, import.")
+    ] = "kernels,end-to-end,memory,import",
     out: Annotated[Path, typer.Option(help="Folder for <device>.json and plots.")] = Path("benchmarks/results"),
     backend: Annotated[str, typer.Option(help="Backend of the kernels.")] = "auto",
     quick: Annotated[bool, typer.Option(help="Fewer layers, no rivals, fewer repetitions.")] = False,
