@@ -33,6 +33,8 @@ from flowroutes_fast.models.families import Block, blocks_of
 from flowroutes_fast.ops.attention import causal_mask
 
 MANY = 32  # spans, before all but the first are joined
+FIRST_ROOM = 64  # rows that a span of tokens to come has memory for
+NAMES = tuple(f.name for f in fields(Layer))
 # of a row that ran twice, relative
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -58,6 +60,48 @@ class Span:
     output: Tensor | None = None  # of a lean span: [row, d_model], what its rows must give when they run again
 
 
+class Growing:
+    """Rows of tokens that follow one another, in memory that doubles where it is full: one span however many they are.
+
+    ``layer``: all rows so far, without keys and values.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.names = [name for name in (*ROW_WISE, "query") if getattr(layer, name) is not None]
+        self.of = {name: self._first(layer, name) for name in self.names}  # the same tensor under several names
+        self.room: dict[str, Tensor] = {}
+        self.count, self.layer = 0, layer
+        self.add(layer)
+
+    def _first(self, layer: Layer, name: str) -> str:
+        return next(other for other in self.names if getattr(layer, other) is getattr(layer, name))
+
+    def fits(self, layer: Layer) -> bool:
+        """Has the layer the same tensors, of the same types, under the same names?"""
+        return all((getattr(layer, name) is not None) == (name in self.of) for name in (*ROW_WISE, "query")) and all(
+            getattr(layer, name) is getattr(layer, other)
+            and getattr(layer, name).dtype == self.room[other].dtype
+            and getattr(layer, name).device == self.room[other].device
+            for name, other in self.of.items()
+        )
+
+    def add(self, layer: Layer) -> None:
+        start, self.count = self.count, self.count + len(layer.resid_post)
+        views: dict[str, Tensor] = {}
+        for name in set(self.of.values()):
+            rows, dim = getattr(layer, name), int(name == "query")
+            if name not in self.room or self.room[name].shape[dim] < self.count:
+                shape = list(rows.shape)
+                shape[dim] = max(2 * self.count, FIRST_ROOM)
+                larger = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+                if start:
+                    larger.narrow(dim, 0, start).copy_(self.room[name].narrow(dim, 0, start))
+                self.room[name] = larger
+            self.room[name].narrow(dim, start, self.count - start).copy_(rows)
+            views[name] = self.room[name].narrow(dim, 0, self.count)
+        self.layer = replace(layer, state=None, **{name: views[other] for name, other in self.of.items()})
+
+
 class KeptLayer:
     """One layer of a pass, of which rows are taken; more rows may be appended.
 
@@ -73,6 +117,7 @@ class KeptLayer:
         self.window, self.device = layer.window, layer.resid_post.device
         self.n_heads = 0 if layer.query is None else len(layer.query)
         self.spans: list[Span] = []
+        self.growing: Growing | None = None  # the span of tokens that were generated
         self.prepared: Any = None  # see tracing/rows.py
         self.neurons = neurons
         self.weights = weights_of(layer, neurons)
@@ -100,7 +145,25 @@ class KeptLayer:
             self.key = key if whole else torch.cat([self.key, key[:, -new:]], 1)
             self.value = value if whole else torch.cat([self.value, value[:, -new:]], 1)
         last = int(self.spans[-1].positions[-1]) + 1
-        self.take(layer, torch.arange(last, last + len(layer.resid_post), dtype=torch.int64, device="cpu"))
+        positions = torch.arange(last, last + len(layer.resid_post), dtype=torch.int64, device="cpu")
+        if self.lean or layer.mask is not None or not self._grow(layer, positions):
+            self.take(layer, positions)
+
+    def _grow(self, layer: Layer, positions: Tensor) -> bool:
+        """Rows that follow in the span of those that followed before; False where they do not go together."""
+        layer = replace(layer, key=None, value=None, mixed=None, weight=None, call=None)
+        if self.growing is None:
+            if len(self.spans) != 1:
+                return False
+            self.growing = Growing(layer)
+            self.spans.append(Span(positions, self.growing.layer, None, False))
+        elif self.spans[-1].layer is self.growing.layer and self.growing.fits(layer):
+            self.growing.add(layer)
+            self.spans[-1] = Span(torch.cat([self.spans[-1].positions, positions]), self.growing.layer, None, False)
+        else:
+            return False
+        self.note_versions()
+        return True
 
     def take(self, layer: Layer, positions: Tensor) -> None:
         """Rows of the layer, at these positions; those that are there already stay."""
@@ -132,7 +195,7 @@ class KeptLayer:
             if tensor is not None:
                 yield tensor
         for span in self.spans:
-            values = [span.mask, span.output, *(getattr(span.layer, f.name) for f in fields(Layer))]
+            values = [span.mask, span.output, *(getattr(span.layer, name) for name in NAMES)]
             yield from (t for t in values if isinstance(t, Tensor))
 
     def rows(self, model: nn.Module, positions: Tensor, neurons: bool) -> Layer:

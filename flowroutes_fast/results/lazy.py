@@ -48,7 +48,9 @@ class Rows:
 
     def __init__(self, tokens: int) -> None:
         self.place = np.full(tokens, -1, np.int64)  # where a position's row is, -1: nowhere yet
+        self.chunk = np.full(tokens, -1, np.int64)  # which of ``edges`` has its sub-edges
         self.table = np.zeros((0, 0), np.float32)  # [row, SCALARS, then heads, heads_low, heads_high]
+        self._room = self.table  # the table and room for more rows
         # positions [row], index [3, n], importance [n] by evaluation
         self.edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.neurons: dict[str, np.ndarray] = {}
@@ -80,22 +82,31 @@ class Rows:
                 for rows, old, values in edges
                 for keep in [~again[old[0]]]
             ]
-        start = len(self.table)
+        start, stop = len(self.table), len(self.table) + len(queries)
         neurons = self._with_neurons(queries, getattr(found, "neurons", None))
-        table = np.concatenate([self.table, table]) if start else table
-        place = self.place.copy()
-        place[queries] = np.arange(start, start + len(queries))
-        self.table, self.edges, self.neurons, self.place = table, [*edges, (queries, index, value)], neurons, place
+        room = self._room
+        if len(room) < stop:
+            room = np.empty((2 * stop if start else stop, table.shape[1]), np.float32)
+            if start:
+                room[:start] = self.table
+        room[start:stop] = table
+        place, chunk = self.place.copy(), self.chunk.copy()
+        place[queries], chunk[queries] = np.arange(start, stop), len(edges)
+        self._room, self.table, self.neurons = room, room[:stop], neurons
+        self.edges, self.chunk, self.place = [*edges, (queries, index, value)], chunk, place
 
     def sub_edges(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Index ``[3, n]`` and importance ``[n]`` of some rows, in the order that a full trace lists them."""
         if len(self.edges) == 1 and np.array_equal(self.edges[0][0], queries):
             return self.edges[0][1:]
+        chunks = [self.edges[at] for at in np.unique(self.chunk[queries]) if at >= 0]
+        if not chunks:
+            return np.zeros((3, 0), np.int32), np.zeros(0, np.float32)
+        if len(chunks) == 1 and np.array_equal(chunks[0][0], queries):
+            return chunks[0][1:]
         wanted = np.zeros(len(self.place), bool)
         wanted[queries] = True
-        parts = [(index[:, keep], value[keep]) for _, index, value in self.edges for keep in [wanted[index[0]]]]
-        if not parts:
-            return np.zeros((3, 0), np.int32), np.zeros(0, np.float32)
+        parts = [(index[:, keep], value[keep]) for _, index, value in chunks for keep in [wanted[index[0]]]]
         index, value = np.concatenate([i for i, _ in parts], 1), np.concatenate([v for _, v in parts])
         order = np.argsort(index[0], kind="stable")
         return index[:, order], value[order]
@@ -127,7 +138,8 @@ class Rows:
 
     def grow(self, tokens: int) -> None:
         """More positions, none of them known."""
-        self.place = np.concatenate([self.place, np.full(tokens - len(self.place), -1, np.int64)])
+        more = np.full(tokens - len(self.place), -1, np.int64)
+        self.place, self.chunk = np.concatenate([self.place, more]), np.concatenate([self.chunk, more])
         for name in ("low", "high"):
             if name in self.neurons:
                 more = np.full(tokens - len(self.neurons[name]), np.nan, np.float32)
