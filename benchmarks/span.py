@@ -28,7 +28,7 @@ import torch
 from on_demand import prompt
 
 import flowroutes_fast as fr
-from flowroutes_fast.bench.run import conditions
+from flowroutes_fast.bench.harness import conditions
 from flowroutes_fast.loading.load import DEMO_NAME
 
 ROOT = Path(__file__).parent.parent
