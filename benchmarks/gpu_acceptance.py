@@ -142,11 +142,11 @@ def pytest(*arguments: str) -> dict[str, Any]:
 
 
 def kernels(_: argparse.Namespace) -> dict[str, Any]:
-    return pytest("-n", "10", "tests/test_kernels.py")
+    return pytest("-n", "10", "tests/ops/test_kernels.py")
 
 
 def native(_: argparse.Namespace) -> dict[str, Any]:
-    return pytest("-m", "gpu", "tests/test_cuda.py")
+    return pytest("-m", "gpu", "tests/ops/test_cuda.py")
 
 
 def real_layers(path: Path, dtype: Any) -> list[Any]:
@@ -328,7 +328,7 @@ def sanitizer(_: argparse.Namespace) -> dict[str, Any]:
         "no:cacheprovider",
         "-o",
         "timeout=0",
-        "tests/test_kernels.py",
+        "tests/ops/test_kernels.py",
         "-k",
         "odd and bfloat16",
     ]

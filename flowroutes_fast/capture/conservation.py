@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ROWS, CHANNELS = 12, 32  # looked at in a plain model
 PATTERN_BYTES = 64 * 2**20  # of attention weights at a time, where all rows are computed again
 KNOWN = ("", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+MOST_ROUNDING = 1e-3  # of attention weights that large scores explain
 SMALLEST = 1e-3  # sizes of channels are told apart down to this share of the largest
 TOLERANCE = {  # int8 and float8 stand for layers that round their inputs to so many bits
     torch.float64: 1e-5,
@@ -284,6 +285,9 @@ def _native_errors(layer: Layer, places: _Places) -> list[tuple[str, float]] | N
     except (TypeError, ValueError):  # another type, device or shape somewhere
         return None
     weights, attention, ffn = a.call("conservation")
+    if weights > TOLERANCE[state.dtype]:
+        kv = block.index % kv_heads
+        weights = max(0.0, weights - float(_score_rounding(layer, places.rows, slice(kv, kv + 1))))
     return [("weights", weights), ("attention", attention), ("ffn", ffn)]
 
 
@@ -296,7 +300,7 @@ def recomputes(layer: Layer) -> bool:
 
 def weights_error(layer: Layer, rows: Tensor | None) -> Tensor:
     """Largest |Σ_j α_hij v_hj − z_ih| over some rows and the heads of one key-value head, relative to the largest
-    value; rows None: over all.
+    value, less what the rounding of scores explains; rows None: over all.
     """
     if rows is not None:
         kv = layer.index % len(layer.key)  # type: ignore[arg-type]
@@ -326,7 +330,20 @@ def _weights_error(layer: Layer, rows: Tensor, of: slice) -> Tensor:
     alpha = scores.softmax(-1)[..., :tokens]
     mixed = (alpha.reshape(len(value), -1, tokens) @ value).view(len(query), n, -1)
     given = layer.mixed[rows].float().view(n, len(every), -1)[:, heads].transpose(0, 1)  # type: ignore[index, arg-type]
-    return (mixed - given).abs().amax() / value.abs().amax().clamp_min(1e-30)
+    error = (mixed - given).abs().amax() / value.abs().amax().clamp_min(1e-30)
+    return (error - _score_rounding(layer, rows, of)).clamp_min(0)
+
+
+def _score_rounding(layer: Layer, rows: Tensor, of: slice) -> Tensor:
+    """By how much sums of float32 in another order may change weights: 2⁻²³ of the largest |q||k| · scaling, which
+    bounds the sizes of a score's terms. Some models (Qwen 2) have keys with biases so large that scores have few bits
+    left.
+    """
+    group = len(layer.query) // len(layer.key)  # type: ignore[arg-type]
+    heads = slice(0, None) if of.start is None else slice(of.start * group, of.stop * group)
+    query, key = layer.query[heads, rows], layer.key[of]  # type: ignore[index]
+    size = query.float().norm(dim=-1).amax() * key.float().norm(dim=-1).amax() * abs(layer.scaling)
+    return (size * 2.0**-23).clamp_max(MOST_ROUNDING)
 
 
 def check_finite(layer: Layer) -> None:

@@ -15,7 +15,7 @@ from flowroutes_fast.bench.layers import SHAPES, Shape, random_case
 from flowroutes_fast.cli import app
 from flowroutes_fast.ops import certified as certify
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -190,3 +190,31 @@ def test_nan_is_named():
             fr.trace(model, None, IDS, precision=precision)
     with pytest.raises(ValueError, match=r"layer 1.*NaN"):
         fr.patching(model, None, IDS, IDS[::-1], answer=5, wrong=6)
+
+
+@pytest.mark.parametrize("size", [300.0, 1000.0, 3000.0])
+def test_large_scores_are_rounded_and_a_changed_attention_is_told_all_the_same(size):
+    """As in Qwen 2: keys and queries with large biases where rotations are slow, so that scores have few bits left."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        vocab_size=200,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    model, ids = Qwen2ForCausalLM(config).eval(), [3 + i * 7 % 190 for i in range(256)]
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for bias in (attention.k_proj.bias, attention.q_proj.bias):
+            bias.view(-1, 64)[:, [28, 29, 30, 31, 60, 61, 62, 63]] = size**0.5
+    for _ in range(2):  # the first trace of a model is checked in another way
+        fr.trace(model, None, ids, lazy=True)
+    attention.o_proj.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
+    with pytest.raises(ValueError, match="layer 0"):
+        fr.trace(model, None, ids, lazy=True)

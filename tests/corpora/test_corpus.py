@@ -165,7 +165,7 @@ def test_shards_add_up(model, whole, tmp_path):
 
 KILLED = """
 import os, sys
-sys.path.insert(0, sys.argv[3])
+sys.path[:0] = [sys.argv[3], os.path.dirname(sys.argv[3])]
 import flowroutes_fast as fr
 from flowroutes_fast.corpora import run
 from test_corpus import TEXTS, Tokenizer

@@ -33,7 +33,7 @@ def loader(killed: Path | None = None, broken: str = ""):
         import os
         import sys
 
-        sys.path.insert(0, HERE)
+        sys.path[:0] = [HERE, os.path.dirname(HERE)]
         from test_corpus import Tokenizer, make
 
         model, calls = make("llama"), []
@@ -136,7 +136,7 @@ def test_every_worker_has_the_model_of_the_run(cluster, tmp_path):
     def load(opened=tmp_path / "opened"):
         import sys
 
-        sys.path.insert(0, HERE)
+        sys.path[:0] = [HERE, os.path.dirname(HERE)]
         from test_corpus import Tokenizer, make
 
         model = make("llama")

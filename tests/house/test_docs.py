@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from flowroutes_fast.cli import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs/tutorials").glob("*.ipynb"))

@@ -17,7 +17,7 @@ import pytest
 from conftest import tiny
 
 pytest.importorskip("build")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPT = "1 2 3 4 5 6 7"
 SLOWER = '#!/bin/sh\nexec {} "$@" -O0\n'  # not optimised: it is built once, for seven tokens
 

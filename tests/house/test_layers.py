@@ -16,7 +16,7 @@ import flowroutes_fast
 from flowroutes_fast.results.elsewhere import HOMES, from_above
 from flowroutes_fast.tracing.adapters import FOREIGN
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(flowroutes_fast.__file__).parent
 LINT = (
     "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; "

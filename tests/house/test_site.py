@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEEDS = ("mkdocs", "material", "mkdocstrings_handlers", "mkdocs_jupyter", "latex2mathml")
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in NEEDS), reason="the extra 'docs' is not installed"

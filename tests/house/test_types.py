@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("mypy")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = """
 import flowroutes_fast as fr
 from torch import nn

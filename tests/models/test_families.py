@@ -192,4 +192,4 @@ def test_families_without_an_answer_are_refused(kind):
 
 
 def test_the_table_in_the_documentation_is_the_adapters():
-    assert (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8") == markdown()
+    assert (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8") == markdown()

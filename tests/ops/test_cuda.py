@@ -15,7 +15,7 @@ import torch
 
 from flowroutes_fast.ops import cuda, dense, native, pairs, parts, reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
 GXX = shutil.which("g++")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")

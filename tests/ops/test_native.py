@@ -70,7 +70,7 @@ def test_every_operation_at_every_width(monkeypatch, tmp_path):
     for lanes in widths:
         target = tmp_path / str(lanes) / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
         target.parent.mkdir()
-        build(Path(__file__).parent.parent / "csrc", target, tmp_path, f"-DFLOWROUTES_LANES={lanes}")
+        build(Path(__file__).parents[2] / "csrc", target, tmp_path, f"-DFLOWROUTES_LANES={lanes}")
         spec = importlib.util.spec_from_file_location("_native", target)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -119,7 +120,7 @@ def test_at_any_time_of_the_work(tmp_path):
         (["view", "../given.safetensors", "--model", "x", "--no-open", "--out", "out/page.html"], 6),
         (["corpus", "../lines.txt", "--split", "line", "--out", "run"], 6),
     ]
-    code = DRIVER.format(tests=os.path.dirname(__file__))
+    code = DRIVER.format(tests=str(Path(__file__).parents[1]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, "-c", START.format(handler="signal.default_int_handler") + code, json.dumps(commands)],

@@ -43,6 +43,6 @@ fr.trace(model, None, ids, threads=2)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_trace_after_a_fork():
     """OpenMP's threads stay behind in a fork; the child would wait for them."""
-    code = CODE.format(tests=str(Path(__file__).parent))
+    code = CODE.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr

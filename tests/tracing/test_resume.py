@@ -452,8 +452,8 @@ def test_what_is_put_on_a_model_counts_by_what_it_does(put, tmp_path):
 
 def test_code_is_known_in_every_process():
     code = """if 1:
-        import sys, torch
-        sys.path.insert(0, sys.argv[1])
+        import os, sys, torch
+        sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
         from families import make
         from test_resume import called, replaced, scaled, steered
         from flowroutes_fast.models.identity import code_of

@@ -94,7 +94,7 @@ def test_the_model_comes_back_unchanged():
 @pytest.mark.parametrize(("name", "text"), [("ioi", IOI), ("capital", "The capital of France is")])
 def test_parity_with_the_reference_tool(demo, name, text):
     model, tokenizer = demo
-    wanted = load_file(Path(__file__).parent / "data/reference_tool_smollm2.safetensors")
+    wanted = load_file(Path(__file__).parents[1] / "data/reference_tool_smollm2.safetensors")
     ids = tokenizer(text)["input_ids"]
     assert ids == wanted[f"{name}.input_ids"].tolist()
 

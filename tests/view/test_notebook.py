@@ -17,7 +17,7 @@ import flowroutes_fast as fr
 from flowroutes_fast.view import notebook
 
 CELLS = [
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})",
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})",
     "import flowroutes_fast as fr\nfrom families import make\ntrace = fr.trace(make('llama'), None, list(range(3, "
     "16)))\ntrace",
     "trace.route(threshold=0.03)",

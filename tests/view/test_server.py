@@ -626,7 +626,8 @@ def runner(words):
 SERVING = """
 import importlib, os, signal, sys, time
 signal.signal(signal.SIGINT, getattr(signal, sys.argv.pop(1)))
-sys.path.insert(0, sys.argv.pop(1))
+here = sys.argv.pop(1)
+sys.path[:0] = [here, os.path.dirname(here)]
 from test_server import Tokenizer, make
 importlib.import_module("flowroutes_fast.loading.load").load = lambda name: (make("llama"), Tokenizer())
 if sys.argv.pop(1) == "slow":
