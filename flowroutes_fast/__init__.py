@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flowroutes_fast.results.trace import Trace, load_trace
     from flowroutes_fast.system.errors import DamagedFile
     from flowroutes_fast.tracing.generation import generate
+    from flowroutes_fast.tracing.options import Options
     from flowroutes_fast.tracing.routes import route
     from flowroutes_fast.tracing.trace import trace
 
@@ -35,6 +36,7 @@ __all__ = [
     "Corpus",
     "DamagedFile",
     "Estimate",
+    "Options",
     "Route",
     "Trace",
     "__version__",
@@ -60,6 +62,7 @@ _HOMES = {  # name -> the module that has it
     "Corpus": "corpora",
     "DamagedFile": "system.errors",
     "Estimate": "planning.estimate",
+    "Options": "tracing.options",
     "Route": "results.route",
     "Trace": "results.trace",
     "contrast": "results.contrast",

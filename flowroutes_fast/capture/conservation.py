@@ -343,7 +343,7 @@ def _score_rounding(layer: Layer, rows: Tensor, of: slice) -> Tensor:
     heads = slice(0, None) if of.start is None else slice(of.start * group, of.stop * group)
     query, key = layer.query[heads, rows], layer.key[of]  # type: ignore[index]
     size = query.float().norm(dim=-1).amax() * key.float().norm(dim=-1).amax() * abs(layer.scaling)
-    return (size * 2.0**-23).clamp_max(MOST_ROUNDING)
+    return (size * 2.0**-23).clamp_max(MOST_ROUNDING)  # type: ignore[no-any-return]
 
 
 def check_finite(layer: Layer) -> None:

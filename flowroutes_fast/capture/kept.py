@@ -99,7 +99,8 @@ class Growing:
                 self.room[name] = larger
             self.room[name].narrow(dim, start, self.count - start).copy_(rows)
             views[name] = self.room[name].narrow(dim, 0, self.count)
-        self.layer = replace(layer, state=None, **{name: views[other] for name, other in self.of.items()})
+        rows_of_all: dict[str, Any] = {name: views[other] for name, other in self.of.items()}
+        self.layer = replace(layer, state=None, **rows_of_all)
 
 
 class KeptLayer:

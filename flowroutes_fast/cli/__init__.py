@@ -132,8 +132,8 @@ def trace(
     floor = terminal.floor_of(floor, threshold if rule == "importance" else None, precision)
     fr = _package()
     from flowroutes_fast.system.files import check_writable
+    from flowroutes_fast.tracing.options import DEFAULT_THRESHOLDS
     from flowroutes_fast.tracing.resume import discard
-    from flowroutes_fast.tracing.trace import DEFAULT_THRESHOLDS
 
     if out is not None:
         check_writable(out)

@@ -17,7 +17,8 @@ from flowroutes_fast.integrations import require
 from flowroutes_fast.integrations.captum import token_matrix
 from flowroutes_fast.models.families import blocks_of
 from flowroutes_fast.results.trace import Trace
-from flowroutes_fast.tracing.trace import DEFAULT_FLOOR, trace
+from flowroutes_fast.tracing.options import DEFAULT_FLOOR
+from flowroutes_fast.tracing.trace import trace
 
 METHOD = "information_flow_routes"
 SCORES = ("sub-edges", "tokens")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from flowroutes_fast.capture.hooks import Layer
 from flowroutes_fast.system.ambient import in_neutral
-from flowroutes_fast.tracing.importances import LayerImportances, Options, importances
+from flowroutes_fast.tracing.importances import LayerImportances, importances
+from flowroutes_fast.tracing.options import Options
 
 Read = Callable[[Any, int, Tensor], Layer]  # model, layer, rows [row] (rising) -> the layer at these rows
 

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +31,17 @@ from flowroutes_fast.capture.hooks import Layer, _evaluation_mode, _lock, rows_o
 from flowroutes_fast.integrations import require
 from flowroutes_fast.integrations.read_rows import ReadRows
 from flowroutes_fast.models.tokens import token_texts
-from flowroutes_fast.ops import choose_backend
 from flowroutes_fast.results.lazy import LazyTrace
 from flowroutes_fast.results.trace import Trace
-from flowroutes_fast.tracing.importances import LayerImportances, Options, conservation_error, importances
+from flowroutes_fast.tracing.importances import LayerImportances, conservation_error, importances
+from flowroutes_fast.tracing.options import Options, names, taken
 from flowroutes_fast.tracing.prompts import read_prompts, refuse_inputs
 from flowroutes_fast.tracing.trace import (
     _TOLERANCE,
-    DENSE_LIMIT,
-    _check_options,
     _everywhere,
     _positions,
     _record,
+    keeps_dense,
     model_name,
     most_probable,
 )
@@ -80,20 +80,14 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
     given = {
         "attention_mask": None,
         "positions": None,
-        "precision": "certified",
-        "measure": "proximity",
-        "backend": "auto",
-        "floor": 1e-3,
-        "thresholds": (0.01, 0.03, 0.04),
-        "tolerance": 1e-2,
-        "dense": None,
-        "bias": "part",
-        "neurons": False,
-        "threads": 0,
         "progress": False,
         "resume": None,
         "lazy": False,
-    } | options
+    }
+    asked = taken(
+        {name: options[name] for name in options if name not in (*given, "memory", "past_key_values")}, "trace"
+    )
+    given |= {"options": asked.check()} | {name: options[name] for name in options if name not in names()}
     refused = [name for name in ("lazy", "memory", "past_key_values") if options.get(name)]
     if hasattr(model, "cache_dict"):
         if refused and refused != ["lazy"]:
@@ -490,46 +484,17 @@ def _traces(
     None.
     """
     cfg, positions = model.cfg, given["positions"]
-    _check_options(
-        *(given[name] for name in ("precision", "measure", "floor", "thresholds", "tolerance", "dense", "bias"))
-    )
     if given["resume"] is not None:
         raise ValueError(
             "resume= keeps the finished layers of a transformers model; what is read through "
             "TransformerLens' hooks has none"
         )
     rows = [_positions(positions, len(ids)) for ids in prompts]
-    dense = given["dense"]
-    if given["precision"] == "certified" or (given["lazy"] and dense is None):
-        dense = False
-    elif dense is None:
-        dense = (
-            positions is None and cfg.n_layers * cfg.n_heads * sum(len(ids) ** 2 for ids in prompts) * 4 < DENSE_LIMIT
-        )
-    if dense and positions is not None:
-        raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
-    if given["lazy"] and (positions is not None or dense):
+    elements = cfg.n_layers * cfg.n_heads * sum(len(ids) ** 2 for ids in prompts)
+    wanted = replace(given["options"], dense=keeps_dense(given["options"], positions, given["lazy"], elements))
+    if given["lazy"] and positions is not None:
         raise ValueError("lazy=True evaluates rows when they are asked for: leave out positions= and dense=True")
-    wanted = (
-        tuple(sorted({float(t) for t in given["thresholds"] if t >= given["floor"]}))
-        if given["measure"] == "proximity"
-        else ()
-    )
-    backend = choose_backend(
-        given["backend"], torch.empty(0, dtype=torch.float32, device=model.blocks[0].attn.W_O.device)
-    )
-    options = Options(
-        given["precision"],
-        given["measure"],
-        backend,
-        dense,
-        given["floor"],
-        wanted,
-        given["tolerance"],
-        given["bias"],
-        given["threads"],
-        given["neurons"],
-    )
+    options = wanted.on(model.blocks[0].attn.W_O.device)
     advice = given["advice"]
 
     def evaluated(
@@ -544,7 +509,7 @@ def _traces(
             if exact is None or index in exact:
                 layer = _checked(_layer(model, index, _sequence(index, found, item, span)), advice)
                 whole = None if exact is None else torch.isin(rows[n], torch.from_numpy(exact[index]))
-                chosen = options if exact is None else Options(**{**options.__dict__, "neurons": False})
+                chosen = options if exact is None else replace(options, neurons=False)
                 results.append(
                     _everywhere(importances(rows_of(layer, rows[n]), chosen, whole), rows[n], len(prompts[n]))
                 )
@@ -580,7 +545,7 @@ def _traces(
                 token_ids=ids,
                 model=_called(model),
                 mixers=[""] * cfg.n_layers,
-                floor=0.0 if dense else given["floor"],
+                floor=0.0 if options.dense else options.floor,
                 prediction=most_probable(logits, tokenizer),
                 timings={"total": time.perf_counter() - start, "importances": ours},
                 settle=settler(n),
@@ -648,7 +613,7 @@ def _through_hooks(model: Any, tokenizer: Any, text: Any, given: dict[str, Any])
             kept: Found = {}
             hooks = []
             for layer in range(model.cfg.n_layers):
-                for role, name in _names(model, layer, given["neurons"]).items():
+                for role, name in _names(model, layer, given["options"].neurons).items():
                     hooks.append(
                         (
                             name,
@@ -699,7 +664,7 @@ def _of_cache(cache: Any, tokenizer: Any, text: Any, given: dict[str, Any]) -> A
     model = cache.model
     if model is None:
         raise ValueError("the cache has lost its model (cache.model is None), whose W_O is needed: put it back")
-    names = [_names(model, layer, given["neurons"]) for layer in range(model.cfg.n_layers)]
+    names = [_names(model, layer, given["options"].neurons) for layer in range(model.cfg.n_layers)]
     for before, after in itertools.pairwise(names):
         if after["pre"] not in cache.cache_dict and before["post"] in cache.cache_dict:
             after["pre"] = before["post"]  # the same state

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ from flowroutes_fast.loading.load import (
 )
 from flowroutes_fast.models.families import blocks_of, context_length
 from flowroutes_fast.ops import BACKENDS, choose_backend
-from flowroutes_fast.ops.certified import MEASURES
-from flowroutes_fast.tracing.importances import Options
 from flowroutes_fast.tracing.memory import DENSE_LIMIT, Shape, kept_states, needs, shape_of, size_text
+from flowroutes_fast.tracing.options import one_of, shown, taken
 
 TOKENIZER_BYTES = 1000  # per entry of the vocabulary
 CONTEXT_BYTES = 500 * 10**6  # a CUDA context
@@ -52,6 +51,9 @@ DATASHEET = {  # dense FLOP/s in 16 bits and in float32, NVIDIA's datasheets
     "T4": (65e12, 8.1e12),
     "4090": (165e12, 82.6e12),
 }
+
+
+UNUSED = ("thresholds", "tolerance", "bias")  # options that change neither memory nor duration by much
 
 
 @dataclass(frozen=True)
@@ -171,20 +173,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
 
 
+@shown(but=UNUSED)
 def estimate(
     model: Any,
     tokens: int,
     *,
-    precision: str = "certified",
-    backend: str = "auto",
     dtype: Any = None,
-    dense: bool | None = None,
-    neurons: bool = False,
-    measure: str = "proximity",
-    floor: float = 1e-3,
     batch: int = 1,
-    threads: int = 0,
     memory: str | int | None = None,
+    **options: Any,
 ) -> Estimate:
     """Peak memory and duration of :func:`flowroutes_fast.trace`, before anything is loaded.
 
@@ -194,11 +191,12 @@ def estimate(
         tokens: length of the prompt.
         dtype: of the weights (torch dtype or its name); None: the loaded model's; for a hub name the checkpoint's; else
             float32.
-        backend: ``"auto"``: for a loaded model that of its device, else ``"triton"`` where torch sees a GPU and
-            ``"cpu"`` elsewhere. Others need not be available here.
         batch: sequences per forward pass.
         memory: weights stay on disk, and those in memory at a time may take so much
-            (:func:`flowroutes_fast.open_streaming`). Other arguments: as for :func:`flowroutes_fast.trace`.
+            (:func:`flowroutes_fast.open_streaming`).
+        options: those of :class:`flowroutes_fast.Options` that matter for memory and duration. ``backend="auto"``: for
+            a loaded model that of its device, else ``"triton"`` where torch sees a GPU and ``"cpu"`` elsewhere; others
+            need not be available here.
 
     Returns:
         Bytes and seconds, see :class:`Estimate`. The process is measured as it is now, without the model that is
@@ -209,17 +207,9 @@ def estimate(
         ValueError: fewer than 1 token, more than the context holds, an unknown option or family. FileNotFoundError: no
             such model.
     """
-    for name, value, known in (
-        ("precision", precision, ("certified", "exact")),
-        ("measure", measure, MEASURES),
-        ("backend", backend, ("auto", *BACKENDS)),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, known))}")
-    if measure == "signed" and precision == "exact":
-        raise ValueError(
-            "measure='signed' is known exactly with precision='certified'; precision='exact' is about proximities"
-        )
+    asked = taken(options, "estimate", UNUSED, ("dtype", "batch", "memory")).check()
+    precision, measure, backend, neurons = asked.precision, asked.measure, asked.backend, asked.neurons
+    one_of("backend", backend, ("auto", *BACKENDS))
     for name, number in (("tokens", tokens), ("batch", batch)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
@@ -238,10 +228,11 @@ def estimate(
             if device == "cpu" or torch.cuda.is_available()
             else "triton"
         )
+    dense = asked.dense
     if dense is None:
         dense = precision == "exact" and 4 * s.layers * s.heads * tokens**2 < DENSE_LIMIT
-    options = Options(precision, measure, backend, dense, floor, threads=threads, neurons=neurons)
-    need = needs(s, tokens, options, device=device, element=dtype.itemsize, batch=batch)
+    chosen = replace(asked, backend=backend, dense=dense, thresholds=())
+    need = needs(s, tokens, chosen, device=device, element=dtype.itemsize, batch=batch)
     process = (
         CONTEXT_BYTES
         if device != "cpu"

@@ -97,13 +97,12 @@ class Rows:
 
     def sub_edges(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Index ``[3, n]`` and importance ``[n]`` of some rows, in the order that a full trace lists them."""
-        if len(self.edges) == 1 and np.array_equal(self.edges[0][0], queries):
-            return self.edges[0][1:]
         chunks = [self.edges[at] for at in np.unique(self.chunk[queries]) if at >= 0]
         if not chunks:
             return np.zeros((3, 0), np.int32), np.zeros(0, np.float32)
         if len(chunks) == 1 and np.array_equal(chunks[0][0], queries):
-            return chunks[0][1:]
+            index, value = chunks[0][1:]
+            return index, value
         wanted = np.zeros(len(self.place), bool)
         wanted[queries] = True
         parts = [(index[:, keep], value[keep]) for _, index, value in chunks for keep in [wanted[index[0]]]]

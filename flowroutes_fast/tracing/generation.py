@@ -20,13 +20,14 @@ from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.results.lazy import LazyTrace
 from flowroutes_fast.results.route import Route
 from flowroutes_fast.system.arguments import flag, integer, share
-from flowroutes_fast.tracing.importances import Options, conservation_error
+from flowroutes_fast.tracing.importances import conservation_error
 from flowroutes_fast.tracing.on_demand import States
+from flowroutes_fast.tracing.options import Options, names
 from flowroutes_fast.tracing.prompts import Message, read_prompts
 from flowroutes_fast.tracing.trace import _TOLERANCE as TOLERANCE
 from flowroutes_fast.tracing.trace import check_model, lazy_trace, most_probable, options_of, pass_facts
 
-OURS = ("measure", "backend", "floor", "tolerance", "bias", "threads", "memory")  # options that are trace()'s
+NOT_OURS = ("precision", "dense", "thresholds", "neurons")  # options of trace() that a route in time has no use for
 REFUSED = {  # options of model.generate() under which a token is not the answer of one pass over what came before
     "assistant_model": None,
     "num_return_sequences": 1,
@@ -357,7 +358,7 @@ def generate(
     given = read_prompts(model, tokenizer, prompt)
     if given.inputs:
         raise ValueError(f"{', '.join(map(repr, given.inputs))} cannot be used with generate(): give text or ids alone")
-    ours = {name: options.pop(name) for name in OURS if name in options}
+    ours = {name: options.pop(name) for name in (*names(but=NOT_OURS), "memory") if name in options}
     memory = ours.pop("memory", None)
     if limit == 0:
         raise ValueError("threshold must be above 0: a route of everything is trace(..., precision='exact', lazy=True)")

@@ -17,25 +17,9 @@ from flowroutes_fast.ops.certified import certified
 from flowroutes_fast.ops.intervals import Counts
 from flowroutes_fast.ops.neurons import NeuronImportances, neuron_importances
 from flowroutes_fast.system.ambient import unrounded
+from flowroutes_fast.tracing.options import Options
 
 FEW_KEYS = 256
-BIAS_MODES = ("part", "value", "exclude")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a layer is computed; see :func:`flowroutes_fast.trace` for the meaning of each."""
-
-    precision: str = "certified"
-    measure: str = "proximity"
-    backend: str = "cpu"
-    dense: bool = False
-    floor: float = 1e-3
-    thresholds: tuple[float, ...] = ()
-    tolerance: float = 1e-2
-    bias: str = "part"
-    threads: int = 0
-    neurons: bool = False
 
 
 @dataclass

@@ -17,7 +17,8 @@ from flowroutes_fast.models.families import family_of
 from flowroutes_fast.models.modules import modules_of
 from flowroutes_fast.ops.certified import CAPACITY
 from flowroutes_fast.system.memory import address_space, available_device_memory, available_memory
-from flowroutes_fast.tracing.importances import FEW_KEYS, Options
+from flowroutes_fast.tracing.importances import FEW_KEYS
+from flowroutes_fast.tracing.options import Options
 
 DENSE_LIMIT = 10**9  # bytes: as in trace()
 # listed per row and layer at a floor of 1e-3 (SmolLM2-135M)

@@ -32,7 +32,8 @@ from flowroutes_fast.models.families import blocks_of
 from flowroutes_fast.models.weights import state_and_places
 from flowroutes_fast.system.ambient import in_neutral
 from flowroutes_fast.system.memory import available_device_memory, available_memory
-from flowroutes_fast.tracing.importances import LayerImportances, Options, importances
+from flowroutes_fast.tracing.importances import LayerImportances, importances
+from flowroutes_fast.tracing.options import Options
 from flowroutes_fast.tracing.rows import RowTable, importances_of, prepared
 
 WHOLE_BYTES = (

@@ -20,7 +20,8 @@ from flowroutes_fast.ops import native
 from flowroutes_fast.ops.certified import CAPACITY
 from flowroutes_fast.ops.certified_rounds import FIRST_CUT
 from flowroutes_fast.ops.intervals import Counts
-from flowroutes_fast.tracing.importances import FEW_KEYS, Options, parts_of
+from flowroutes_fast.tracing.importances import FEW_KEYS, parts_of
+from flowroutes_fast.tracing.options import Options
 
 SCALARS = 7  # columns of a table of rows before its heads
 EXACT_BELOW = 1e-2  # a looser tolerance does not ask for every sub-edge, few keys or not

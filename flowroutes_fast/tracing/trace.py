@@ -22,8 +22,6 @@ from flowroutes_fast.models.heads import predicts
 from flowroutes_fast.models.modules import modules_of, name_of
 from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.models.weights import check_adapters, state_of
-from flowroutes_fast.ops import choose_backend
-from flowroutes_fast.ops.certified import MEASURES
 from flowroutes_fast.ops.intervals import Counts
 from flowroutes_fast.results.lazy import LazyTrace
 from flowroutes_fast.results.trace import Settle, Trace
@@ -31,23 +29,22 @@ from flowroutes_fast.results.trace_file import ARRAYS
 from flowroutes_fast.system.ambient import in_neutral, uncompiled
 from flowroutes_fast.tracing import layer_by_layer as by_layer
 from flowroutes_fast.tracing.adapters import adapter_of
-from flowroutes_fast.tracing.importances import BIAS_MODES, LayerImportances, Options, importances
+from flowroutes_fast.tracing.importances import LayerImportances, importances
 from flowroutes_fast.tracing.layer_by_layer import Store, identity_of
 from flowroutes_fast.tracing.memory import check_memory, working_memory
 from flowroutes_fast.tracing.on_demand import CachedStates, States
+from flowroutes_fast.tracing.options import Options, shown, taken
 from flowroutes_fast.tracing.prompts import Prompts, digests, read_prompts
 from flowroutes_fast.tracing.workers import check_threads, run_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from flowroutes_fast.tracing.options import EvaluationOptions
     from flowroutes_fast.tracing.typed import OneText, Texts, TraceOptions
 
 DENSE_LIMIT = 10**9  # bytes: dense importances are kept by default while all layers fit
 SIDE_BY_SIDE = 256 * 2**20  # bytes that all workers together may hold of u = v W_O
-DEFAULT_FLOOR = 1e-3
-DEFAULT_THRESHOLDS = (0.01, 0.03, 0.04)  # those of the paper
-PRECISIONS = ("certified", "exact")
 PREDICTIONS = 10
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 Exact = dict[int, np.ndarray]
@@ -72,6 +69,7 @@ def trace(
 ) -> list[Trace]: ...
 @overload
 def trace(model: Any, tokenizer: Any, text: Any, *, lazy: bool = ..., **options: Unpack[TraceOptions]) -> Any: ...
+@shown()
 @uncompiled
 @in_neutral
 def trace(
@@ -81,21 +79,12 @@ def trace(
     *,
     attention_mask: Any = None,
     positions: Sequence[int] | None = None,
-    precision: str = "certified",
-    measure: str = "proximity",
-    backend: str = "auto",
-    floor: float = DEFAULT_FLOOR,
-    thresholds: Sequence[float] = DEFAULT_THRESHOLDS,
-    tolerance: float = 1e-2,
-    dense: bool | None = None,
-    bias: str = "part",
-    neurons: bool = False,
-    threads: int = 0,
     progress: bool = False,
     resume: str | os.PathLike[str] | None = None,
     lazy: bool = False,
     memory: int | str | None = None,
     past_key_values: Any = None,
+    **options: Any,
 ) -> Any:
     """Importances of every sub-edge, residual connection and FFN of one forward pass.
 
@@ -112,22 +101,6 @@ def trace(
         positions: positions whose states are explained (negative from the end); None for all. The other rows are NaN,
             cost nothing, and routes that reach them are refused; heads, edges and neurons of these positions need no
             more.
-        precision: ``"certified"``: every sub-edge is bounded, those that matter are evaluated, and everything carries
-            an interval; routes are those of exact importances. ``"exact"``: every sub-edge by the paper's formula, to
-            float32 rounding.
-        measure: ``"proximity"``, the paper's; or ``"signed"``: ⟨sign(y), z⟩ / ‖y‖₁, which sums to 1 over all parts, is
-            at least the paper's proximity / ‖y‖₁ wherever that is positive, and is negative for parts that push the
-            state away (suppression).
-        backend: ``"auto"``, ``"cpu"`` (native), ``"triton"``, ``"cuda"`` or ``"reference"`` (PyTorch).
-        floor: importance above which sub-edges are kept; routes can be extracted at any threshold from here on.
-        thresholds: certified: rows are refined until no decision at these is open. At other thresholds, a route that
-            meets an open decision runs the model once more to settle it.
-        tolerance: certified: largest relative error of a normaliser's estimate, and so of every importance.
-        dense: exact: keep the importances of all sub-edges; None: while all layers together take less than 1 GB.
-        bias: ``"part"``: output and value biases are one part without a source token; ``"value"``: the value bias stays
-            inside the sub-edges; ``"exclude"``: the constant part is left out of the normalisation.
-        neurons: also split every FFN into its neurons (``trace.neurons(layer)``).
-        threads: threads of the native kernels; 0 for OpenMP's default (``OMP_NUM_THREADS``).
         progress: show a bar over the layers (a streamed model takes its time).
         resume: a new folder in which every finished layer is kept. The same call after a kill goes on from the last
             finished layer, and after the end returns the result at once; remove the folder when the result is saved
@@ -138,6 +111,8 @@ def trace(
         memory: lazy: most bytes that may be kept, as a number or ``"2GiB"``. States are kept by reference while they
             fit (None: up to 2 GiB and a quarter of the free memory), else block inputs, keys and values alone, from
             which the rows that are reached run again, in main memory or on disk.
+        options: those of :class:`flowroutes_fast.Options`: ``precision``, ``measure``, ``backend``, ``floor``,
+            ``thresholds``, ``tolerance``, ``dense``, ``bias``, ``neurons``, ``threads``.
         past_key_values: lazy: the cache of transformers that the model filled over these ids (one prompt, with its last
             token), used instead of running the prompt again; positions that a route reaches run once more.
 
@@ -146,58 +121,43 @@ def trace(
             model whose captured parts do not add up to its states, NaN in the activations (the layer is named).
         TypeError: text of a wrong type. OSError: weights that cannot be read, a folder that cannot be written to.
     """
-    asked = {name: value for name, value in locals().items() if name not in ("model", "tokenizer", "text")}
+    asked = {name: value for name, value in locals().items() if name not in ("model", "tokenizer", "text", "options")}
     if (adapter := adapter_of(model)) is not None:
-        return adapter.trace(model, tokenizer, text, **asked)
-    _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
-    check_threads(threads)
+        return adapter.trace(model, tokenizer, text, **asked, **options)
+    wanted = taken(options, "trace", beside=asked).check()
+    check_threads(wanted.threads)
     model = unwrap(model)
     blocks = check_model(model)
     given = read_prompts(model, tokenizer, text, attention_mask)
     rows = [_positions(positions, len(ids)) for ids in given.ids]
-    dense = _dense(
-        asked,
-        len(blocks)
-        * int(getattr(text_config(model), "num_attention_heads", 1))
-        * sum(len(ids) ** 2 for ids in given.ids),
-    )
-    options = options_of(
-        model,
-        precision=precision,
-        measure=measure,
-        backend=backend,
-        dense=dense,
-        floor=floor,
-        thresholds=thresholds,
-        tolerance=tolerance,
-        bias=bias,
-        threads=threads,
-        neurons=neurons,
-    )
+    heads = len(blocks) * int(getattr(text_config(model), "num_attention_heads", 1))
+    dense = keeps_dense(wanted, positions, lazy, heads * sum(len(ids) ** 2 for ids in given.ids))
+    chosen = replace(wanted, dense=dense).on(_device(model))
     # few rows: no table of all
-    needed = options if positions is None else replace(options, precision="certified", neurons=False)
+    needed = chosen if positions is None else replace(chosen, precision="certified", neurons=False)
     # mixers and pooled heads see padding
     alone = any(block.mixer is not None for block in blocks) or predicts(model) != "tokens"
     groups = _groups(model, [len(ids) for ids in given.ids], needed, alone)
     _check_use(model, given, asked)
     if past_key_values is not None:
-        return _from_cache(model, tokenizer, given.ids[0], options, past_key_values)
-    check_memory(model, max(map(len, given.ids)), options if lazy else needed, batch=max(map(len, groups)), lazy=lazy)
+        return _from_cache(model, tokenizer, given.ids[0], chosen, past_key_values)
+    check_memory(model, max(map(len, given.ids)), chosen if lazy else needed, batch=max(map(len, groups)), lazy=lazy)
     if lazy:
-        return _lazily(model, blocks, tokenizer, given, groups, options, memory, progress)
-    return _fully(model, blocks, tokenizer, given, groups, rows, options, resume, progress)
+        return _lazily(model, blocks, tokenizer, given, groups, chosen, memory, progress)
+    return _fully(model, blocks, tokenizer, given, groups, rows, chosen, resume, progress)
 
 
-def _dense(asked: dict[str, Any], elements: int) -> bool:
+def keeps_dense(options: Options, positions: Sequence[int] | None, lazy: bool, elements: int) -> bool:
     """Are importances of all sub-edges kept? ``elements``: how many there are."""
-    lazy, dense, positions = asked["lazy"], asked["dense"], asked["positions"]
-    if lazy and dense:
+    if lazy and options.dense:
         raise ValueError("dense importances are those of all rows: leave out lazy=True or dense=True")
-    if asked["precision"] == "certified" or lazy:
+    if options.precision == "certified" or lazy:
         return False
-    if dense and positions is not None:
+    if options.dense and positions is not None:
         raise ValueError("dense importances are kept for all positions or none: leave out dense=True or positions")
-    return positions is None and elements * 4 < DENSE_LIMIT if dense is None else bool(dense)
+    if options.dense is None:
+        return positions is None and elements * 4 < DENSE_LIMIT
+    return bool(options.dense)
 
 
 def _check_use(model: nn.Module, given: Prompts, asked: dict[str, Any]) -> None:
@@ -308,26 +268,11 @@ def check_model(model: nn.Module) -> list[Block]:
     return blocks
 
 
-def options_of(
-    model: nn.Module,
-    *,
-    precision: str = "certified",
-    measure: str = "proximity",
-    backend: str = "auto",
-    dense: bool = False,
-    floor: float = DEFAULT_FLOOR,
-    thresholds: Sequence[float] = DEFAULT_THRESHOLDS,
-    tolerance: float = 1e-2,
-    bias: str = "part",
-    threads: int = 0,
-    neurons: bool = False,
-) -> Options:
+def options_of(model: nn.Module, **options: Unpack[EvaluationOptions]) -> Options:
     """Options of :func:`trace`, checked, for this model."""
-    _check_options(precision, measure, floor, thresholds, tolerance, dense, bias)
-    check_threads(threads)
-    backend = choose_backend(backend, torch.empty(0, dtype=torch.float32, device=_device(model)))
-    wanted = tuple(sorted({float(t) for t in thresholds if t >= floor})) if measure == "proximity" else ()
-    return Options(precision, measure, backend, dense, floor, wanted, tolerance, bias, threads, neurons)
+    wanted = taken(options, "trace").check()
+    check_threads(wanted.threads)
+    return wanted.on(_device(model))
 
 
 def pass_facts(
@@ -709,44 +654,6 @@ def _settler(
         return dict(zip(sorted(rows), found, strict=True))
 
     return settle
-
-
-def _check_options(
-    precision: str,
-    measure: str,
-    floor: float,
-    thresholds: Sequence[float],
-    tolerance: float,
-    dense: bool | None,
-    bias: str,
-) -> None:
-    for name, value, known in (
-        ("precision", precision, PRECISIONS),
-        ("measure", measure, MEASURES),
-        ("bias mode", bias, BIAS_MODES),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, known))}")
-    if measure == "signed" and precision == "exact":
-        raise ValueError(
-            "measure='signed' is known exactly with precision='certified'; precision='exact' is about proximities"
-        )
-    if dense and precision == "certified":
-        raise ValueError(
-            "dense importances need precision='exact'; 'certified' keeps sub-edges above the floor and "
-            "stores nothing else"
-        )
-    if not 0 <= floor < 1:
-        raise ValueError(f"floor must lie in [0, 1), got {floor}")
-    if floor == 0 and precision == "certified":
-        raise ValueError(
-            "floor must be above 0 with precision='certified'; to have all sub-edges, use precision='exact'"
-        )
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must lie in [0, 1), got {tolerance}")
-    for threshold in thresholds:
-        if not 0 <= threshold < 1:
-            raise ValueError(f"thresholds must lie in [0, 1), got {threshold}")
 
 
 def _prediction(logits: Tensor | None, tokenizer: Any, model: Any) -> list[tuple[str, float]]:

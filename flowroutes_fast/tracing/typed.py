@@ -6,24 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from typing_extensions import TypedDict
+from flowroutes_fast.tracing.options import EvaluationOptions
 
 OneText = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a prompt, its ids, the messages of a chat
 Texts = list[str] | tuple[str, ...] | list[list[int]] | list[list[dict[str, Any]]]
 
 
-class RouteOptions(TypedDict, total=False):
-    """How rows are evaluated; see :func:`flowroutes_fast.trace`."""
+class RouteOptions(EvaluationOptions, total=False):
+    """What a lazy pass is given beside; see :func:`flowroutes_fast.trace`."""
 
     attention_mask: Any
-    precision: str
-    measure: str
-    backend: str
-    floor: float
-    tolerance: float
-    bias: str
-    neurons: bool
-    threads: int
     progress: bool
     memory: int | str | None
     past_key_values: Any
@@ -33,6 +25,4 @@ class TraceOptions(RouteOptions, total=False):
     """The same, and which rows, how closely and how safely."""
 
     positions: Sequence[int] | None
-    thresholds: Sequence[float]
-    dense: bool | None
     resume: str | os.PathLike[str] | None

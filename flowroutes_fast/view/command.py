@@ -143,7 +143,8 @@ def _read(files: Sequence[Path]) -> Prompts:
 def _with_model(prompts: Prompts, name: str, position: int) -> dict[str, Any]:
     """Logit lens and attention weights of the prompts, and their traces with the other measure where none was given."""
     from flowroutes_fast.loading.load import load
-    from flowroutes_fast.tracing.trace import DEFAULT_FLOOR, trace
+    from flowroutes_fast.tracing.options import DEFAULT_FLOOR
+    from flowroutes_fast.tracing.trace import trace
     from flowroutes_fast.view.details import details
 
     model, tokenizer = load(name)

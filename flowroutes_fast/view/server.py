@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from flowroutes_fast.tracing.options import DEFAULT_FLOOR, DEFAULT_THRESHOLDS
 from flowroutes_fast.tracing.prompts import read_prompts
-from flowroutes_fast.tracing.trace import DEFAULT_FLOOR, DEFAULT_THRESHOLDS, by_measure, model_name, trace
+from flowroutes_fast.tracing.trace import by_measure, model_name, trace
 from flowroutes_fast.view import packing, page
 from flowroutes_fast.view.details import Glance
 

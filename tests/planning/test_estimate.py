@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import flowroutes_fast as fr
 from flowroutes_fast.cli import app
 from flowroutes_fast.system import memory
-from flowroutes_fast.tracing.importances import Options
 from flowroutes_fast.tracing.memory import check_memory
+from flowroutes_fast.tracing.options import Options
 
 module = sys.modules[check_memory.__module__]  # fr.estimate is the function
 
