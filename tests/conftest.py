@@ -75,3 +75,26 @@ def tiny(kind: str, **options):
 
 KINDS = ("llama", "mistral", "qwen2", "gpt2", "neox", "neox_sequential")
 IOI = "When Mary and John went to the store, John gave a drink to"
+
+
+# those that take longest begin first: with `--dist loadfile` a long file that begins last keeps one process busy alone
+LONGEST = (
+    "test_estimate",
+    "test_compile",
+    "test_bench",
+    "test_resume",
+    "test_install",
+    "test_corpus_ray",
+    "test_corpus_faults",
+    "test_docs",
+    "test_kernels",
+    "test_interrupt",
+    "test_loading_faults",
+    "test_streaming",
+    "test_lazy",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
