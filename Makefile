@@ -9,7 +9,7 @@ ENVIRONMENTS := transformer-lens-4 transformer-lens-3 nnterp jax
 TESTS_transformer-lens-4 := tests/integrations/test_transformer_lens.py
 TESTS_transformer-lens-3 := tests/integrations/test_transformer_lens.py tests/integrations/test_eap_ig.py
 TESTS_nnterp := tests/integrations/test_nnsight.py
-TESTS_jax := tests/ops/test_ops.py -k arrays
+TESTS_jax := tests/ops/test_public.py -k arrays
 
 .PHONY: setup demo test test-integrations test-gpu test-slow test-sanitizers test-arm64 test-mutants test-docs docs notebooks bench lint clean $(addprefix test-,$(ENVIRONMENTS))
 

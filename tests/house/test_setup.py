@@ -1,8 +1,9 @@
-"""Set-up: compiler options that make figures wrong are refused, and a source distribution holds what building and
-testing take.
+"""Set-up: compiler options that make figures wrong are refused, a source distribution holds what building and testing
+take, and files of tests are where they are looked for.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,18 @@ def test_a_source_distribution_holds_sources_and_tests(held):
     }
     assert wanted - held == set()
     assert {"Makefile", "constraints.txt", "pyproject.toml", "setup.py", "mkdocs.yml", "README.md"} <= held
+
+
+NAMING = ("Makefile", "CONTRIBUTING.md", "benchmarks/*.py", "docs/**/*.md", "tests/**/*.py", ".ci/run")
+
+
+@pytest.mark.parametrize("pattern", NAMING)
+def test_files_of_tests_that_are_named_are_there(pattern):
+    """Where a file of tests moves, what runs it or sends a reader to it goes with it."""
+    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob(pattern)}
+    assert texts
+    named = [(str(path), name) for path, text in texts.items() for name in re.findall(r"\btests/[\w/-]+\.\w+", text)]
+    assert [found for found in named if not (ROOT / found[1]).exists()] == []
 
 
 LEFT_OUT = {".gitignore"}  # of a source distribution, on purpose
