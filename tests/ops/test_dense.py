@@ -47,3 +47,18 @@ def test_a_layer_with_fewer_keys_than_queries_needs_a_mask(backend):
     for change in ({"window": -1}, {"softcap": -1.0}, {"softcap": float("nan")}):
         with pytest.raises(ValueError, match="softcap and window"):
             torch.ops.flowroutes.attention_layer(**{**good, **change}, backend=backend)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_a_pair_at_the_floor_is_not_listed(isa):
+    """One part of a state of one number, and as much beside it: an importance of one half, without rounding."""
+    one = torch.ones(1, 1, 1)
+    for backend in ("reference", "cpu"):
+        for floor, listed in ((0.5, 0), (0.49, 1)):
+            with native.instruction_set(isa):
+                found = torch.ops.flowroutes.attention_layer(
+                    one, one, one, one, one[0], one[0, 0], None, None, 1.0, 0.0, 0, True, floor, backend
+                )
+            assert float(found[0]) == 0.5
+            assert found[4].shape == (listed,)

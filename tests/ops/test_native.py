@@ -17,8 +17,6 @@ from native_build import build
 
 from flowroutes_fast import ops
 from flowroutes_fast.ops import native
-from flowroutes_fast.ops.neurons import neuron_importances
-from flowroutes_fast.ops.pairs import pairs
 from flowroutes_fast.ops.selftest import OPERATIONS, _layer, self_test
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason="native extension not built")
@@ -77,20 +75,6 @@ def test_every_operation_at_every_width(monkeypatch, tmp_path):
         monkeypatch.setattr(native, "extension", lambda module=module: module)
         monkeypatch.setattr(native, "instruction_sets", lambda: ["baseline"])
         assert set(self_test().values()) == {None}
-
-
-@pytest.mark.parametrize("isa", native.instruction_sets())
-def test_a_pair_at_the_floor_is_not_listed(isa):
-    """One part of a state of one number, and as much beside it: an importance of one half, without rounding."""
-    one = torch.ones(1, 1, 1)
-    for backend in ("reference", "cpu"):
-        for floor, listed in ((0.5, 0), (0.49, 1)):
-            with native.instruction_set(isa):
-                found = torch.ops.flowroutes.attention_layer(
-                    one, one, one, one, one[0], one[0, 0], None, None, 1.0, 0.0, 0, True, floor, backend
-                )
-            assert float(found[0]) == 0.5
-            assert found[4].shape == (listed,)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -253,14 +237,6 @@ def test_a_fake_tensor_has_no_address():
         native.address("x", fake, (3, 4))
 
 
-def test_indices_outside_are_refused():
-    layer = _layer(LAYER)
-    for wrong in ([5, 0, 0], [0, 9, 0], [0, 0, 4], [-1, 0, 0]):
-        index = torch.tensor([[0, 0, 0], wrong]).T
-        with pytest.raises(IndexError, match="outside 0 to"):
-            pairs(layer, None, index, "cpu")
-
-
 def test_lazily_negated_tensors_are_read_right():
     outputs = torch.randn(5, 6, dtype=torch.complex64).conj().imag
     assert outputs.is_neg()
@@ -275,16 +251,6 @@ def test_lazily_negated_tensors_are_read_right():
     assert torch.equal(
         call(pattern, value, layer.w_o, layer.whole, "cpu"), call(pattern, value.clone(), layer.w_o, layer.whole, "cpu")
     )
-
-
-def test_neurons_check_their_shapes():
-    activation, w_down, whole = torch.ones(3, 5), torch.ones(5, 4), torch.ones(3, 4)
-    with pytest.raises(ValueError, match="do not fit"):
-        neuron_importances(activation, w_down.T, whole, torch.ones(3))
-    with pytest.raises(TypeError, match="activation must be floating point"):
-        neuron_importances(activation.long(), w_down, whole, torch.ones(3))
-    with pytest.raises(ValueError, match="measure must be"):
-        neuron_importances(activation, w_down, whole, torch.ones(3), measure="both")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
@@ -352,17 +318,3 @@ def test_doctor_says_what_the_self_test_found(monkeypatch):
     assert found.exit_code == 1
     assert "self-test  pairs, avx2: differs from float64" in found.output
     assert '"pairs, avx2"' in CliRunner().invoke(app, ["doctor", "--json"]).output
-
-
-@pytest.mark.parametrize("isa", native.instruction_sets())
-@pytest.mark.parametrize("width", [1, 33, 64])
-def test_not_a_number_stays_one(isa, width):
-    part, whole = torch.randn(3, width), torch.randn(3, width)
-    part[1, width // 2] = float("nan")
-    with native.instruction_set(isa):
-        found = (
-            ops.part_proximity(part, whole, backend="cpu"),
-            ops.component_proximity(part[:, None], whole, backend="cpu")[:, 0],
-        )
-    for one in found:
-        assert one.isnan().tolist() == [False, True, False]

@@ -9,6 +9,7 @@ from layer_cases import CASES, TOLERANCE, layer, needs_native, truth
 from flowroutes_fast.ops import native
 from flowroutes_fast.ops.bound import bound
 from flowroutes_fast.ops.pairs import pairs
+from flowroutes_fast.ops.selftest import _layer
 
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 
@@ -75,3 +76,12 @@ def test_an_index_outside_is_refused(row, value):
     index[row, 1] = value
     with pytest.raises(IndexError, match="outside"):
         pairs(a, bound(a, "cpu"), index, "cpu")
+
+
+@needs_native
+def test_indices_outside_are_refused():
+    layer = _layer((4, 2, 5, 9, 7, 6, 33))
+    for wrong in ([5, 0, 0], [0, 9, 0], [0, 0, 4], [-1, 0, 0]):
+        index = torch.tensor([[0, 0, 0], wrong]).T
+        with pytest.raises(IndexError, match="outside 0 to"):
+            pairs(layer, None, index, "cpu")

@@ -53,3 +53,18 @@ def test_states_without_d_model(shape):
         ops.part_proximity(state, state)
     with pytest.raises(ValueError, match=r"state must be \[..., d_model\], got shape"):
         ops.component_proximity(torch.ones(2, 4), state)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("width", [1, 33, 64])
+def test_not_a_number_stays_one(isa, width):
+    part, whole = torch.randn(3, width), torch.randn(3, width)
+    part[1, width // 2] = float("nan")
+    with native.instruction_set(isa):
+        found = (
+            ops.part_proximity(part, whole, backend="cpu"),
+            ops.component_proximity(part[:, None], whole, backend="cpu")[:, 0],
+        )
+    for one in found:
+        assert one.isnan().tolist() == [False, True, False]

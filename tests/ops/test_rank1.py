@@ -146,3 +146,13 @@ def test_backends_that_cannot_be_used_here(measure, backend, error):
     activation, w_down, whole = torch.randn(3, 5), torch.randn(5, 7), torch.randn(3, 7)
     with pytest.raises(error, match="backend"):
         neuron_importances(activation, w_down, whole, torch.ones(3), backend=backend, measure=measure)
+
+
+def test_neurons_check_their_shapes():
+    activation, w_down, whole = torch.ones(3, 5), torch.ones(5, 4), torch.ones(3, 4)
+    with pytest.raises(ValueError, match="do not fit"):
+        neuron_importances(activation, w_down.T, whole, torch.ones(3))
+    with pytest.raises(TypeError, match="activation must be floating point"):
+        neuron_importances(activation.long(), w_down, whole, torch.ones(3))
+    with pytest.raises(ValueError, match="measure must be"):
+        neuron_importances(activation, w_down, whole, torch.ones(3), measure="both")
