@@ -37,7 +37,7 @@ demo: $(VENV)/.demo
 
 # one thread per process: the tests' work is small, and threads would wait for one another
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(MAKE) test-integrations
 
 # libraries whose pins clash with each other or are too large for .venv: each in an environment on top of it

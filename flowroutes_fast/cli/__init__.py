@@ -808,6 +808,7 @@ def main() -> None:
             except Exception:  # too little memory to look the options up
                 said, code = terminal.sentence(error), 2
             terminal.say(f"flowroutes: {said}", err=True)
+            terminal.give_up_output()
             sys.exit(code)
 
 

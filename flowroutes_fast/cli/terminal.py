@@ -191,13 +191,30 @@ def open_streams() -> None:
 
 
 def write_out() -> int:
-    """Write what standard output still holds; the exit code: 0, or 1 where nobody reads any more (``| head``)."""
+    """Write what standard output still holds; the exit code: 0, 1 where nobody reads any more (``| head``), or 2 and a
+    sentence where it cannot be written (a full disk).
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again, and says so
-        return 1
+    except OSError as error:
+        give_up_output()
+        if isinstance(error, BrokenPipeError):
+            return 1
+        say(f"flowroutes: {sentence(error)}", err=True)
+        return 2
     return 0
+
+
+def give_up_output() -> None:
+    """What standard output still holds and cannot write is dropped: the interpreter would try again at its end, say so
+    and change the exit code.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        pass
 
 
 def _plain(value: Any) -> Any:
