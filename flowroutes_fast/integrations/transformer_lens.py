@@ -672,7 +672,7 @@ def _of_cache(cache: Any, tokenizer: Any, text: Any, given: dict[str, Any]) -> A
         raise ValueError(
             f"the cache has no {_listed(missing)}: add them to names_filter, for which "
             f"flowroutes_fast.integrations.transformer_lens."
-            f"hooks_for(model{', neurons=True' if given['neurons'] else ''}) lists what is needed"
+            f"hooks_for(model{', neurons=True' if given['options'].neurons else ''}) lists what is needed"
         )
     batched = cache.has_batch_dim
     batch, tokens = (cache.cache_dict[names[0]["pre"]] if batched else cache.cache_dict[names[0]["pre"]][None]).shape[

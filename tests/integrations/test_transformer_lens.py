@@ -528,7 +528,7 @@ def test_caches_on_demand_say_what_changed(tokenizer):
     for options, said in (
         ({"memory": "1GiB"}, "memory= is for models that run"),
         ({"positions": [3]}, "leave out positions="),
-        ({"dense": True, "precision": "exact"}, "leave out positions= and dense=True"),
+        ({"dense": True, "precision": "exact"}, "leave out lazy=True or dense=True"),
     ):
         with pytest.raises(ValueError, match=said):
             lazy(**options)
