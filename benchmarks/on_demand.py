@@ -3,14 +3,9 @@ step.
 
 All of a length are run in turns: forward pass, ``fr.route`` at each threshold (its pass and its walk apart), one decode
 step, full trace. Memory: peak of a process that runs the pass, over one that runs the forward alone. Generation:
-``fr.generate`` beside ``model.generate``. On a busy machine the processor's seconds say more than the clock's: both are
-in the result, ratios of both too.
-
-Another model: ``--model FILE``, anything that ``fr.load`` takes. ``--compare N``: routes on demand beside those of full
-traces of N other prompts, both ways of renormalising, counted.
+``fr.generate`` beside ``model.generate``.
 
 python benchmarks/on_demand.py --tokens 256 1024 2048
-python benchmarks/on_demand.py --model model.gguf --tokens 256 1024 --generate 0 --memory 1024 --compare 6
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ import numpy as np
 import torch
 
 import flowroutes_fast as fr
-from flowroutes_fast.bench.harness import conditions, result_path
+from flowroutes_fast.bench.harness import conditions
 from flowroutes_fast.loading.load import DEMO_NAME
 
 ROOT = Path(__file__).parent.parent
@@ -44,11 +39,10 @@ def prompt(tokenizer: Any, tokens: int) -> list[int]:
     return (ids * (tokens // len(ids) + 1))[:tokens]  # type: ignore[no-any-return]
 
 
-def seconds(call: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
-    """Of the clock and of the processor."""
-    start, worked = time.perf_counter(), time.process_time()
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
     found = call()
-    return (time.perf_counter() - start, time.process_time() - worked), found
+    return time.perf_counter() - start, found
 
 
 def same(lazy: Any, full: Any) -> None:
@@ -65,15 +59,13 @@ def walks(model: Any, ids: list[int], runs: int, full_up_to: int) -> dict[str, A
     with torch.no_grad():
         cache = model(input_ids=batch, use_cache=True, logits_to_keep=1).past_key_values
     times: dict[str, list[float]] = {}
-    worked: dict[str, list[float]] = {}
     edges: dict[str, int] = {}
     rows: dict[str, float] = {}
     states = ""
     routes: dict[float, Any] = {}
 
-    def note(name: str, taken: tuple[float, float]) -> None:
-        times.setdefault(name, []).append(taken[0])
-        worked.setdefault(name, []).append(taken[1])
+    def note(name: str, taken: float) -> None:
+        times.setdefault(name, []).append(taken)
 
     def step() -> None:
         with torch.no_grad():
@@ -105,82 +97,36 @@ def walks(model: Any, ids: list[int], runs: int, full_up_to: int) -> dict[str, A
             note("full trace", taken)
             for threshold in THRESHOLDS:
                 same(routes[threshold], trace.route(threshold=threshold))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {str(t): (middle["pass"] + middle[f"walk {t}"]) / middle["forward"] for t in THRESHOLDS}
+    steps = {str(t): middle[f"walk {t}"] / middle["decode step"] for t in THRESHOLDS}
     return {
         "tokens": len(ids),
         "states": states,
-        **ratios(times),
-        "by_processor": ratios(worked),
+        "seconds": middle,
+        "over_forward": ratios,
+        "pass_over_forward": middle["pass"] / middle["forward"],
+        "decode_steps": steps,
+        "full_over_forward": middle["full trace"] / middle["forward"] if "full trace" in middle else None,
         "sub_edges": edges,
         "share_of_rows": rows,
         "times": times,
     }
 
 
-def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and what they are of the forward pass and of a decode step."""
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "seconds": middle,
-        "over_forward": {str(t): (middle["pass"] + middle[f"walk {t}"]) / middle["forward"] for t in THRESHOLDS},
-        "pass_over_forward": middle["pass"] / middle["forward"],
-        "decode_steps": {str(t): middle[f"walk {t}"] / middle["decode step"] for t in THRESHOLDS},
-        "full_over_forward": middle["full trace"] / middle["forward"] if "full trace" in middle else None,
-    }
-
-
-TEXTS = (
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
-    "When Mary and John went to the store, John gave a drink to",
-    "import numpy as np\n\ndef softmax(x):\n    x = x - x.max(axis=-1, keepdims=True)\n    return np.exp(x) /",
-    "# The war lasted from the year 1732 to the year 17",
-    "SELECT name, COUNT(*) FROM orders JOIN customers ON orders.customer_id = customers.",
-    "for (int i = 0; i < n; ++i) {\n    sum += values[",
-)
-
-
-def compared(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
-    """Routes on demand beside those of full traces: short texts and one of 300 tokens, whose rows are bounded."""
-    short = [tokenizer(text)["input_ids"] for text in TEXTS[: count - 1]]
-    found: dict[str, Any] = {"prompts": [], "routes": 0, "sub_edges": 0, "differ": []}
-    worst = 0.0
-    for ids in [*short, prompt(tokenizer, 300)]:
-        found["prompts"].append(len(ids))
-        options: dict[str, Any] = {"floor": min(THRESHOLDS), "thresholds": THRESHOLDS}
-        lazy, full = fr.trace(model, None, ids, lazy=True, **options), fr.trace(model, None, ids, **options)
-        for root in (-1, len(ids) // 2):
-            for threshold in THRESHOLDS:
-                for renormalize in (True, False):
-                    chosen = {"threshold": threshold, "renormalize": renormalize}
-                    one, other = (table(trace.route(root, **chosen), renormalize) for trace in (lazy, full))
-                    found["routes"] += 1
-                    found["sub_edges"] += len(other)
-                    if one.keys() != other.keys():
-                        what = {edge: one.get(edge, other.get(edge)) for edge in one.keys() ^ other.keys()}
-                        found["differ"].append({"tokens": len(ids), "root": root, **chosen, "only_one": str(what)})
-                    worst = max([worst, *(abs(float(one[edge] - other[edge])) for edge in one.keys() & other.keys())])
-        lazy.release()
-    return found | {"largest_difference_of_an_importance": worst}
-
-
-def table(route: Any, heads: bool) -> dict[tuple[Any, ...], float]:
-    """Edges and importances; without heads where they are summed before they are compared."""
-    names = ["layer", "kind", "source", "target"] + ["head"] * heads
-    return dict(route.edges.groupby(names)["importance"].sum())
-
-
-def peak(name: str, tokens: int, lazy: bool) -> float:
+def peak(tokens: int, lazy: bool) -> float:
     """MB of memory that a pass takes, in a process of its own."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import on_demand; "
-        f"on_demand.child({name!r}, {tokens}, {lazy})"
+        f"on_demand.child({tokens}, {lazy})"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     return float(out.stdout.split()[-1])
 
 
-def child(name: str, tokens: int, lazy: bool) -> None:
+def child(tokens: int, lazy: bool) -> None:
     """Prints by how many MB a pass goes beyond what a process has that has run a short one, lazily, before."""
-    model, tokenizer = fr.load(name)
+    model, tokenizer = fr.load("demo")
     ids = prompt(tokenizer, tokens)
     fr.trace(model, None, ids[:16], lazy=True).route(threshold=0.04)  # imports, and the thorough check of a first trace
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -206,9 +152,9 @@ def generation(model: Any, ids: list[int], count: int, runs: int) -> dict[str, A
     plain, ours = [], []
     for _ in range(runs):
         taken, wanted = seconds(lambda: model.generate(batch, attention_mask=torch.ones_like(batch), **options))
-        plain.append(taken[0])
+        plain.append(taken)
         running = fr.generate(model, None, ids, count, do_sample=False)
-        ours.append(seconds(lambda running=running: list(running))[0][0])
+        ours.append(seconds(lambda running=running: list(running))[0])
         assert running.token_ids == wanted[0, len(ids) :].tolist(), "the text differs from the model's"
     return {
         "prompt": len(ids),
@@ -275,29 +221,22 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        nargs="*",
-        default=[256, 1024, 2048, 4096, 8192],
-        help="none: what else is asked for is added to the result that is there",
-    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048, 4096, 8192])
     parser.add_argument("--model", default="demo", help="what fr.load takes: a name or a file")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--full-up-to", type=int, default=2048, help="longest prompt that is traced whole beside it")
     parser.add_argument("--generate", type=int, default=64, help="tokens generated after a prompt of 1,024; 0 for none")
     parser.add_argument("--memory", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--compare", type=int, default=0, help="prompts whose routes are compared with full traces'")
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/on-demand-MACHINE-N-cores.json, and a .png beside it"
     )
     arguments = parser.parse_args()
     model, tokenizer = fr.load(arguments.model)
     known = DEMO_NAME if arguments.model == "demo" else Path(arguments.model).stem
-    about = conditions("cpu", "cpu") | {"model": known, "load_before": os.getloadavg()}
-    which = "" if arguments.model == "demo" else f"-{known}"
-    out = arguments.out or result_path(ROOT / "benchmarks" / "results", f"on-demand{which}", about)
-    found: dict[str, Any] = {"conditions": about, "rows": []} if arguments.tokens else json.loads(out.read_text())
+    found: dict[str, Any] = {
+        "conditions": conditions("cpu", "cpu") | {"model": known, "load_before": os.getloadavg()},
+        "rows": [],
+    }
     for tokens in arguments.tokens:
         row = walks(
             model,
@@ -306,7 +245,6 @@ def main() -> None:
             arguments.full_up_to,
         )
         found["rows"].append(row)
-        out.write_text(json.dumps(found, indent=1) + "\n")  # a run that is ended keeps what it has
         over = "  ".join(f"τ {t}: {r:.2f} ({row['decode_steps'][t]:.1f} steps)" for t, r in row["over_forward"].items())
         full = "" if row["full_over_forward"] is None else f"  full trace {row['full_over_forward']:.2f}"
         print(f"{tokens:5} tokens ({row['states']}): pass {row['pass_over_forward']:.2f}  {over}{full}", flush=True)
@@ -315,13 +253,9 @@ def main() -> None:
             model, prompt(tokenizer, 1024), arguments.generate, max(2, arguments.runs // 2)
         )
         print(f"generation: {found['generation']['over_generate']:.2f} of model.generate", flush=True)
-    if arguments.compare:
-        found["compared"] = {"load": os.getloadavg(), **compared(model, tokenizer, arguments.compare)}
-        print(f"compared: {found['compared']}", flush=True)
-    if arguments.tokens or arguments.memory:
-        found["memory"] = []
+    found["memory"] = []
     for tokens in arguments.memory:
-        plain, ours = (peak(arguments.model, tokens, lazy) for lazy in (False, True))
+        plain, ours = peak(tokens, False), peak(tokens, True)
         config = model.config
         kv = 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
         floor = config.num_hidden_layers * tokens * (config.hidden_size + kv) * 4 / 1e6
@@ -333,13 +267,15 @@ def main() -> None:
             f"{floor:.0f} MB",
             flush=True,
         )
-    if arguments.tokens:
-        found["conditions"]["load_after"] = os.getloadavg()
-    if arguments.memory:
+    found["conditions"]["load_after"] = os.getloadavg()
+    if found["memory"]:
         found["growth"] = growth(found)
         print({name: round(value, 2) for name, value in found["growth"].items()})
+    which = "" if arguments.model == "demo" else f"{known}-"
+    name = f"on-demand-{which}{found['conditions']['device']}-{torch.get_num_threads()}-cores".replace(" ", "-").lower()
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}.json"
     out.write_text(json.dumps(found, indent=1) + "\n")
-    if len(arguments.memory) > 1:
+    if found["memory"]:
         plot(found, out.with_suffix(".png"))
 
 
