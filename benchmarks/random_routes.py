@@ -7,7 +7,7 @@ threshold, strictly, and neither reports what rounding may turn: a route that di
 its threshold (``NEAR``) is counted apart, any other difference is a fault.
 
 What certified traces know as intervals is compared as such: which of a pair's heads are told apart
-(``renormalize=False``) and estimates depend on which rows were settled before, in both kinds of trace. Flows multiply
+(``renormalize=False``) and estimates depend on which rows were refined before, in both kinds of trace. Flows multiply
 estimates, so that they are compared where all rows are exact.
 
 OMP_NUM_THREADS=1 python benchmarks/random_routes.py --routes 20000

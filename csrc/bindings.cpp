@@ -1,4 +1,5 @@
-// This file, bindings_fields.h and bindings_cuda.h alone know pybind11. Tensors arrive checked (flowroutes_fast/ops/native.py), as integers.
+// This file, bindings_fields.h and bindings_cuda.h alone know pybind11. Tensors arrive checked
+// (flowroutes_fast/ops/native.py), as integers.
 #include "bindings_fields.h"
 #include "few_rows.h"
 #include "kernels.h"
@@ -25,7 +26,8 @@ std::vector<const Kernels*> available() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
 #ifdef FLOWROUTES_AVX512
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
         found.push_back(&kernels_avx512());
 #endif
 #ifdef FLOWROUTES_AVX2
@@ -52,7 +54,8 @@ void locked(Work&& work) {
     try {
         work();
     } catch (const std::bad_alloc&) {
-        PyErr_SetString(PyExc_MemoryError, "the native kernel cannot allocate its memory: trace fewer tokens at a time, or free some");
+        PyErr_SetString(PyExc_MemoryError,
+                        "the native kernel cannot allocate its memory: trace fewer tokens at a time, or free some");
         throw py::error_already_set();
     }
 }
@@ -67,12 +70,17 @@ void unlocked(Work&& work) {
 }
 
 void weights(Fields& f, Alpha& a) {
-    f.optional("pattern", a.pattern).optional("pattern_head", a.pattern_head).optional("pattern_query", a.pattern_query);
+    f.optional("pattern", a.pattern)
+        .optional("pattern_head", a.pattern_head)
+        .optional("pattern_query", a.pattern_query);
     f.optional("q", a.q).optional("q_head", a.q_head).optional("q_row", a.q_row);
     f.optional("k", a.k).optional("k_head", a.k_head).optional("k_row", a.k_row);
     f.optional("d_qk", a.d_qk).optional("scale", a.scale).optional("softcap", a.softcap);
     f.optional("mask", a.mask).optional("mask_head", a.mask_head).optional("mask_query", a.mask_query);
-    f.optional("window", a.window).optional("offset", a.offset).optional("sinks", a.sinks).optional("positions", a.positions);
+    f.optional("window", a.window)
+        .optional("offset", a.offset)
+        .optional("sinks", a.sinks)
+        .optional("positions", a.positions);
     require(a.pattern || (a.q && a.k && a.d_qk > 0), "either 'pattern' or 'q', 'k' and 'd_qk' must be given");
 }
 
@@ -84,13 +92,17 @@ void layer(Fields& f, P& p, bool with_g = true) {
     f("queries", p.queries)("keys", p.keys)("heads", p.heads)("group", p.group)("d_v", p.d_v)("d_model", p.d_model);
     f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("w_o", p.w_o)("w_row", p.w_row)("y", p.y);
     f.optional("threads", p.threads);
-    require(p.queries >= 0 && p.keys > 0 && p.heads > 0 && p.d_v > 0 && p.d_model > 0, "keys, heads, d_v and d_model must be positive");
+    require(p.queries >= 0 && p.keys > 0 && p.heads > 0 && p.d_v > 0 && p.d_model > 0,
+            "keys, heads, d_v and d_model must be positive");
     require(p.group > 0 && p.heads % p.group == 0, "'group' must divide 'heads'");
-    require(p.queries <= INT32_MAX && p.keys <= INT32_MAX && p.d_model <= INT32_MAX, "queries, keys and d_model must fit 32 bits");
+    require(p.queries <= INT32_MAX && p.keys <= INT32_MAX && p.d_model <= INT32_MAX,
+            "queries, keys and d_model must fit 32 bits");
     require(p.v && (p.g || !with_g) && p.w_o && p.y, "'v', 'g', 'w_o' and 'y' must not be null");
-    require(!p.alpha.causal() || p.alpha.positions || p.alpha.offset >= 0, "causal attention needs a key for every query");
+    require(!p.alpha.causal() || p.alpha.positions || p.alpha.offset >= 0,
+            "causal attention needs a key for every query");
     for (int64_t i = 0; p.alpha.positions && i < p.queries; ++i)
-        require(p.alpha.positions[i] > (i ? p.alpha.positions[i - 1] : -1) && p.alpha.positions[i] < p.keys, "'positions' must rise and be among the keys");
+        require(p.alpha.positions[i] > (i ? p.alpha.positions[i - 1] : -1) && p.alpha.positions[i] < p.keys,
+                "'positions' must rise and be among the keys");
 }
 
 void certified_layer(Fields& f, Certified& p, bool with_g = true) {
@@ -131,7 +143,8 @@ PYBIND11_MODULE(_native, m) {
 #endif
     for (const Kernels* k : available())
         if (const char* wrong = k->arithmetic())
-            throw std::runtime_error(std::string("compiled with options that change arithmetic (") + k->isa + ": " + wrong +
+            throw std::runtime_error(std::string("compiled with options that change arithmetic (") + k->isa + ": " +
+                                     wrong +
                                      "): take -ffast-math, -fassociative-math and the like out of CFLAGS and CXXFLAGS");
     m.def("isa", [](const std::string& asked) { return kernels(asked).isa; }, py::arg("isa") = "auto");
     m.def("instruction_sets", [] {
@@ -163,8 +176,12 @@ PYBIND11_MODULE(_native, m) {
             Fields f(arguments, names);
             certified_layer(f, p);
             f("others", p.others)("n_others", p.n_others)("thresholds", p.thresholds)("n_thresholds", p.n_thresholds);
-            f("floor", p.floor)("cut", p.cut)("capacity", p.capacity)("low", p.low)("high", p.high)("head_low", p.head_low)("head_high", p.head_high);
-            f.optional("tolerance", p.tolerance).optional("tolerances", p.tolerances).optional("whole_norm", p.whole_norm).done();
+            f("floor", p.floor)("cut", p.cut)("capacity", p.capacity)("low", p.low)("high", p.high)(
+                "head_low", p.head_low)("head_high", p.head_high);
+            f.optional("tolerance", p.tolerance)
+                .optional("tolerances", p.tolerances)
+                .optional("whole_norm", p.whole_norm)
+                .done();
             require(p.queries == 0 || (p.low && p.high && p.head_low && p.head_high), "the outputs must not be null");
             require(p.n_others == 0 || p.queries == 0 || p.others, "'others' must not be null");
             const Kernels& k = kernels(isa);
@@ -172,7 +189,8 @@ PYBIND11_MODULE(_native, m) {
             Counts counts;
             unlocked([&] { k.certified(p, edges, counts); });
             const py::tuple found = table(edges);
-            return py::make_tuple(found[0], found[1], py::make_tuple(counts.bounded, counts.evaluated, counts.refined, counts.exhausted));
+            return py::make_tuple(found[0], found[1],
+                                  py::make_tuple(counts.bounded, counts.evaluated, counts.refined, counts.exhausted));
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
@@ -183,22 +201,29 @@ PYBIND11_MODULE(_native, m) {
             Fields f(arguments, names);
             certified_layer(f, p.layer, false);
             int64_t stored = 0;
-            f("thresholds", p.layer.thresholds)("n_thresholds", p.layer.n_thresholds)("floor", p.layer.floor)("cut", p.layer.cut);
-            f("capacity", p.layer.capacity)("tolerance", p.layer.tolerance)("at", p.at)("stored", stored)("table", p.table);
+            f("thresholds", p.layer.thresholds)("n_thresholds", p.layer.n_thresholds)("floor", p.layer.floor)(
+                "cut", p.layer.cut);
+            f("capacity", p.layer.capacity)("tolerance", p.layer.tolerance)("at", p.at)("stored", stored)("table",
+                                                                                                          p.table);
             f("residual", p.residual)("residual_row", p.residual_row)("ffn", p.ffn)("ffn_row", p.ffn_row);
             f("parallel", p.parallel)("exact", p.exact);
-            f.optional("through", p.through).optional("through_row", p.through_row).optional("post", p.post).optional("constant", p.constant);
+            f.optional("through", p.through)
+                .optional("through_row", p.through_row)
+                .optional("post", p.post)
+                .optional("constant", p.constant);
             f.optional("probe", p.layer.probe).optional("answer", p.layer.answer).done();
             require(!p.layer.probe || p.layer.answer, "a probe needs an 'answer'");
             require(p.layer.alpha.q && p.layer.alpha.positions, "few rows need queries, keys and 'positions'");
             require(p.layer.queries == 0 || (p.at && p.residual && p.ffn && p.table), "no tensor may be null");
-            for (int64_t i = 0; i < p.layer.queries; ++i) require(p.at[i] >= 0 && p.at[i] < stored, "'at' must name rows of the stored states");
+            for (int64_t i = 0; i < p.layer.queries; ++i)
+                require(p.at[i] >= 0 && p.at[i] < stored, "'at' must name rows of the stored states");
             const Kernels& k = kernels(isa);
             std::vector<Edge> edges;
             Counts counts;
             unlocked([&] { few_rows(k, p, edges, counts); });
             const py::tuple found = table(edges);
-            return py::make_tuple(found[0], found[1], py::make_tuple(counts.bounded, counts.evaluated, counts.refined, counts.exhausted));
+            return py::make_tuple(found[0], found[1],
+                                  py::make_tuple(counts.bounded, counts.evaluated, counts.refined, counts.exhausted));
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
@@ -232,7 +257,8 @@ PYBIND11_MODULE(_native, m) {
             for (int row = 0; row < 3; ++row)
                 for (int64_t e = 0; e < n; ++e)
                     if (at[row * n + e] < 0 || at[row * n + e] >= limits[row])
-                        throw py::index_error("index[" + std::to_string(row) + "] holds " + std::to_string(at[row * n + e]) + ", outside 0 to " +
+                        throw py::index_error("index[" + std::to_string(row) + "] holds " +
+                                              std::to_string(at[row * n + e]) + ", outside 0 to " +
                                               std::to_string(limits[row] - 1));
             const Kernels& k = kernels(isa);
             unlocked([&] { k.pairs(p, at, at + n, at + 2 * n, value, n); });
@@ -242,17 +268,18 @@ PYBIND11_MODULE(_native, m) {
         "rank1",
         [](const py::dict& arguments, const std::string& isa) {
             const float *activation = nullptr, *w = nullptr, *whole = nullptr;
-            float* near = nullptr;
+            float* proximities = nullptr;
             int64_t rows = 0, parts = 0, d_model = 0;
             int threads = 0;
             static Names names;
             Fields f(arguments, names);
-            f("activation", activation)("w", w)("whole", whole)("near", near)("rows", rows)("parts", parts)("d_model", d_model);
+            f("activation", activation)("w", w)("whole", whole)("proximities", proximities)("rows", rows)(
+                "parts", parts)("d_model", d_model);
             f.optional("threads", threads).done();
             require(rows >= 0 && parts >= 0 && d_model > 0 && d_model <= INT32_MAX, "d_model must be positive");
-            require(rows == 0 || parts == 0 || (activation && w && whole && near), "no tensor may be null");
+            require(rows == 0 || parts == 0 || (activation && w && whole && proximities), "no tensor may be null");
             const Kernels& k = kernels(isa);
-            unlocked([&] { k.rank1(activation, w, whole, near, rows, parts, d_model, threads); });
+            unlocked([&] { k.rank1(activation, w, whole, proximities, rows, parts, d_model, threads); });
         },
         py::arg("arguments"), py::arg("isa") = "auto");
     m.def(
@@ -264,7 +291,8 @@ PYBIND11_MODULE(_native, m) {
             int threads = 0;
             static Names names;
             Fields f(arguments, names);
-            f("output", output)("stride", stride)("count", count)("whole", whole)("out", out)("rows", rows)("d_model", d_model);
+            f("output", output)("stride", stride)("count", count)("whole", whole)("out", out)("rows", rows)("d_model",
+                                                                                                            d_model);
             f.optional("threads", threads).done();
             require(rows >= 0 && count >= 0 && d_model > 0, "d_model must be positive");
             require(rows == 0 || count == 0 || (output && whole && out), "no tensor may be null");
@@ -296,20 +324,30 @@ PYBIND11_MODULE(_native, m) {
             static Names names;
             Fields f(arguments, names);
             weights(f, p.alpha);
-            f("tokens", p.tokens)("heads", p.heads)("group", p.group)("d_v", p.d_v)("d_model", p.d_model)("kv_head", p.kv_head);
-            f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("mixed", p.mixed)("mixed_row", p.mixed_row)("w_o", p.w_o)("w_row", p.w_row);
-            f("residual", p.residual)("ffn_out", p.ffn_out)("resid_post", p.resid_post).optional("resid_mid", p.resid_mid);
-            f.optional("through", p.through).optional("mixer_out", p.mixer_out).optional("gate", p.gate).optional("in_scale", p.in_scale);
+            f("tokens", p.tokens)("heads", p.heads)("group", p.group)("d_v", p.d_v)("d_model", p.d_model)("kv_head",
+                                                                                                          p.kv_head);
+            f("v", p.v)("v_head", p.v_head)("v_row", p.v_row)("mixed", p.mixed)("mixed_row", p.mixed_row)("w_o", p.w_o)(
+                "w_row", p.w_row);
+            f("residual", p.residual)("ffn_out", p.ffn_out)("resid_post", p.resid_post)
+                .optional("resid_mid", p.resid_mid);
+            f.optional("through", p.through)
+                .optional("mixer_out", p.mixer_out)
+                .optional("gate", p.gate)
+                .optional("in_scale", p.in_scale);
             f.optional("row_scale", p.row_scale).optional("out_scale", p.out_scale).optional("bias", p.bias);
-            f.optional("bias_is_scaled", p.bias_is_scaled).optional("w_is_sampled", p.w_is_sampled)("scale_out", p.scale)("smallest", p.smallest);
+            f.optional("bias_is_scaled", p.bias_is_scaled)
+                .optional("w_is_sampled", p.w_is_sampled)("scale_out", p.scale)("smallest", p.smallest);
             f("rows", p.rows)("channels", p.channels)("n_rows", p.n_rows)("n_channels", p.n_channels).done();
-            require(p.tokens > 0 && p.heads > 0 && p.d_v > 0 && p.d_model > 0, "tokens, heads, d_v and d_model must be positive");
+            require(p.tokens > 0 && p.heads > 0 && p.d_v > 0 && p.d_model > 0,
+                    "tokens, heads, d_v and d_model must be positive");
             require(p.group > 0 && p.heads % p.group == 0, "'group' must divide 'heads'");
             require(p.kv_head >= 0 && p.kv_head < p.heads / p.group, "there is no such 'kv_head'");
             require(p.alpha.q && p.alpha.offset == 0, "attention must be of queries and keys over the same tokens");
-            require(p.v && p.mixed && p.w_o && p.residual && p.ffn_out && p.resid_post && p.rows && p.channels, "no tensor may be null");
+            require(p.v && p.mixed && p.w_o && p.residual && p.ffn_out && p.resid_post && p.rows && p.channels,
+                    "no tensor may be null");
             require(p.n_rows > 0 && p.n_channels > 0, "there must be rows and channels");
-            for (int64_t n = 0; n < p.n_rows; ++n) require(p.rows[n] >= 0 && p.rows[n] < p.tokens, "'rows' holds one that there is not");
+            for (int64_t n = 0; n < p.n_rows; ++n)
+                require(p.rows[n] >= 0 && p.rows[n] < p.tokens, "'rows' holds one that there is not");
             for (int64_t n = 0; n < p.n_channels; ++n)
                 require(p.channels[n] >= 0 && p.channels[n] < p.d_model, "'channels' holds one that there is not");
             const Kernels& k = kernels(isa);

@@ -1,5 +1,6 @@
-// Fields of a parameter struct from a dict's entries of the same names. An entry that is missing or that no field asked for is an error:
-// a typo must not become a null pointer. Names are made into Python's strings once: a check of every layer asks for some forty.
+// Fields of a parameter struct from a dict's entries of the same names. An entry that is missing or that no field asked
+// for is an error: a typo must not become a null pointer. Names are made into Python's strings once: a check of every
+// layer asks for some forty.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -29,7 +30,8 @@ class Fields {
         return *this;
     }
     void done() const {
-        if (used_ != d_.size()) throw std::invalid_argument("unknown entry in " + pybind11::repr(d_).cast<std::string>());
+        if (used_ != d_.size())
+            throw std::invalid_argument("unknown entry in " + pybind11::repr(d_).cast<std::string>());
     }
 
   private:
@@ -43,17 +45,14 @@ class Fields {
         }
         const pybind11::handle value(found);
         ++used_;
-        if constexpr (std::is_pointer_v<F>)
-            field = reinterpret_cast<F>(value.cast<uintptr_t>());
-        else if constexpr (std::is_enum_v<F>)
-            field = static_cast<F>(value.cast<int>());
-        else
-            field = value.cast<F>();
+        if constexpr (std::is_pointer_v<F>) field = reinterpret_cast<F>(value.cast<uintptr_t>());
+        else if constexpr (std::is_enum_v<F>) field = static_cast<F>(value.cast<int>());
+        else field = value.cast<F>();
         if constexpr (std::is_floating_point_v<F>) {
             const bool finite = !std::strcmp(name, "scale") || !std::strcmp(name, "softcap");
             if (std::isnan(field) || (finite && std::isinf(field)))
-                throw std::invalid_argument(std::string(name) + " must be a " + (finite ? "finite " : "") + "number, got " +
-                                            pybind11::str(value).cast<std::string>());
+                throw std::invalid_argument(std::string(name) + " must be a " + (finite ? "finite " : "") +
+                                            "number, got " + pybind11::str(value).cast<std::string>());
         }
         return true;
     }

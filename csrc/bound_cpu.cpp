@@ -25,7 +25,8 @@ void bound_rows(RowBlock& x, int64_t i0, const Bound& b, std::vector<Edge>& edge
     float zero[ROWS] = {};
     for (int64_t h = 0; h < p.heads; ++h)
         x.scan(h, 0, x.rows, zero, false, [&](int r, int32_t key, float, float w) {
-            if (w > b.cut[i0 + r] || (b.pair_cut && x.pair[r * x.stride + key] > b.pair_cut[i0 + r])) edges.push_back({int32_t(i0 + r), key, int32_t(h), w});
+            if (w > b.cut[i0 + r] || (b.pair_cut && x.pair[r * x.stride + key] > b.pair_cut[i0 + r]))
+                edges.push_back({int32_t(i0 + r), key, int32_t(h), w});
         });
 }
 
@@ -34,9 +35,9 @@ void bound_rows(RowBlock& x, int64_t i0, const Bound& b, std::vector<Edge>& edge
 void bound(const Bound& b, std::vector<Edge>& edges) {
     const int threads = thread_count(b.layer.threads);
     const Layer layer(b.layer, threads);
-    std::vector<std::vector<Edge>> found(layer.blocks());
-    for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t n) { bound_rows(x, i0, b, found[n]); });
-    join(found, edges);
+    std::vector<std::vector<Edge>> listed(layer.blocks());
+    for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t n) { bound_rows(x, i0, b, listed[n]); });
+    join(listed, edges);
 }
 
 }  // namespace FLOWROUTES_ISA

@@ -1,4 +1,5 @@
-// Bounds and evaluations of a few rows of a certified layer. Compiled once per instruction set, with FLOWROUTES_ISA naming the namespace.
+// Bounds and evaluations of a few rows of a certified layer. Compiled once per instruction set, with FLOWROUTES_ISA
+// naming the namespace.
 #pragma once
 #include "certified_layer.h"
 
@@ -8,7 +9,7 @@ namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
-constexpr int SEGMENT = 256;   // keys whose bounds are held at a time
+constexpr int SEGMENT = 256;        // keys whose bounds are held at a time
 constexpr float WELL_ABOVE = 10.f;  // sums over heads above this many floors are known to the tolerance
 
 // A sub-edge of one row block that has been evaluated.
@@ -63,10 +64,10 @@ class RowBlock {
         }
     }
 
-    // Bounds of rows [from, to) of one head. Sub-edges not yet evaluated: listed when above cut[r], else summed into `rest`.
-    // The first time, bounds are also added to the pair sums.
-    template <class Found>
-    void scan(int64_t h, int from, int to, const float* cut, bool first, Found&& found) {
+    // Bounds of rows [from, to) of one head. Sub-edges not yet evaluated: listed when above cut[r], else summed into
+    // `rest`. The first time, bounds are also added to the pair sums.
+    template <class List>
+    void scan(int64_t h, int from, int to, const float* cut, bool first, List&& list) {
         const int64_t kv = h / p.group;
         const float* g = p.g + ((i0 + from) * p.heads + h) * p.d_v;
         const int64_t g_row = p.heads * p.d_v;
@@ -80,14 +81,17 @@ class RowBlock {
         for (int64_t j0 = begin(from); j0 < end; j0 += SEGMENT) {
             const int64_t j1 = std::min<int64_t>(end, j0 + SEGMENT);
             for (int r = from; r < to && !l.packed; ++r)
-                dots_of_rows(g + (r - from) * g_row, p.v + kv * p.v_head + j0 * p.v_row, p.v_row, std::min(j1, l.seen) - j0, j1 - j0, p.d_v, b + r * SEGMENT);
+                dots_of_rows(g + (r - from) * g_row, p.v + kv * p.v_head + j0 * p.v_row, p.v_row,
+                             std::min(j1, l.seen) - j0, j1 - j0, p.d_v, b + r * SEGMENT);
             for (int64_t j = j0; j < j1 && l.packed; j += NR)
                 for (int r = from; r < to; r += MR)
-                    tile(g + (r - from) * g_row, g_row, std::min(MR, to - r), l.v[kv].get() + j * p.d_v, p.d_v, b + r * SEGMENT + (j - j0), SEGMENT);
+                    tile(g + (r - from) * g_row, g_row, std::min(MR, to - r), l.v[kv].get() + j * p.d_v, p.d_v,
+                         b + r * SEGMENT + (j - j0), SEGMENT);
             for (int r = from; r < to; ++r) {
                 const float* a = alpha.get() + (h * height + r) * stride;
                 float* pairs = pair.data() + r * stride;
-                const vec limit = splat(cut[r]), small = splat(class_end[r][0] * inverse(h)), medium = splat(class_end[r][1] * inverse(h));
+                const vec limit = splat(cut[r]), small = splat(class_end[r][0] * inverse(h)),
+                          medium = splat(class_end[r][1] * inverse(h));
                 vec w0 = {}, w1 = {}, w2 = {}, t0 = {}, t1 = {}, signed_sum = {};
                 for (int64_t j = j0; j < j1; j += LANES) {
                     const vec weight = load(a + j), f = weight * load(b + r * SEGMENT + (j - j0));
@@ -101,7 +105,7 @@ class RowBlock {
                     const ivec above = left > limit;
                     if (any(above)) {
                         for (int lane = 0; lane < LANES; ++lane)
-                            if (above[lane]) found(r, static_cast<int32_t>(j + lane), weight[lane], w[lane]);
+                            if (above[lane]) list(r, static_cast<int32_t>(j + lane), weight[lane], w[lane]);
                     }
                     const vec low = above ? vec{} : left;
                     const vec t = low > vec{} ? weight * load(length + j) : vec{};
@@ -214,17 +218,22 @@ class RowBlock {
     void all_known() { std::fill(whole.begin(), whole.end(), 1); }
 
     // what the unevaluated heads of a pair can add to known[key]
-    float open(int r, int64_t key) const { return whole[key] ? 0.f : std::max(0.f, pair[r * stride + key] - known[key]); }
+    float open(int r, int64_t key) const {
+        return whole[key] ? 0.f : std::max(0.f, pair[r * stride + key] - known[key]);
+    }
 
-    // Keys whose sum over heads is not known well enough: at a threshold, or within the tolerance where it is well above the floor.
+    // Keys whose sum over heads is not known well enough: at a threshold, or within the tolerance where it is well
+    // above the floor.
     void unclear(int r, float low, float high, std::vector<int32_t>& keys) const {
         keys.clear();
         const float* row = pair.data() + r * stride;
-        const auto add = [&](float from, float to, float slack) {  // pairs above `from` for sure or not, and not above `to` for sure
+        const auto add = [&](float from, float to,
+                             float slack) {  // pairs above `from` for sure or not, and not above `to` for sure
             for (int64_t j = 0; j < stride; j += LANES)
                 if (any((load(row + j) > splat(from)) & (load(&known[j]) <= splat(to))))
                     for (int64_t key = j; key < j + LANES; ++key)
-                        if (row[key] > from && known[key] <= to && open(r, key) > slack * row[key]) keys.push_back(static_cast<int32_t>(key));
+                        if (row[key] > from && known[key] <= to && open(r, key) > slack * row[key])
+                            keys.push_back(static_cast<int32_t>(key));
         };
         add(WELL_ABOVE * p.floor * low, std::numeric_limits<float>::max(), 2.f * p.tolerance);
         for (int64_t n = 0; n < p.n_thresholds; ++n) add(p.thresholds[n] * low, p.thresholds[n] * high, 0.f);
@@ -241,8 +250,8 @@ class RowBlock {
         if (c < 2) x.t[c] = std::max(0.f, x.t[c] + sign * t);
     }
 
-    // Evaluates the sub-edges of a head whose bound is above cut[r]; row by row, so that the channels a row needs stay in the cache.
-    // Those above a smaller one are kept for evaluate_reserve().
+    // Evaluates the sub-edges of a head whose bound is above cut[r]; row by row, so that the channels a row needs stay
+    // in the cache. Those above a smaller one are kept for evaluate_reserve().
     void evaluate_above(int64_t h, int from, int to, const float* cut, const float* reserve_cut, bool first) {
         for (int r = from; r < to; ++r) above[r].clear();
         scan(h, from, to, reserve_cut, first, [&](int r, int32_t key, float weight, float w) {
@@ -313,7 +322,8 @@ class RowBlock {
 
     int64_t begin(int row) const {
         const bool windowed = p.alpha.window > 0 && p.alpha.causal();
-        return windowed ? std::max<int64_t>(0, p.alpha.position(i0 + row) + 1 - p.alpha.window) / SEGMENT * SEGMENT : 0;  // sums in the same order whatever rows are beside
+        return windowed ? std::max<int64_t>(0, p.alpha.position(i0 + row) + 1 - p.alpha.window) / SEGMENT * SEGMENT
+                        : 0;  // sums in the same order whatever rows are beside
     }
     int64_t reach(int to) const { return p.alpha.causal() ? p.alpha.position(i0 + to - 1) + 1 : p.keys; }
 
@@ -322,19 +332,19 @@ class RowBlock {
     const int64_t stride;
     int64_t i0 = 0, visible = 0;
     int rows = 0;
-    const int height;                          // rows at most
-    Pool::Buffer alpha;                        // [head, height, stride]; negative: evaluated
-    std::vector<float> pair;                   // [height, stride]: sums over heads of proximities where known, else of bounds
-    std::vector<Rest> rest;                    // [height, head]
-    std::vector<float> sum_evaluated, flow;    // [height, head]
-    std::vector<float> share;                  // [head, height, stride]: signed flow
+    const int height;         // rows at most
+    Pool::Buffer alpha;       // [head, height, stride]; negative: evaluated
+    std::vector<float> pair;  // [height, stride]: sums over heads of proximities where known, else of bounds
+    std::vector<Rest> rest;   // [height, head]
+    std::vector<float> sum_evaluated, flow;  // [height, head]
+    std::vector<float> share;                // [head, height, stride]: signed flow
     std::vector<Evaluated> evaluated[ROWS];
-    int at_hand = -1;                          // row that focus() was called for
-    std::vector<float> slopes;                 // [head, 2], of the row at hand
-    std::vector<float> known;                  // [stride], of the row at hand: sums over heads of the evaluated sub-edges
-    std::vector<char> whole;                   // [stride], of the row at hand: all heads of this key are evaluated
+    int at_hand = -1;           // row that focus() was called for
+    std::vector<float> slopes;  // [head, 2], of the row at hand
+    std::vector<float> known;   // [stride], of the row at hand: sums over heads of the evaluated sub-edges
+    std::vector<char> whole;    // [stride], of the row at hand: all heads of this key are evaluated
     float others[ROWS];
-    std::vector<int32_t> keys;                 // scratch of refine()
+    std::vector<int32_t> keys;  // scratch of refine()
 
   private:
     static bool any(ivec x) {
@@ -352,8 +362,8 @@ class RowBlock {
 
     // max(0, w_d - |y_d|) of four channels
     vec4 overshoot(const float* value, const float* w_o, const int32_t* channel, vec4 y, float weight) const {
-        const vec4 z = weight * dots(value, w_o + channel[0] * p.w_row, w_o + channel[1] * p.w_row, w_o + channel[2] * p.w_row,
-                                     w_o + channel[3] * p.w_row, p.d_v);
+        const vec4 z = weight * dots(value, w_o + channel[0] * p.w_row, w_o + channel[1] * p.w_row,
+                                     w_o + channel[2] * p.w_row, w_o + channel[3] * p.w_row, p.d_v);
         const auto bits = reinterpret_cast<ivec4>(y);
         const vec4 w = reinterpret_cast<vec4>(reinterpret_cast<ivec4>(z) ^ (bits & INT32_MIN));
         const vec4 excess = w - reinterpret_cast<vec4>(bits & INT32_MAX);
@@ -380,7 +390,8 @@ class RowBlock {
         const int32_t* channel = l.order.channel.data() + i * p.d_model;
         const float* y = l.order.sorted.data() + i * p.d_model;
         float total = 0.f;
-        for (int32_t x = 0; x < n; ++x) total += std::max(0.f, t * l.width[h * p.d_model + channel[x]] - std::fabs(y[x]));
+        for (int32_t x = 0; x < n; ++x)
+            total += std::max(0.f, t * l.width[h * p.d_model + channel[x]] - std::fabs(y[x]));
         return total / t;
     }
 
@@ -410,11 +421,11 @@ void for_row_blocks(const Layer& layer, int threads, Work&& work) {
     failure.rethrow();
 }
 
-inline void join(const std::vector<std::vector<Edge>>& found, std::vector<Edge>& edges) {
+inline void join(const std::vector<std::vector<Edge>>& listed, std::vector<Edge>& edges) {
     size_t total = 0;
-    for (const auto& f : found) total += f.size();
+    for (const auto& f : listed) total += f.size();
     edges.reserve(total);
-    for (const auto& f : found) edges.insert(edges.end(), f.begin(), f.end());
+    for (const auto& f : listed) edges.insert(edges.end(), f.begin(), f.end());
 }
 
 }  // namespace

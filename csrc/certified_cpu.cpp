@@ -1,18 +1,20 @@
 // Certified importances on the CPU. Compiled once per instruction set, with FLOWROUTES_ISA naming the namespace.
 //
-// Every sub-edge has the bound w = alpha max(<v, g>, 0) >= proximity: a dot product of length d_v. Those above a cut are evaluated,
+// Every sub-edge has the bound w = alpha max(<v, g>, 0) >= proximity: a dot product of length d_v. Those above a cut
+// are evaluated,
 //     proximity = max(w - 2 sum_d max(0, alpha |u_d| - |y_d|), 0)   over channels d where u_d points along y_d,
-// and only channels with |y_d| < alpha |v| |W_O[h, :, d]| can contribute (Cauchy-Schwarz), so u_d is computed for those alone and never
-// stored. The rest is summed into an interval: its upper end is the sum of w; its lower end subtracts 2 F(alpha |v|), where
-// F(t) = sum_d max(0, t |W_O[h, :, d]| - |y_d|) is convex with F(0) = 0, so that a chord bounds it over a whole class of sub-edges.
+// and only channels with |y_d| < alpha |v| |W_O[h, :, d]| can contribute (Cauchy-Schwarz), so u_d is computed for those
+// alone and never stored. The rest is summed into an interval: its upper end is the sum of w; its lower end subtracts 2
+// F(alpha |v|), where F(t) = sum_d max(0, t |W_O[h, :, d]| - |y_d|) is convex with F(0) = 0, so that a chord bounds it
+// over a whole class of sub-edges.
 #include "certified_block.h"
 
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
-constexpr float REFINE = 0.6f;  // factor of the cut from one refinement to the next
-constexpr float RESERVE = 0.1f; // sub-edges above this share of the first cut are remembered for refinement
+constexpr float REFINE = 0.6f;   // factor of the cut from one refinement to the next
+constexpr float RESERVE = 0.1f;  // sub-edges above this share of the first cut are remembered for refinement
 constexpr float SMALLEST_CUT = 1e-8f;
 
 // Evaluates more of one row until its normaliser is known to the tolerance and nothing is ambiguous at the thresholds.
@@ -26,7 +28,8 @@ void refine(RowBlock& x, int r, Counts& counts) {
     for (;;) {
         x.row_bounds(r, low, high);
         const bool crowded = p.capacity > 0 && int64_t(x.evaluated[r].size()) > p.capacity;
-        const bool whole = tolerance == 0.f && share > 0.f;  // evaluate everything, even what cannot change the normaliser
+        const bool whole = tolerance == 0.f &&
+                           share > 0.f;  // evaluate everything, even what cannot change the normaliser
         if (!crowded && !whole && !(high - low > tolerance * (high + low))) {
             x.unclear(r, low, high, keys);
             if (!keys.empty()) {
@@ -74,17 +77,20 @@ void certify(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& counts) 
         counts.bounded += std::max<int64_t>(0, std::min(p.keys, x.reach(r + 1)) - x.begin(r)) * p.heads;
         refine(x, r, counts);
         x.row_bounds(r, p.low[i], p.high[i]);
-        for (int64_t h = 0; h < p.heads; ++h) x.head_bounds(r, h, p.head_low[i * p.heads + h], p.head_high[i * p.heads + h]);
+        for (int64_t h = 0; h < p.heads; ++h)
+            x.head_bounds(r, h, p.head_low[i * p.heads + h], p.head_high[i * p.heads + h]);
         const float above = p.floor * p.low[i];
         const float* row = x.pair.data() + r * x.stride;
         for (const Evaluated& e : x.evaluated[r])
             if (e.value > 0.f && row[e.key] > above) edges.push_back({int32_t(i), e.key, e.head, e.value});
         for (int64_t key = 0; key < std::min(p.keys, x.stride); ++key)
-            if (row[key] > above && x.open(r, key) > 1e-6f * row[key]) edges.push_back({int32_t(i), int32_t(key), -1, x.open(r, key)});
+            if (row[key] > above && x.open(r, key) > 1e-6f * row[key])
+                edges.push_back({int32_t(i), int32_t(key), -1, x.open(r, key)});
     }
 }
 
-// Signed flow of one row block: sums per head, and the sub-edges whose share of |y|_1 passes the floor, alone or summed over heads.
+// Signed flow of one row block: sums per head, and the sub-edges whose share of |y|_1 passes the floor, alone or summed
+// over heads.
 void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& counts) {
     const Certified& p = x.p;
     x.start(i0);
@@ -97,7 +103,8 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
         for (int r = 0; r < x.rows; r += MR) {
             const int n = std::min(MR, x.rows - r);
             for (int64_t j = 0; j < end; j += NR)
-                tile(p.g + ((i0 + r) * p.heads + h) * p.d_v, p.heads * p.d_v, n, panels + j * p.d_v, p.d_v, &share[(h * x.height + r) * x.stride + j], x.stride);
+                tile(p.g + ((i0 + r) * p.heads + h) * p.d_v, p.heads * p.d_v, n, panels + j * p.d_v, p.d_v,
+                     &share[(h * x.height + r) * x.stride + j], x.stride);
         }
         for (int r = 0; r < x.rows; ++r) {
             const int64_t i = i0 + r;
@@ -132,13 +139,13 @@ void certified(const Certified& p, std::vector<Edge>& edges, Counts& counts) {
     const int threads = thread_count(p.threads);
     const Layer layer(p, threads);
     const int64_t blocks = layer.blocks();
-    std::vector<std::vector<Edge>> found(blocks);
+    std::vector<std::vector<Edge>> listed(blocks);
     std::vector<Counts> counted(blocks);
     for_row_blocks(layer, threads, [&](RowBlock& x, int64_t i0, int64_t b) {
-        if (p.whole_norm) signed_rows(x, i0, found[b], counted[b]);
-        else certify(x, i0, found[b], counted[b]);
+        if (p.whole_norm) signed_rows(x, i0, listed[b], counted[b]);
+        else certify(x, i0, listed[b], counted[b]);
     });
-    join(found, edges);
+    join(listed, edges);
     for (const Counts& c : counted) {
         counts.bounded += c.bounded;
         counts.evaluated += c.evaluated;

@@ -10,7 +10,8 @@ namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
-// Memory for packed keys and values, given back to be taken again: a walk packs every layer once, and fresh pages cost more than packing.
+// Memory for packed keys and values, given back to be taken again: a walk packs every layer once, and fresh pages cost
+// more than packing.
 class Pool {
   public:
     struct Return {
@@ -27,7 +28,8 @@ class Pool {
     Buffer take(int64_t size, bool keep) {
         size = std::max<int64_t>(size, 1);
         if (!keep) return Buffer(new float[size], Return{0});
-        if (const std::unique_lock<std::mutex> one(lock, std::try_to_lock); one) {  // held by nobody in a process that was forked
+        if (const std::unique_lock<std::mutex> one(lock, std::try_to_lock);
+            one) {  // held by nobody in a process that was forked
             for (size_t n = 0; n < kept.size(); ++n)
                 if (kept[n].second >= size && kept[n].second <= 2 * size) {
                     const auto found = kept[n];
@@ -39,7 +41,8 @@ class Pool {
         return Buffer(new float[size], Return{size});
     }
     void give(float* memory, int64_t size) noexcept {
-        if (const std::unique_lock<std::mutex> one(lock, std::try_to_lock); one && size && total + size <= MOST && kept.size() < kept.capacity()) {
+        if (const std::unique_lock<std::mutex> one(lock, std::try_to_lock);
+            one && size && total + size <= MOST && kept.size() < kept.capacity()) {
             kept.emplace_back(memory, size);
             total += size;
             return;
@@ -55,22 +58,24 @@ class Pool {
     int64_t total = 0;
 };
 
-constexpr int FEW = 64;        // rows of a walk: then fresh pages would cost more than the work
-constexpr int PART = 8 * NR;   // keys that are packed at a time
-constexpr int WIDE = 8;        // channels per head whose |W_O[h, :, d]| is kept apart, so that outliers do not loosen the rest
+constexpr int FEW = 64;       // rows of a walk: then fresh pages would cost more than the work
+constexpr int PART = 8 * NR;  // keys that are packed at a time
+constexpr int
+    WIDE = 8;  // channels per head whose |W_O[h, :, d]| is kept apart, so that outliers do not loosen the rest
 
 struct Layer {
     const Certified& p;
     Magnitudes order;
-    int64_t seen;                             // keys that some query may see
-    int64_t padded;                           // those, rounded up to whole panels
-    int height;                               // queries that a thread works on together
-    bool packed;                              // else keys and values are read as they are stored
-    std::vector<Pool::Buffer> k, v;           // [kv_head]: panels [key / NR][d][NR]
-    std::vector<float> length;                // [kv_head, padded]: |v_j|
-    std::vector<float> width, widest, common; // [head, d_model], [head]: |W_O[h, :, d]|, its largest, its largest without the wide ones
-    std::vector<float> factors;               // [query, d_model]: signs of y, and the probe, where the layer computes g itself
-    std::vector<int32_t> wide;                // [head, WIDE]: channels of the largest, -1 where there are fewer
+    int64_t seen;                    // keys that some query may see
+    int64_t padded;                  // those, rounded up to whole panels
+    int height;                      // queries that a thread works on together
+    bool packed;                     // else keys and values are read as they are stored
+    std::vector<Pool::Buffer> k, v;  // [kv_head]: panels [key / NR][d][NR]
+    std::vector<float> length;       // [kv_head, padded]: |v_j|
+    std::vector<float> width, widest,
+        common;  // [head, d_model], [head]: |W_O[h, :, d]|, its largest, its largest without the wide ones
+    std::vector<float> factors;  // [query, d_model]: signs of y, and the probe, where the layer computes g itself
+    std::vector<int32_t> wide;   // [head, WIDE]: channels of the largest, -1 where there are fewer
 
     explicit Layer(const Certified& problem, int threads)
         : p(problem),
@@ -102,13 +107,15 @@ struct Layer {
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static) nowait
-            for (int64_t part = 0; part < kv_heads * parts; ++part) failure.guard([&] { pack_part(part / parts, part % parts); });
+            for (int64_t part = 0; part < kv_heads * parts; ++part)
+                failure.guard([&] { pack_part(part / parts, part % parts); });
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < threads; ++n)
                 failure.guard([&] {
                     if (p.g_out) products(p.heads * n / threads, p.heads * (n + 1) / threads);
                     else
-                        for (int64_t d = p.d_model * n / threads; d < p.d_model * (n + 1) / threads; ++d) measure(d, 0, p.heads);
+                        for (int64_t d = p.d_model * n / threads; d < p.d_model * (n + 1) / threads; ++d)
+                            measure(d, 0, p.heads);
                 });
 #pragma omp for schedule(static)
             for (int64_t h = 0; h < p.heads; ++h) failure.guard([&] { rank(h); });
@@ -122,7 +129,9 @@ struct Layer {
     // some keys, values and lengths of one kv head
     void pack_part(int64_t kv, int64_t part) {
         const int64_t first = part * PART, end = std::min(seen, first + PART), d_qk = p.alpha.d_qk;
-        if (packed && !p.alpha.pattern) pack(p.alpha.k + kv * p.alpha.k_head + first * p.alpha.k_row, p.alpha.k_row, end - first, d_qk, k[kv].get() + first * d_qk);
+        if (packed && !p.alpha.pattern)
+            pack(p.alpha.k + kv * p.alpha.k_head + first * p.alpha.k_row, p.alpha.k_row, end - first, d_qk,
+                 k[kv].get() + first * d_qk);
         const float* values = p.v + kv * p.v_head;
         if (packed) pack(values + first * p.v_row, p.v_row, end - first, p.d_v, v[kv].get() + first * p.d_v);
         float* lengths = length.data() + kv * padded + first;
@@ -131,11 +140,12 @@ struct Layer {
 
     // widths of a channel, for some heads: W_O is read once, in order
     void measure(int64_t d, int64_t from, int64_t to) {
-        norms(p.w_o + d * p.w_row + from * p.d_v, p.d_v, to - from, p.d_v, [=](int64_t h, float length) { width[(from + h) * p.d_model + d] = length; });
+        norms(p.w_o + d * p.w_row + from * p.d_v, p.d_v, to - from, p.d_v,
+              [=](int64_t h, float length) { width[(from + h) * p.d_model + d] = length; });
     }
 
-    // the same of all channels, and while some channels are at hand g[i, h] = sum_d sign(y_d) W_O[h, :, d] of the rows and the answer to the
-    // probe; summed CHANNELS at a time, in the same order whatever rows are beside
+    // the same of all channels, and while some channels are at hand g[i, h] = sum_d sign(y_d) W_O[h, :, d] of the rows
+    // and the answer to the probe; summed CHANNELS at a time, in the same order whatever rows are beside
     void products(int64_t from, int64_t to) {
         constexpr int64_t CHANNELS = 32;
         const int64_t n = (to - from) * p.d_v, row = p.heads * p.d_v, first = from * p.d_v;
@@ -149,11 +159,13 @@ struct Layer {
             for (int64_t c = 0; c < n; c += NR) {
                 const int width = static_cast<int>(std::min<int64_t>(NR, n - c));
                 for (int64_t i = 0; i < sums; i += MR)
-                    add_tile(factors.data() + i * p.d_model + d0, p.d_model, static_cast<int>(std::min<int64_t>(MR, sums - i)), w + c, p.w_row, count,
-                             width, out.data() + i * n + c, n);
+                    add_tile(factors.data() + i * p.d_model + d0, p.d_model,
+                             static_cast<int>(std::min<int64_t>(MR, sums - i)), w + c, p.w_row, count, width,
+                             out.data() + i * n + c, n);
             }
         }
-        for (int64_t i = 0; i < sums; ++i) std::copy_n(out.data() + i * n, n, (i < p.queries ? p.g_out + i * row : p.answer) + first);
+        for (int64_t i = 0; i < sums; ++i)
+            std::copy_n(out.data() + i * n, n, (i < p.queries ? p.g_out + i * row : p.answer) + first);
     }
 
     // the widest channels of one head
@@ -162,7 +174,8 @@ struct Layer {
         std::vector<int32_t> order(p.d_model);
         std::iota(order.begin(), order.end(), 0);
         const int64_t n = p.d_model > 4 * WIDE ? WIDE : 0;
-        std::partial_sort(order.begin(), order.begin() + n + 1, order.end(), [w](int32_t a, int32_t b) { return w[a] > w[b]; });
+        std::partial_sort(order.begin(), order.begin() + n + 1, order.end(),
+                          [w](int32_t a, int32_t b) { return w[a] > w[b]; });
         std::copy(order.begin(), order.begin() + n, wide.begin() + h * WIDE);
         widest[h] = w[order[0]];
         common[h] = w[order[n]];
@@ -183,7 +196,8 @@ struct Layer {
             vec4 total = sums(s[0], s[1], s[2], s[3]);
             for (; c < n; ++c)
                 for (int r = 0; r < 4; ++r) total[r] += x[(i + r) * stride + c] * x[(i + r) * stride + c];
-            for (int r = 0; r < 4; ++r) out(i + r, total[r] > 1e-28f ? bounded(std::sqrt(total[r])) : norm(x + (i + r) * stride, n));
+            for (int r = 0; r < 4; ++r)
+                out(i + r, total[r] > 1e-28f ? bounded(std::sqrt(total[r])) : norm(x + (i + r) * stride, n));
         }
         for (; i < count; ++i) out(i, norm(x + i * stride, n));
     }

@@ -5,10 +5,12 @@
 namespace flowroutes {
 namespace FLOWROUTES_ISA {
 
-void components(const float* output, int64_t stride, int64_t count, const float* whole, float* out, int64_t rows, int64_t d, int threads) {
+void components(const float* output, int64_t stride, int64_t count, const float* whole, float* out, int64_t rows,
+                int64_t d, int threads) {
 #pragma omp parallel for num_threads(thread_count(threads)) schedule(static)
     for (int64_t n = 0; n < rows; ++n)
-        for (int64_t f = 0; f < count; ++f) out[n * count + f] = proximity(output + n * stride + f * d, whole + n * d, d);
+        for (int64_t f = 0; f < count; ++f)
+            out[n * count + f] = proximity(output + n * stride + f * d, whole + n * d, d);
 }
 
 }  // namespace FLOWROUTES_ISA

@@ -1,5 +1,5 @@
-// Do the captured parts of a layer add up to its states, at some rows and channels? One call per layer of every forward pass.
-// Compiled once per instruction set, with FLOWROUTES_ISA naming the namespace.
+// Do the captured parts of a layer add up to its states, at some rows and channels? One call per layer of every forward
+// pass. Compiled once per instruction set, with FLOWROUTES_ISA naming the namespace.
 #include "rows.h"
 
 namespace flowroutes {
@@ -162,7 +162,8 @@ struct Sample {
         if (!part) return nullptr;
         float* out = place();
         for (int64_t r = 0; r < p.n_rows; ++r)
-            for (int64_t n = 0; n < p.n_channels; ++n) out[r * padded + n] = part[p.rows[r] * p.d_model + p.channels[n]];
+            for (int64_t n = 0; n < p.n_channels; ++n)
+                out[r * padded + n] = part[p.rows[r] * p.d_model + p.channels[n]];
         return out;
     }
 };
@@ -176,7 +177,8 @@ const float* attention_adds(const Conservation& p, Sample& sample) {
         x[r] = p.mixed + p.rows[r] * p.mixed_row;
         if (scaled.empty()) continue;
         const float* gate = p.gate ? p.gate + p.rows[r] * width : nullptr;
-        for (int64_t c = 0; c < width; ++c) scaled[r * width + c] = x[r][c] * (gate ? gate[c] : 1.f) * (p.in_scale ? p.in_scale[c] : 1.f);
+        for (int64_t c = 0; c < width; ++c)
+            scaled[r * width + c] = x[r][c] * (gate ? gate[c] : 1.f) * (p.in_scale ? p.in_scale[c] : 1.f);
         x[r] = &scaled[r * width];
     }
     std::fill(x.begin() + p.n_rows, x.end(), x[0]);
@@ -186,7 +188,9 @@ const float* attention_adds(const Conservation& p, Sample& sample) {
         const float constant = p.bias ? p.bias[d] : 0.f, by = p.scale * (p.out_scale ? p.out_scale[d] : 1.f);
         for (int64_t m = r; m < std::min(r + 4, p.n_rows); ++m) {
             const float scale = p.row_scale ? p.row_scale[p.rows[m]] : 1.f;
-            out[m * sample.padded + n] = (p.bias_is_scaled ? (found[m - r] + constant) * scale : found[m - r] * scale + constant) * by;
+            out[m * sample.padded + n] = (p.bias_is_scaled ? (found[m - r] + constant) * scale
+                                                           : found[m - r] * scale + constant) *
+                                         by;
         }
     };
     const auto weight = [&](int64_t n) { return p.w_o + (p.w_is_sampled ? n : p.channels[n]) * p.w_row; };
@@ -201,7 +205,8 @@ const float* attention_adds(const Conservation& p, Sample& sample) {
     return out;
 }
 
-// Largest |sum of parts - state| / (|state| + sum |part|) over rows; channels count in units of their size in the state.
+// Largest |sum of parts - state| / (|state| + sum |part|) over rows; channels count in units of their size in the
+// state.
 float missing(const Conservation& p, int64_t padded, const float* state, std::initializer_list<const float*> parts) {
     std::vector<double> unit(padded);
     double most = 0.;

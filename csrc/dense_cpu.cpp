@@ -3,9 +3,10 @@
 //
 // proximity(z, y) = max(|y|_1 - |z - y|_1, 0) and, termwise with w = sign(y) z,
 //     |y|_1 - |z - y|_1 = sum_d w_d - 2 sum_d max(0, w_d - |y_d|).
-// The first sum is alpha * <v, g> with g = W_O sign(y): a dot product of length d_v, not d_model. The second has a term only
-// where w_d exceeds |y_d|, so where |y_d| < alpha * max_d |u_d|: the channels of y are bucketed by magnitude once per row, and
-// only that prefix is visited (1 to 10 channels of 576 per sub-edge on real activations). Nothing is approximated.
+// The first sum is alpha * <v, g> with g = W_O sign(y): a dot product of length d_v, not d_model. The second has a term
+// only where w_d exceeds |y_d|, so where |y_d| < alpha * max_d |u_d|: the channels of y are bucketed by magnitude once
+// per row, and only that prefix is visited (1 to 10 channels of 576 per sub-edge on real activations). Nothing is
+// approximated.
 #include "rows.h"
 
 #include <memory>
@@ -14,8 +15,10 @@ namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
-// sum_d max(0, w_d - |y_d|), w = alpha sign(y) u, for the NR keys of one panel; `reach` is the largest alpha * max_d |u_d| among them
-inline void overshoot(const Magnitudes& order, int64_t i, int64_t d_model, vec a0, vec a1, const float* u, float reach, vec& out0, vec& out1) {
+// sum_d max(0, w_d - |y_d|), w = alpha sign(y) u, for the NR keys of one panel; `reach` is the largest alpha * max_d
+// |u_d| among them
+inline void overshoot(const Magnitudes& order, int64_t i, int64_t d_model, vec a0, vec a1, const float* u, float reach,
+                      vec& out0, vec& out1) {
     const int32_t n = order.prefix(i, reach);
     const int32_t* channel = order.channel.data() + i * d_model;
     const float* y = order.sorted.data() + i * d_model;
@@ -35,12 +38,13 @@ struct Head {
     float *u, *reach;    // panels [key / NR][d_model][NR] of u[j] = v[j] W_O, and max_d |u[j, d]|
 };
 
-// Memory of one call. A small one is kept for the thread's next call: many short texts would otherwise spend their time on fresh pages.
+// Memory of one call. A small one is kept for the thread's next call: many short texts would otherwise spend their time
+// on fresh pages.
 class Scratch {
     std::unique_ptr<float[]> memory;
     int64_t size = 0;
 
-public:
+  public:
     float* of(int64_t floats) {
         if (floats > size) {
             memory.reset(new float[floats]);
@@ -92,7 +96,8 @@ void head_rows(const Dense& p, const Magnitudes& order, const Head& head, int64_
 }
 
 // All heads of ROWS queries: their normaliser, then dense importances or the sub-edges above the floor.
-void row_block(const Dense& p, const Magnitudes& order, const std::vector<Head>& heads, int64_t i0, float* s, std::vector<Edge>& edges) {
+void row_block(const Dense& p, const Magnitudes& order, const std::vector<Head>& heads, int64_t i0, float* s,
+               std::vector<Edge>& edges) {
     const int rows = static_cast<int>(std::min<int64_t>(ROWS, p.queries - i0));
     const int64_t stride = round_up(p.keys, NR);
     for (int64_t h = 0; h < p.heads; ++h) head_rows(p, order, heads[h], h, i0, rows, s + h * ROWS * stride);
@@ -148,7 +153,8 @@ void panel_of(const Dense& p, const Head& head, int64_t h, int64_t j) {
 void dense(const Dense& p, std::vector<Edge>& edges) {
     const int threads = thread_count(p.threads);
     const Magnitudes order(p.y, p.queries, p.d_model, threads);
-    const int64_t padded = round_up(p.keys, NR), kv_heads = p.heads / p.group, d_qk = p.alpha.pattern ? 0 : p.alpha.d_qk;
+    const int64_t padded = round_up(p.keys, NR), kv_heads = p.heads / p.group,
+                  d_qk = p.alpha.pattern ? 0 : p.alpha.d_qk;
     static thread_local Scratch scratch;
     float* const k = scratch.of(padded * (kv_heads * (d_qk + p.d_v) + p.heads * (p.d_model + 1)));
     float* const v = k + kv_heads * padded * d_qk;
@@ -167,20 +173,22 @@ void dense(const Dense& p, std::vector<Edge>& edges) {
             pack(p.v + kv * p.v_head, p.v_row, p.keys, p.d_v, v + kv * padded * p.d_v);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t n = 0; n < p.heads * (padded / NR); ++n) panel_of(p, heads[n % p.heads], n % p.heads, n / p.heads * NR);
+        for (int64_t n = 0; n < p.heads * (padded / NR); ++n)
+            panel_of(p, heads[n % p.heads], n % p.heads, n / p.heads * NR);
     }
     const int64_t blocks = (p.queries + ROWS - 1) / ROWS;
-    std::vector<std::vector<Edge>> found(blocks);
+    std::vector<std::vector<Edge>> listed(blocks);
     Failure failure;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> s;
         failure.guard([&] { s.resize(p.heads * ROWS * padded); });
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = blocks - 1; b >= 0; --b) failure.guard([&] { row_block(p, order, heads, b * ROWS, s.data(), found[b]); });
+        for (int64_t b = blocks - 1; b >= 0; --b)
+            failure.guard([&] { row_block(p, order, heads, b * ROWS, s.data(), listed[b]); });
     }
     failure.rethrow();
-    for (auto& f : found) edges.insert(edges.end(), f.begin(), f.end());
+    for (auto& f : listed) edges.insert(edges.end(), f.begin(), f.end());
     scratch.release_if_large();
 }
 

@@ -11,7 +11,8 @@ __global__ void __launch_bounds__(THREADS, 4) dense_tile(DenseProximity p) {
     const Place at;
     const int64_t i0 = int64_t(blockIdx.y) * TILE, j0 = int64_t(blockIdx.x) * TILE, offset = p.keys - p.queries;
     const int64_t i = i0 + at.row, j = j0 + at.column;
-    const int rows = static_cast<int>(min(int64_t(TILE), p.queries - i0)), columns = static_cast<int>(min(int64_t(TILE), p.keys - j0));
+    const int rows = static_cast<int>(min(int64_t(TILE), p.queries - i0)),
+              columns = static_cast<int>(min(int64_t(TILE), p.keys - j0));
     const bool hidden = p.causal && j0 > i0 + rows - 1 + offset;
     unsigned char* memory = shared_memory();
     float c[8][4] = {};
@@ -32,8 +33,10 @@ __global__ void __launch_bounds__(THREADS, 4) dense_tile(DenseProximity p) {
         for (int r = 0; r < 8; ++r)
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
-                const bool seen = at.row + 8 * r < rows && at.column + 16 * n < columns && !(p.causal && j + 16 * n > i + 8 * r + offset);
-                alpha[r][n] = seen ? p.alpha[blockIdx.z * p.alpha_head + (i + 8 * r) * p.alpha_query + j + 16 * n] : 0.f;
+                const bool seen = at.row + 8 * r < rows && at.column + 16 * n < columns &&
+                                  !(p.causal && j + 16 * n > i + 8 * r + offset);
+                alpha[r][n] = seen ? p.alpha[blockIdx.z * p.alpha_head + (i + 8 * r) * p.alpha_query + j + 16 * n]
+                                   : 0.f;
             }
         for (int step = 0; step < steps; ++step) {
             copy_wait<0>();
@@ -78,7 +81,8 @@ __global__ void __launch_bounds__(THREADS, 4) dense_tile(DenseProximity p) {
     sum_columns(at, sum, sums);
     __syncthreads();
     if (threadIdx.x < rows)
-        p.partial[(int64_t(blockIdx.x) * p.heads + blockIdx.z) * p.queries + i0 + threadIdx.x] = sums[threadIdx.x] + sums[64 + threadIdx.x];
+        p.partial[(int64_t(blockIdx.x) * p.heads + blockIdx.z) * p.queries + i0 + threadIdx.x] = sums[threadIdx.x] +
+                                                                                                 sums[64 + threadIdx.x];
 }
 
 __global__ void __launch_bounds__(THREADS) dense_total(DenseProximity p) {

@@ -1,4 +1,5 @@
-// Importances of a few rows of one layer whose activations lie there whole: parts, sub-edges and their division, in one call.
+// Importances of a few rows of one layer whose activations lie there whole: parts, sub-edges and their division, in one
+// call.
 #pragma once
 #include "kernels.h"
 
@@ -8,44 +9,51 @@
 
 namespace flowroutes {
 
-constexpr int64_t ROW_SCALARS = 7;  // normaliser low and high, residual, constant, mixer, FFN, the residual past the FFN
+constexpr int64_t
+    ROW_SCALARS = 7;  // normaliser low and high, residual, constant, mixer, FFN, the residual past the FFN
 
 struct FewRows {
-    Certified layer;                    // y of the rows, without g; queries are those of all tokens, alpha.positions the rows' places among the keys
-    const int64_t* at = nullptr;        // [query]: rows of the arrays below, and of the queries
-    const float* residual = nullptr;    // [token, d_model], inner stride 1
+    Certified layer;  // y of the rows, without g; queries are those of all tokens, alpha.positions the rows' places
+                      // among the keys
+    const int64_t* at = nullptr;      // [query]: rows of the arrays below, and of the queries
+    const float* residual = nullptr;  // [token, d_model], inner stride 1
     int64_t residual_row = 0;
-    const float* through = nullptr;     // [token, d_model]; null: y itself, or (parallel) nothing
+    const float* through = nullptr;  // [token, d_model]; null: y itself, or (parallel) nothing
     int64_t through_row = 0;
-    const float* ffn = nullptr;         // [token, d_model]
+    const float* ffn = nullptr;  // [token, d_model]
     int64_t ffn_row = 0;
-    const float* post = nullptr;        // [query, d_model], of the rows; null: y
-    const float* constant = nullptr;    // [d_model] or null
-    bool parallel = false;              // one node: the FFN is a part of y
-    bool exact = false;                 // every sub-edge is evaluated: the interval is a point
-    float* table = nullptr;             // [query, ROW_SCALARS + 3 heads]: the scalars, then heads' importances, lower and upper bounds
+    const float* post = nullptr;      // [query, d_model], of the rows; null: y
+    const float* constant = nullptr;  // [d_model] or null
+    bool parallel = false;            // one node: the FFN is a part of y
+    bool exact = false;               // every sub-edge is evaluated: the interval is a point
+    float* table = nullptr;  // [query, ROW_SCALARS + 3 heads]: the scalars, then heads' importances, lower and upper
+                             // bounds
 };
 
 inline void few_rows(const Kernels& kernels, const FewRows& p, std::vector<Edge>& edges, Counts& counts) {
     Certified c = p.layer;
     const int64_t n = c.queries, d = c.d_model, heads = c.heads, d_qk = c.alpha.d_qk;
-    std::vector<float> query(heads * n * d_qk), parts(5 * n), low(n), high(n), head_low(n * heads), head_high(n * heads);
+    std::vector<float> query(heads * n * d_qk), parts(5 * n), low(n), high(n), head_low(n * heads),
+        head_high(n * heads);
     std::vector<float> g(n * heads * c.d_v);
     c.g = c.g_out = g.data();
     for (int64_t h = 0; h < heads; ++h)
         for (int64_t i = 0; i < n; ++i)
-            std::copy_n(c.alpha.q + h * c.alpha.q_head + p.at[i] * c.alpha.q_row, d_qk, query.data() + (h * n + i) * d_qk);
+            std::copy_n(c.alpha.q + h * c.alpha.q_head + p.at[i] * c.alpha.q_row, d_qk,
+                        query.data() + (h * n + i) * d_qk);
     c.alpha.q = query.data();
     c.alpha.q_head = n * d_qk;
     c.alpha.q_row = d_qk;
     // [part][query]: residual, constant, mixer, FFN, past the FFN
     const float* post = p.post ? p.post : c.y;
-    const auto near = [&](int64_t part, int64_t i, const float* x, const float* whole) { kernels.parts(x, whole, &parts[part * n + i], 1, 1, d, 1); };
+    const auto proximity = [&](int64_t part, int64_t i, const float* x, const float* whole) {
+        kernels.parts(x, whole, &parts[part * n + i], 1, 1, d, 1);
+    };
     for (int64_t i = 0; i < n; ++i) {
-        near(0, i, p.residual + p.at[i] * p.residual_row, c.y + i * d);
-        if (p.constant) near(1, i, p.constant, c.y + i * d);
-        near(3, i, p.ffn + p.at[i] * p.ffn_row, post + i * d);
-        if (!p.parallel) near(4, i, p.through ? p.through + p.at[i] * p.through_row : c.y + i * d, post + i * d);
+        proximity(0, i, p.residual + p.at[i] * p.residual_row, c.y + i * d);
+        if (p.constant) proximity(1, i, p.constant, c.y + i * d);
+        proximity(3, i, p.ffn + p.at[i] * p.ffn_row, post + i * d);
+        if (!p.parallel) proximity(4, i, p.through ? p.through + p.at[i] * p.through_row : c.y + i * d, post + i * d);
     }
     c.others = parts.data();
     c.n_others = p.parallel ? 4 : 3;

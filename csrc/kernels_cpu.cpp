@@ -15,7 +15,8 @@ const char* arithmetic() {
     if (rounded[0] != 0.f) return "sums are reordered";
     if (std::signbit(m + 0.f) || !std::signbit(z * -o)) return "the sign of zero is lost";
     for (float n = o; n < 20.f; n += o)
-        if (n / 3.f != static_cast<float>(double(n) / double(o + o + o))) return "divisions are replaced by approximations";
+        if (n / 3.f != static_cast<float>(double(n) / double(o + o + o)))
+            return "divisions are replaced by approximations";
     const float nothing = z / z, most = o / z;
     if (nothing == nothing || !(most > std::numeric_limits<float>::max())) return "infinity and NaN are not kept";
     return nullptr;
@@ -40,8 +41,16 @@ void conservation(const Conservation&, float*);
 #define FLOWROUTES_TEXT(a) FLOWROUTES_TEXT_(a)
 const Kernels& FLOWROUTES_JOIN(kernels_, FLOWROUTES_ISA)() {
     using namespace FLOWROUTES_ISA;
-    static const Kernels table{
-        FLOWROUTES_TEXT(FLOWROUTES_ISA), arithmetic, certified, bound, pairs, dense, rank1, parts, components, conservation};
+    static const Kernels table{FLOWROUTES_TEXT(FLOWROUTES_ISA),
+                               arithmetic,
+                               certified,
+                               bound,
+                               pairs,
+                               dense,
+                               rank1,
+                               parts,
+                               components,
+                               conservation};
     return table;
 }
 

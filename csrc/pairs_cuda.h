@@ -1,4 +1,5 @@
-// CUDA kernels of listed sub-edges: gather the values of 64 pairs, multiply them by W_O chunk by chunk, meet y in registers.
+// CUDA kernels of listed sub-edges: gather the values of 64 pairs, multiply them by W_O chunk by chunk, meet y in
+// registers.
 #pragma once
 #include "tiles_cuda.h"
 
@@ -10,7 +11,8 @@ constexpr int CHANNELS = 64;  // of d_model, at a time
 // Layout of the pairs kernels' shared memory
 template <class T, bool GATED>
 struct PairLayout {
-    static constexpr bool SPLIT = GATED && sizeof(T) == 2;  // v * gate as a sum of two 16-bit numbers: it does not fit in one
+    static constexpr bool SPLIT = GATED &&
+                                  sizeof(T) == 2;  // v * gate as a sum of two 16-bit numbers: it does not fit in one
     static __host__ __device__ int slices(int64_t d_v) { return static_cast<int>(ceil_div(d_v * sizeof(T), SLICE)); }
     static __host__ __device__ int v_pitch(int64_t d_v) { return slices(d_v) * SLICE + 16; }
     static __host__ __device__ int v_bytes(int64_t d_v) { return PAIR_TILE * v_pitch(d_v); }
@@ -61,12 +63,14 @@ struct PairBlock {
         return true;
     }
 
-    // Step s holds slice s % slices of the weights of chunk s / slices. One commit per call, also where nothing is left to load.
+    // Step s holds slice s % slices of the weights of chunk s / slices. One commit per call, also where nothing is left
+    // to load.
     __device__ void load_weights(const PairProximity& p, int step) const {
         if (step < chunks * slices) {
             const int64_t channel = int64_t(first_chunk + step / slices) * CHANNELS;
             const T* from = static_cast<const T*>(p.w_o) + head * p.w_head + channel * p.w_row;
-            load_stage(stage(p, step), from, p.w_row * sizeof(T), p.d_model - channel, int64_t(step % slices) * SLICE, p.d_v * sizeof(T));
+            load_stage(stage(p, step), from, p.w_row * sizeof(T), p.d_model - channel, int64_t(step % slices) * SLICE,
+                       p.d_v * sizeof(T));
         }
         copy_commit();
     }
@@ -94,7 +98,8 @@ struct PairBlock {
                     low[i] = static_cast<T>(product - static_cast<float>(high[i]));
                 }
                 *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(high);
-                if constexpr (Layout::SPLIT) *reinterpret_cast<uint4*>(at + Layout::v_bytes(p.d_v)) = *reinterpret_cast<const uint4*>(low);
+                if constexpr (Layout::SPLIT)
+                    *reinterpret_cast<uint4*>(at + Layout::v_bytes(p.d_v)) = *reinterpret_cast<const uint4*>(low);
             }
         }
     }
@@ -105,14 +110,13 @@ struct PairBlock {
         if (threadIdx.x >= rows) return;
         const float total = sums[threadIdx.x] + sums[PAIR_TILE + threadIdx.x];
         const int at = pair()[threadIdx.x];
-        if (p.splits == 1)
-            p.out[at] = total < 0.f ? 0.f : total;
-        else
-            p.partial[blockIdx.y * p.pairs + at] = total;
+        if (p.splits == 1) p.out[at] = total < 0.f ? 0.f : total;
+        else p.partial[blockIdx.y * p.pairs + at] = total;
     }
 };
 
-// 16-bit types: four warps, each 32 pairs x 32 channels of matrix instructions; the products stay in registers and meet y there.
+// 16-bit types: four warps, each 32 pairs x 32 channels of matrix instructions; the products stay in registers and meet
+// y there.
 template <class T, bool GATED>
 __global__ void __launch_bounds__(THREADS, 4) pairs_matrix(PairProximity p) {
     PairBlock<T, GATED> block;
@@ -147,7 +151,8 @@ __global__ void __launch_bounds__(THREADS, 4) pairs_matrix(PairProximity p) {
             for (int m = 0; m < 2; ++m)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    whole[m][half][n] = valid ? *reinterpret_cast<const float2*>(y[m][half] + channel + n * 8) : float2{0.f, 0.f};
+                    whole[m][half][n] = valid ? *reinterpret_cast<const float2*>(y[m][half] + channel + n * 8)
+                                              : float2{0.f, 0.f};
         }
         float c[2][4][4] = {};
         for (int slice = 0; slice < block.slices; ++slice, ++step) {
@@ -169,7 +174,8 @@ __global__ void __launch_bounds__(THREADS, 4) pairs_matrix(PairProximity p) {
                         uint32_t a[4];
                         load_matrices(a, a_row + part * Layout::v_bytes(p.d_v) + m * 16 * pitch + slice * SLICE + k);
 #pragma unroll
-                        for (int n = 0; n < 4; ++n) multiply<T>(c[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+                        for (int n = 0; n < 4; ++n)
+                            multiply<T>(c[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
                     }
             }
         }

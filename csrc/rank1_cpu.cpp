@@ -6,7 +6,8 @@ namespace flowroutes {
 namespace FLOWROUTES_ISA {
 
 // Only channels with |y_d| < |activation| * max_d |w_d| can take anything off the bound.
-void rank1(const float* activation, const float* w, const float* whole, float* near, int64_t rows, int64_t parts, int64_t d, int threads) {
+void rank1(const float* activation, const float* w, const float* whole, float* proximities, int64_t rows, int64_t parts,
+           int64_t d, int threads) {
     threads = thread_count(threads);
     const Magnitudes order(whole, rows, d, threads);
     std::vector<float> reach(parts);
@@ -20,7 +21,7 @@ void rank1(const float* activation, const float* w, const float* whole, float* n
             const int32_t* channel = order.channel.data() + i * d;
             const float* y = order.sorted.data() + i * d;
             for (int64_t n = 0; n < parts; ++n) {
-                float& out = near[i * parts + n];
+                float& out = proximities[i * parts + n];
                 const float a = activation[i * parts + n];
                 if (!(out > 0.f)) {
                     out = 0.f;

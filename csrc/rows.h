@@ -1,4 +1,5 @@
-// Pieces that the CPU kernels share: register tiles, channels sorted by magnitude, attention rows. Included once per instruction set.
+// Pieces that the CPU kernels share: register tiles, channels sorted by magnitude, attention rows. Included once per
+// instruction set.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -16,10 +17,10 @@ namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
-constexpr int MR = 6;               // rows of a register tile
-constexpr int NR = 2 * LANES;       // its columns
-constexpr int ROWS = 4 * MR;        // queries that a thread works on together
-constexpr int BUCKETS = 96;         // magnitude classes of |y|, four per factor of two
+constexpr int MR = 6;          // rows of a register tile
+constexpr int NR = 2 * LANES;  // its columns
+constexpr int ROWS = 4 * MR;   // queries that a thread works on together
+constexpr int BUCKETS = 96;    // magnitude classes of |y|, four per factor of two
 
 // No more than there are processors or OpenMP was told: where the system refuses a thread, OpenMP ends the process.
 inline int thread_count(int asked) {
@@ -31,8 +32,8 @@ inline int thread_count(int asked) {
 #endif
 }
 
-// What the threads of an OpenMP region do goes through here: an exception must not leave the region. After the first one the rest is skipped,
-// and it is thrown again after the region.
+// What the threads of an OpenMP region do goes through here: an exception must not leave the region. After the first
+// one the rest is skipped, and it is thrown again after the region.
 class Failure {
   public:
     template <class Work>
@@ -73,7 +74,8 @@ inline void pack(const float* rows, int64_t stride, int64_t n, int64_t d, float*
         float* out = panels + p * d;
         const int64_t width = std::min<int64_t>(NR, n - p), whole = width == NR ? d / 4 * 4 : 0;
         for (int64_t r = 0; r < NR; r += 4)
-            for (int64_t c = 0; c < whole; c += 4) transpose4(rows + (p + r) * stride + c, stride, out + c * NR + r, NR);
+            for (int64_t c = 0; c < whole; c += 4)
+                transpose4(rows + (p + r) * stride + c, stride, out + c * NR + r, NR);
         for (int64_t c = whole; c < d; ++c)
             for (int64_t r = 0; r < NR; ++r) out[c * NR + r] = r < width ? rows[(p + r) * stride + c] : 0.f;
     }
@@ -114,8 +116,10 @@ inline vec4 dots(const float* a, const float* b0, const float* b1, const float* 
     return out;
 }
 
-// out[j] = <a, row j> for `count` rows as they are stored, and 0 up to `padded`: for few vectors, where packing would cost more
-inline void dots_of_rows(const float* a, const float* rows, int64_t stride, int64_t count, int64_t padded, int64_t d, float* out) {
+// out[j] = <a, row j> for `count` rows as they are stored, and 0 up to `padded`: for few vectors, where packing would
+// cost more
+inline void dots_of_rows(const float* a, const float* rows, int64_t stride, int64_t count, int64_t padded, int64_t d,
+                         float* out) {
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
         const float* b = rows + j * stride;
@@ -143,7 +147,8 @@ inline void tile(const float* a, int64_t a_row, int rows, const float* panel, in
 
 // out[r, 0:NR] += sum_c a[r, c] b[c, 0:NR] for R rows
 template <int R>
-inline void add_tile_of(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count, float* out, int64_t out_row) {
+inline void add_tile_of(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count, float* out,
+                        int64_t out_row) {
     vec acc[R][2] = {};
     for (int64_t c = 0; c < count; ++c) {
         const vec b0 = load(b + c * b_row), b1 = load(b + c * b_row + LANES);
@@ -161,7 +166,8 @@ inline void add_tile_of(const float* a, int64_t a_row, const float* b, int64_t b
 }
 
 // the same for 1 to MR rows and 1 to NR columns
-inline void add_tile(const float* a, int64_t a_row, int rows, const float* b, int64_t b_row, int64_t count, int width, float* out, int64_t out_row) {
+inline void add_tile(const float* a, int64_t a_row, int rows, const float* b, int64_t b_row, int64_t count, int width,
+                     float* out, int64_t out_row) {
     if (width < NR) {
         for (int r = 0; r < rows; ++r)
             for (int x = 0; x < width; ++x) {
@@ -230,8 +236,10 @@ struct Magnitudes {
     int32_t prefix(int64_t i, float a) const { return end[i * BUCKETS + bucket(i, a)]; }
 };
 
-// Rows i0..i0+rows of alpha for one head, into s[rows, stride]; without panels keys are read as they are stored. Returns how many leading keys can be visible.
-inline int64_t attention_rows(const Alpha& a, int64_t keys, int64_t head, int64_t group, int64_t i0, int rows, const float* k_panels, float* s, int64_t stride) {
+// Rows i0..i0+rows of alpha for one head, into s[rows, stride]; without panels keys are read as they are stored.
+// Returns how many leading keys can be visible.
+inline int64_t attention_rows(const Alpha& a, int64_t keys, int64_t head, int64_t group, int64_t i0, int rows,
+                              const float* k_panels, float* s, int64_t stride) {
     if (a.pattern) {
         for (int r = 0; r < rows; ++r) {
             const float* from = a.pattern + head * a.pattern_head + (i0 + r) * a.pattern_query;
@@ -247,10 +255,12 @@ inline int64_t attention_rows(const Alpha& a, int64_t keys, int64_t head, int64_
     const int64_t oldest = !a.mask && a.window > 0 ? std::max<int64_t>(0, a.position(i0) + 1 - a.window) / NR * NR : 0;
     const float* keys_of_head = a.k + head / group * a.k_head;
     for (int r = 0; r < rows && !k_panels; ++r)
-        dots_of_rows(q + r * a.q_row, keys_of_head + oldest * a.k_row, a.k_row, visible - oldest, padded - oldest, a.d_qk, s + r * stride + oldest);
+        dots_of_rows(q + r * a.q_row, keys_of_head + oldest * a.k_row, a.k_row, visible - oldest, padded - oldest,
+                     a.d_qk, s + r * stride + oldest);
     for (int64_t j = oldest; j < padded && k_panels; j += NR)
         for (int r = 0; r < rows; r += MR)
-            tile(q + r * a.q_row, a.q_row, std::min(MR, rows - r), k_panels + j * a.d_qk, a.d_qk, s + r * stride + j, stride);
+            tile(q + r * a.q_row, a.q_row, std::min(MR, rows - r), k_panels + j * a.d_qk, a.d_qk, s + r * stride + j,
+                 stride);
     for (int r = 0; r < rows; ++r) {
         float* row = s + r * stride;
         const int64_t last = a.mask ? keys : std::min<int64_t>(keys, a.position(i0 + r) + 1);

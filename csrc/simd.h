@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
-// vexp, the signs of zero and the sorting of infinities rely on arithmetic as written; clang defines less than gcc, so see also arithmetic().
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || \
-    defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
-#error "flowroutes_fast needs IEEE arithmetic: take -ffast-math, -Ofast and the like out of CFLAGS, CXXFLAGS and CPPFLAGS"
+// vexp, the signs of zero and the sorting of infinities rely on arithmetic as written; clang defines less than gcc, so
+// see also arithmetic().
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error \
+    "flowroutes_fast needs IEEE arithmetic: take -ffast-math, -Ofast and the like out of CFLAGS, CXXFLAGS and CPPFLAGS"
 #endif
 
 namespace flowroutes {

@@ -526,8 +526,8 @@ MUTANTS = [
     mutant(
         "neurons: the floor is one of the upper end",
         "neurons.py",
-        "at = (near > (floor * low)[:, None]).nonzero()",
-        "at = (near > (floor * high)[:, None]).nonzero()",
+        "at = (proximities > (floor * low)[:, None]).nonzero()",
+        "at = (proximities > (floor * high)[:, None]).nonzero()",
         "test_neurons_are_known_to_the_tolerance",
     ),
     mutant(
@@ -623,11 +623,11 @@ MUTANTS = [
         "test_certificate_edges_and_refusals",
     ),
     mutant(
-        "trace: another model settles open rows",
+        "trace: another model refines open rows",
         "trace.py",
         "if not bool(((exact >= low * (1 - CHANGED))",
         "if False and not bool(((exact >= low * (1 - CHANGED))",
-        "test_a_changed_model_settles_nothing",
+        "test_a_changed_model_refines_nothing",
     ),
     mutant(
         "routes: open rows are not asked for",

@@ -141,28 +141,30 @@ def error(name: str, case: Case, backend: str, rows: int = 3) -> float:
         )
         return _worst(found[last], wanted, unit[:, None])
     pattern = reference.attention_pattern(a.query.double()[:, last], a.key.double(), scaling=a.scaling)
-    near = reference.attention_proximity(pattern, a.value.double(), a.w_o.double(), y)
+    proximities = reference.attention_proximity(pattern, a.value.double(), a.w_o.double(), y)
     first = a.n_query - len(y)
     if name == "pairs":
         query, key, head = listed(case).long()
         mine = query >= first
-        return _worst(found[mine], near[head[mine], query[mine] - first, key[mine]], unit[query[mine] - first])
+        return _worst(found[mine], proximities[head[mine], query[mine] - first, key[mine]], unit[query[mine] - first])
     if name == "bound":
         flow = reference.sign_flow(pattern, a.value.double(), a.w_o.double(), y)
         return _worst(found.flow[last], flow.sum(-1).T, torch.maximum(unit, flow.abs().sum((0, 2)))[:, None])
     if name == "attention":
-        total = near.sum((0, 2)) + reference.proximity(0.5 * y, y)
+        total = proximities.sum((0, 2)) + reference.proximity(0.5 * y, y)
         return _worst(
-            found.importances[0, last], (near / total[:, None]).permute(1, 2, 0), torch.ones_like(unit)[:, None, None]
+            found.importances[0, last],
+            (proximities / total[:, None]).permute(1, 2, 0),
+            torch.ones_like(unit)[:, None, None],
         )
-    total = near.sum((0, 2)) + case.others[0, last].double()
+    total = proximities.sum((0, 2)) + case.others[0, last].double()
     if name == "dense":
-        return _worst(found[0][:, last], near / total[:, None], torch.ones_like(unit)[:, None])
+        return _worst(found[0][:, last], proximities / total[:, None], torch.ones_like(unit)[:, None])
     outside = torch.maximum(found.low[last] - total, total - found.high[last]) / total
     query, key, head = found.index.long()
     mine = (query >= first) & (head >= 0)
     at = (head[mine], query[mine] - first, key[mine])
-    return max(float(outside.max()), _worst(found.value[mine], near[at], total[at[1]]))
+    return max(float(outside.max()), _worst(found.value[mine], proximities[at], total[at[1]]))
 
 
 def _worst(found: Tensor, wanted: Tensor, unit: Tensor) -> float:

@@ -12,7 +12,9 @@ from typing import Any
 
 from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.corpora.run import Row, Settings, Window, run, settings_of, trace_items
+from flowroutes_fast.corpora.state import NOT_OF_A_CORPUS
 from flowroutes_fast.models.identity import config_digest, weights_digest
+from flowroutes_fast.tracing.options import taken
 
 Load = str | os.PathLike[str] | Callable[[], tuple[Any, Any]]
 LARGEST = 2**31 - 1  # bytes of one Arrow value
@@ -63,8 +65,12 @@ def corpus_on_ray(
         raise ValueError(
             f"workers must be at least 1, cpus above 0 and gpus not negative, got {workers}, {cpus} and {gpus}"
         )
-    if unknown := sorted(options.keys() - DEFAULTS.keys()):
-        raise TypeError(f"unknown option {unknown[0]!r}: choose among {', '.join(sorted(DEFAULTS))}")
+    taken(
+        {name: value for name, value in options.items() if name not in DEFAULTS},
+        "corpus_on_ray",
+        NOT_OF_A_CORPUS,
+        DEFAULTS,
+    )
     mine = not ray.is_initialized()
     if mine:
         ray.init(
@@ -96,8 +102,6 @@ def corpus_on_ray(
 
 DEFAULTS: dict[str, Any] = {
     "threshold": 0.04,
-    "precision": "certified",
-    "floor": 1e-3,
     "max_tokens": None,
     "overflow": "truncate",
     "window": 256,

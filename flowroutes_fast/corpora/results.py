@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from flowroutes_fast.capture.hooks import unwrap
-from flowroutes_fast.corpora.state import IDENTITY, TABLES, Progress, State, read_state, read_sums
+from flowroutes_fast.corpora.state import IDENTITY, TABLES, Progress, State, differing, read_state, read_sums
 from flowroutes_fast.corpora.statistics import ROUTES_ONLY, Statistics
 from flowroutes_fast.corpora.tables import read_table
 from flowroutes_fast.models.identity import config_digest, tokenizer_digest, weights_digest
@@ -51,15 +51,13 @@ class Corpus:
     def _compare(self, folder: Path, state: State) -> None:
         """Is a further folder a shard of the first one's run?"""
         first, mine = self.folders[0], self.states[0]
-        differing = sorted(
-            k for k in state.settings if k not in ("shard", "model") and state.settings[k] != self.settings[k]
-        )
+        unlike = [name for name in differing(state.settings, self.settings) if name != "shard"]
         if (count := state.settings["shard"][1]) != self.settings["shard"][1]:
-            differing.append(f"{count} shards and {self.settings['shard'][1]}")
+            unlike.append(f"{count} shards and {self.settings['shard'][1]}")
         if (state.files is None) != (mine.files is None):
-            differing.append("version")
-        if differing:
-            raise ValueError(f"'{folder}' is a run of another kind than '{first}' (differing: {', '.join(differing)})")
+            unlike.append("version")
+        if unlike:
+            raise ValueError(f"'{folder}' is a run of another kind than '{first}' (differing: {', '.join(unlike)})")
         common = min(len(state.digests), len(mine.digests))
         whole = None not in (state.texts, mine.texts) and state.texts != mine.texts
         if whole or (

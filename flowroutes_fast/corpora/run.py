@@ -5,6 +5,7 @@ on.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -20,18 +21,21 @@ import numpy as np
 import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.corpora.state import (
     FORMAT_VERSION,
     IDENTITY,
     NAME,
+    NOT_OF_A_CORPUS,
     STATE,
     SUMS,
     TABLES,
     Progress,
     Settings,
     State,
+    differing,
     read_state,
     read_sums,
     software,
@@ -47,6 +51,7 @@ from flowroutes_fast.models.families import blocks_of, context_length, text_conf
 from flowroutes_fast.models.identity import config_digest, tokenizer_digest, weights_digest
 from flowroutes_fast.system.errors import DamagedFile
 from flowroutes_fast.system.files import LOCK, claim, said, write_text
+from flowroutes_fast.tracing.options import EvaluationOptions, defaults, names, shown, taken
 from flowroutes_fast.tracing.routes import route
 from flowroutes_fast.tracing.trace import trace
 
@@ -80,6 +85,7 @@ class Window:
     expected: int | None = None  # tokens of the whole run, as far as this and earlier windows tell
 
 
+@shown(NOT_OF_A_CORPUS)
 def corpus(
     model: nn.Module,
     tokenizer: Any,
@@ -87,8 +93,6 @@ def corpus(
     out: str | os.PathLike[str],
     *,
     threshold: float = 0.04,
-    precision: str = "certified",
-    floor: float = 1e-3,
     max_tokens: int | None = None,
     overflow: str = "truncate",
     window: int = 256,
@@ -100,6 +104,7 @@ def corpus(
     field: str = "text",
     split: str = "file",
     progress: bool = False,
+    **options: Unpack[EvaluationOptions],
 ) -> Any:
     """Trace every text and keep what the paper's corpus experiments need (its section 5).
 
@@ -114,7 +119,8 @@ def corpus(
             the run began with are refused at once; a stream is compared as far as the run is.
         out: a new folder, or that of a run to go on with. One process at a time.
         threshold: importance above which a sub-edge counts as active and a route's edges are kept.
-        precision, floor: as for :func:`flowroutes_fast.trace`.
+        options: those of :class:`flowroutes_fast.Options`, but for measure, dense, thresholds and
+            neurons, which these rows have no use for.
         max_tokens: longest piece that is traced; None for the model's context, at most 1024.
         overflow: a longer text is cut (``"truncate"``) or traced in pieces (``"split"``); both are counted.
         window: texts whose rows are written at a time. batch_tokens: padded tokens of a batch.
@@ -143,8 +149,6 @@ def corpus(
         model,
         tokenizer,
         threshold=threshold,
-        precision=precision,
-        floor=floor,
         max_tokens=max_tokens,
         overflow=overflow,
         window=window,
@@ -153,6 +157,7 @@ def corpus(
         edges=edges,
         routes_only=routes_only,
         shard=shard,
+        **options,
     )
 
     def rows(windows: Iterator[Window], bar: Any) -> Iterator[tuple[Window, list[Row]]]:
@@ -164,12 +169,23 @@ def corpus(
 
 def settings_of(model: nn.Module, tokenizer: Any, **options: Any) -> Settings:
     """Settings of a run of ``model``; ``ValueError`` for those that make no sense, before its weights are read."""
+    beside = inspect.signature(corpus).parameters
+    evaluation = {name: value for name, value in options.items() if name in names() or name not in beside}
+    checked = taken(evaluation, "corpus", NOT_OF_A_CORPUS, beside).check()
+    options = {name: value for name, value in options.items() if name not in evaluation}
     config = text_config(model)
     context = context_length(config) or 1024
     longest = min(context, 1024) if options["max_tokens"] is None else options["max_tokens"]
     heads = max(int(getattr(config, "num_attention_heads", 1)), 1)
     name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)  # type: ignore[union-attr]
     chosen = {
+        "precision": checked.precision,
+        "floor": checked.floor,
+        "evaluation": {
+            name: value
+            for name, value in evaluation.items()
+            if name not in ("precision", "floor") and value != defaults()[name]
+        },
         "max_tokens": longest,
         "positions": not options["routes_only"] if options["positions"] is None else options["positions"],
     }
@@ -300,10 +316,17 @@ def trace_items(
         for batch in batches(items, s.batch_tokens):
             ids = [item.ids for item in batch]
             found = (
-                route(model, None, ids, threshold=s.threshold, precision=s.precision)
+                route(model, None, ids, threshold=s.threshold, precision=s.precision, **s.evaluation)
                 if s.routes_only
                 else trace(
-                    model, None, ids, precision=s.precision, floor=s.floor, thresholds=(s.threshold,), dense=False
+                    model,
+                    None,
+                    ids,
+                    precision=s.precision,
+                    floor=s.floor,
+                    thresholds=(s.threshold,),
+                    dense=False,
+                    **s.evaluation,
                 )
             )
             if before is not None:
@@ -406,12 +429,9 @@ class Folder:
                 f"the run in '{self.path}' is of version 1, which can be read; this release goes on with version "
                 f"{FORMAT_VERSION}: give a new folder"
             )
-        differing = sorted(
-            name for name, value in self.state.settings.items() if name != "model" and known.settings[name] != value
-        )
-        if differing:
+        if unlike := differing(self.state.settings, known.settings):
             raise ValueError(
-                f"'{self.path}' holds another run (differing: {', '.join(differing)}): give a new folder, or remove "
+                f"'{self.path}' holds another run (differing: {', '.join(unlike)}): give a new folder, or remove "
                 f"it to start again"
             )
 

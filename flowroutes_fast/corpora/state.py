@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import numpy as np
 from flowroutes_fast.corpora.statistics import COUNTS, Statistics
 from flowroutes_fast.system.errors import DamagedFile
 from flowroutes_fast.system.files import said, write_atomically
+from flowroutes_fast.tracing.options import taken
 
 FORMAT, FORMAT_VERSION = "flowroutes_fast.corpus", 2
 STATE, SUMS = "run.json", "statistics.safetensors"
@@ -25,6 +26,7 @@ TABLES = ("texts", "positions", "edges")
 # of a table, a window; of sums
 NAME = re.compile(rf"(?:({'|'.join(TABLES)})-(\d{{6,}})\.parquet|{re.escape(SUMS)}\.(\d+))")
 IDENTITY = ("weights", "config", "tokenizer")  # settings that version 1 did not have
+NOT_OF_A_CORPUS = ("measure", "dense", "thresholds", "neurons")  # options that its rows have no use for
 SLACK = 1e-3  # by which rounding may leave [0, 1]
 Read = TypeVar("Read")
 
@@ -47,6 +49,7 @@ class Settings:
     positions: bool
     edges: bool
     routes_only: bool
+    evaluation: dict[str, Any]  # options of the evaluation beside precision and floor that are not the default
     shard: tuple[int, int]
     weights: str  # digests of what they are, see flowroutes_fast.identity
     config: str
@@ -182,6 +185,7 @@ def _state(raw: bytes) -> State:
     _exactly(read, ("format", "version", "settings", "progress", "texts", "digests", "files", "software"), "")
     read["settings"] = _mapping(read["settings"], "settings")
     read["settings"].setdefault("routes_only", False)  # of a run begun before there was a choice
+    read["settings"].setdefault("evaluation", {})
     state = State(
         _settings(read["settings"], version),
         _progress(read["progress"]),
@@ -220,9 +224,31 @@ def _settings(found: Any, version: int) -> dict[str, Any]:
     for name in ("positions", "edges", "routes_only"):
         _need(isinstance(found[name], bool), f"settings: {name} is {found[name]!r}, not true or false")
     _need(not (found["positions"] and found["routes_only"]), "settings: positions of a run of routes alone")
+    _evaluation(found["evaluation"], found["precision"], found["floor"])
     for name in IDENTITY:
         _need(_is_digest(found[name]) or version == 1, f"settings: {name} is {found[name]!r}, no digest")
     return found
+
+
+def _evaluation(found: Any, precision: str, floor: float) -> None:
+    given = _mapping(found, "settings: evaluation")
+    try:
+        replace(
+            taken(given, "corpus", [*NOT_OF_A_CORPUS, "precision", "floor"]), precision=precision, floor=floor
+        ).check()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings: evaluation: {error}") from None
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of the settings by which rows of two runs may differ: they do not by a model's name or by threads."""
+
+    def of_rows(settings: dict[str, Any]) -> dict[str, Any]:
+        every = settings | settings["evaluation"]
+        return {name: value for name, value in every.items() if name not in ("model", "threads", "evaluation")}
+
+    a, b = of_rows(one), of_rows(other)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def _progress(found: Any) -> Progress:

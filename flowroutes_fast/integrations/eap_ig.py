@@ -42,9 +42,9 @@ def component_importances(outputs: Tensor, state: Tensor, lengths: Tensor) -> Te
             f"lengths must be [batch] = {tuple(state.shape[:1])} numbers from 1 to {state.shape[1]}, got "
             f"{lengths.tolist()}"
         )
-    near = ops.component_proximity(outputs, state)
-    total = near.sum(-1, keepdim=True)
-    share = torch.where(total > 0, near / total, 0)
+    proximities = ops.component_proximity(outputs, state)
+    total = proximities.sum(-1, keepdim=True)
+    share = torch.where(total > 0, proximities / total, 0)
     real = torch.arange(state.shape[1], device=state.device) < lengths[:, None]
     return torch.einsum("btf,bt->f", share, real / lengths[:, None].to(share.dtype))
 

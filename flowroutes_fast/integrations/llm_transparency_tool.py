@@ -38,19 +38,21 @@ def get_contributions(parts: Tensor, whole: Tensor, distance_norm: int = 1) -> T
         TypeError: no floating point tensors. ValueError: shapes that do not fit, a norm that is not positive, NaN or
             infinity.
     """
-    near = _near(parts, whole, distance_norm)
-    return (near / near.sum(tuple(range(parts.dim() - whole.dim())), keepdim=True)).to(torch.result_type(parts, whole))
+    proximities = _proximities(parts, whole, distance_norm)
+    return (proximities / proximities.sum(tuple(range(parts.dim() - whole.dim())), keepdim=True)).to(
+        torch.result_type(parts, whole)
+    )
 
 
 def get_contributions_with_one_off_part(
     parts: Tensor, one_off: Tensor, whole: Tensor, distance_norm: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The same with one more part ``one_off [case.., d]`` -> ``[part.., case..]`` and ``[case..]``."""
-    near = _near(parts, whole, distance_norm)
-    single = _near(_tensor("one_off", one_off)[None], whole, distance_norm)[0]
-    total = near.sum(tuple(range(parts.dim() - whole.dim()))) + single
+    proximities = _proximities(parts, whole, distance_norm)
+    single = _proximities(_tensor("one_off", one_off)[None], whole, distance_norm)[0]
+    total = proximities.sum(tuple(range(parts.dim() - whole.dim()))) + single
     dtype = torch.result_type(parts, whole)
-    return (near / total).to(dtype), (single / total).to(dtype)
+    return (proximities / total).to(dtype), (single / total).to(dtype)
 
 
 def get_attention_contributions(
@@ -85,13 +87,13 @@ def get_attention_contributions(
             f"{tuple(resid_mid.shape)}"
         )
     _check_finite(decomposed_attn=decomposed_attn, resid_mid=resid_mid)
-    near = _near_rows(decomposed_attn.detach().flatten(2, 3), resid_mid.detach(), distance_norm).reshape(
-        decomposed_attn.shape[:-1]
-    )
-    single = _near(resid_pre[None], resid_mid, distance_norm)[0]
-    total = near.sum((2, 3)) + single
+    proximities = _proximities_of_rows(
+        decomposed_attn.detach().flatten(2, 3), resid_mid.detach(), distance_norm
+    ).reshape(decomposed_attn.shape[:-1])
+    single = _proximities(resid_pre[None], resid_mid, distance_norm)[0]
+    total = proximities.sum((2, 3)) + single
     dtype = torch.result_type(decomposed_attn, resid_mid)
-    return (near / total[:, :, None, None]).to(dtype), (single / total).to(dtype)
+    return (proximities / total[:, :, None, None]).to(dtype), (single / total).to(dtype)
 
 
 def get_mlp_contributions(
@@ -157,7 +159,7 @@ def _tensor(name: str, tensor: Any, rank: int | None = None) -> Tensor:
     return tensor.detach()
 
 
-def _near(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
+def _proximities(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
     """Clipped proximity of ``parts [part.., case.., d]`` to ``whole [case.., d]`` -> ``[part.., case..]``."""
     parts, whole = _tensor("parts", parts), _tensor("whole", whole)
     part_dims = parts.dim() - whole.dim()
@@ -169,13 +171,15 @@ def _near(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
     _check_finite(parts=parts, whole=whole)
     flat, states = parts.reshape(-1, math.prod(whole.shape[:-1]), whole.shape[-1]), whole.reshape(-1, whole.shape[-1])
     if len(flat) > len(states):  # one case at a time: the kernel wants a case's parts in one block of memory
-        near = torch.cat([_near_rows(flat[None, :, case], states[case, None], norm) for case in range(len(states))]).T
+        proximities = torch.cat(
+            [_proximities_of_rows(flat[None, :, case], states[case, None], norm) for case in range(len(states))]
+        ).T
     else:
-        near = torch.cat([_near_rows(part[:, None], states, norm) for part in flat], -1).T
-    return near.reshape(parts.shape[:-1])
+        proximities = torch.cat([_proximities_of_rows(part[:, None], states, norm) for part in flat], -1).T
+    return proximities.reshape(parts.shape[:-1])
 
 
-def _near_rows(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
+def _proximities_of_rows(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
     """Clipped proximity of ``parts [case.., part, d]`` to ``whole [case.., d]`` -> ``[case.., part]``."""
     if isinstance(norm, bool) or not isinstance(norm, int | float) or not norm > 0:
         raise ValueError(f"distance_norm must be a positive number, got {norm!r}")
@@ -184,10 +188,10 @@ def _near_rows(parts: Tensor, whole: Tensor, norm: float) -> Tensor:
         parts = parts.to(dtype)
     state, gain = _shifted(whole.to(dtype), norm)
     if norm == 1:
-        near = torch.ops.flowroutes.component_proximity(parts, state, "auto")
+        proximities = torch.ops.flowroutes.component_proximity(parts, state, "auto")
     else:
-        near = torch.stack([reference.proximity(part.to(dtype), state, norm) for part in parts.unbind(-2)], -1)
-    return torch.where(near > 0, near + gain[..., None], 0).clamp_min(CLIP)
+        proximities = torch.stack([reference.proximity(part.to(dtype), state, norm) for part in parts.unbind(-2)], -1)
+    return torch.where(proximities > 0, proximities + gain[..., None], 0).clamp_min(CLIP)
 
 
 def _shifted(whole: Tensor, norm: float = 1) -> tuple[Tensor, Tensor]:
@@ -332,11 +336,11 @@ def _layer_weights(
     _check_finite(where, residual_in=pre, residual_after_attn=mid, residual_out=post, ffn_out=ffn)
     dtype = torch.promote_types(torch.float32, mid.dtype)
     with torch.autocast(mid.device.type, enabled=False):
-        near = _sub_edges(model, hooked, batch_i, layer, mid.to(dtype))
-        residual = _near_rows(pre[:, None], mid, 1)
-        total = near.sum((1, 2))[:, None] + residual
-        attention, past_attention = near / total[..., None], (residual / total)[:, 0]
-        both = torch.cat([_near_rows(ffn[:, None], post, 1), _near_rows(mid[:, None], post, 1)], 1)
+        proximities = _sub_edges(model, hooked, batch_i, layer, mid.to(dtype))
+        residual = _proximities_of_rows(pre[:, None], mid, 1)
+        total = proximities.sum((1, 2))[:, None] + residual
+        attention, past_attention = proximities / total[..., None], (residual / total)[:, 0]
+        both = torch.cat([_proximities_of_rows(ffn[:, None], post, 1), _proximities_of_rows(mid[:, None], post, 1)], 1)
         ffn_share, past_ffn = (both / both.sum(1, keepdim=True)).unbind(1)
         if threshold is not None:
             attention, past_attention = apply_threshold_and_renormalize(threshold, attention, past_attention)
@@ -351,7 +355,7 @@ def _sub_edges(model: Any, hooked: Any | None, batch_i: int, layer: int, mid: Te
     if hooked is None:
         parts = model.decomposed_attn(batch_i, layer).detach()  # [query, key, head, d_model]
         _check_finite(f"layer {layer}: ", decomposed_attn=parts)
-        return _near_rows(parts.flatten(1, 2), mid, 1).reshape(parts.shape[:-1])
+        return _proximities_of_rows(parts.flatten(1, 2), mid, 1).reshape(parts.shape[:-1])
     cache, attn = model._last_run.cache, hooked.blocks[layer].attn
     pattern = cache[f"blocks.{layer}.attn.hook_pattern"][batch_i]  # [head, query, key]
     value, bias = cache[f"blocks.{layer}.attn.hook_v"][batch_i], attn.b_V  # [key, kv_head, d_head], [head, d_head]
@@ -360,9 +364,9 @@ def _sub_edges(model: Any, hooked: Any | None, batch_i: int, layer: int, mid: Te
     pattern, value, w_o = (t.detach().to(mid.device, mid.dtype) for t in (pattern, value, attn.W_O))
     _check_finite(f"layer {layer}: ", hook_pattern=pattern, hook_v=value)
     state, gain = _shifted(mid)
-    near = torch.ops.flowroutes.attention_proximity(pattern, value.transpose(0, 1), w_o, state, "auto")
-    known = (near > 0) | (pattern == 0)  # else the part is further than none; a masked pair is a part of zeros
-    return torch.where(known, near + gain[:, None], 0).clamp_min(CLIP).permute(1, 2, 0)
+    proximities = torch.ops.flowroutes.attention_proximity(pattern, value.transpose(0, 1), w_o, state, "auto")
+    known = (proximities > 0) | (pattern == 0)  # else the part is further than none; a masked pair is a part of zeros
+    return torch.where(known, proximities + gain[:, None], 0).clamp_min(CLIP).permute(1, 2, 0)
 
 
 def _nodes(n_layers: int, n_tokens: int) -> Any:

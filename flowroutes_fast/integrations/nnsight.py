@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from flowroutes_fast.capture.hooks import unwrap
 from flowroutes_fast.integrations import require
 from flowroutes_fast.results.lazy import LazyTrace
-from flowroutes_fast.results.trace import Settle
+from flowroutes_fast.results.trace import Refine
 from flowroutes_fast.system.memory import available_memory
 from flowroutes_fast.tracing.trace import trace as trace_model
 
@@ -48,8 +48,8 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
             module, getattr(model, "tokenizer", None) if tokenizer is None else tokenizer, text, **options
         )
     for one in found if isinstance(found, list) else [found]:
-        if one.settle is not None:
-            one.settle = _settler(one.settle, weakref.ref(model))
+        if one.refine is not None:
+            one.refine = _refiner(one.refine, weakref.ref(model))
         if isinstance(one, LazyTrace):
             one.source.around = _around(weakref.ref(model))
     return found
@@ -102,15 +102,15 @@ def _as_written(module: nn.Module) -> Iterator[None]:
             m.__dict__[ACCESSOR] = accessor
 
 
-def _settler(settle: Settle, model: weakref.ref[Any]) -> Settle:
+def _refiner(refine: Refine, model: weakref.ref[Any]) -> Refine:
     """A trace's second run of the model, under the same conditions as its first."""
 
     def again(rows: Any) -> Any:
         if (alive := model()) is None:
-            return settle(rows)
+            return refine(rows)
         _check_idle(alive)
         with _as_written(alive._module):
-            return settle(rows)
+            return refine(rows)
 
     return again
 

@@ -105,8 +105,8 @@ def trace(model: Any, tokenizer: Any, text: Any, **options: Any) -> Any:
         with transformers_model(model) as module:
             found = trace_model(module, tokenizer, text, **options)
         for one in found if isinstance(found, list) else [found]:
-            if one.settle is not None:
-                one.settle = _settler(one.settle, weakref.ref(model))
+            if one.refine is not None:
+                one.refine = _refiner(one.refine, weakref.ref(model))
             if isinstance(one, LazyTrace):
                 one.source.around = _around(weakref.ref(model))
         return found
@@ -284,14 +284,14 @@ def _users_hooks(module: nn.Module) -> bool:
     )
 
 
-def _settler(settle: Any, bridge: weakref.ref[Any]) -> Any:
+def _refiner(refine: Any, bridge: weakref.ref[Any]) -> Any:
     """A trace's second run, with the transformers model's own modules in place."""
 
     def again(rows: dict[int, np.ndarray]) -> Any:
         if (alive := bridge()) is None:
-            return settle(rows)
+            return refine(rows)
         with transformers_model(alive):
-            return settle(rows)
+            return refine(rows)
 
     return again
 
@@ -520,12 +520,12 @@ def _traces(
         logits = run(n, on_layer)
         return results, logits, seconds
 
-    def settler(n: int) -> Any:
-        def settle(chosen: dict[int, np.ndarray]) -> Any:
+    def refiner(n: int) -> Any:
+        def refine(chosen: dict[int, np.ndarray]) -> Any:
             rerun = again()
             return None if rerun is None else dict(zip(sorted(chosen), evaluated(n, rerun, chosen)[0], strict=True))
 
-        return settle if options.precision == "certified" else None
+        return refine if options.precision == "certified" else None
 
     traces: list[Trace] = []
     for n, ids in enumerate(prompts):
@@ -548,7 +548,7 @@ def _traces(
                 floor=0.0 if options.dense else options.floor,
                 prediction=most_probable(logits, tokenizer),
                 timings={"total": time.perf_counter() - start, "importances": ours},
-                settle=settler(n),
+                refine=refiner(n),
             )
         )
     return traces

@@ -59,7 +59,7 @@ class Rounds:
         for round_ in range(ROUNDS):
             self._evaluate(rows, cut * assumed, self.floor * assumed)
             low, high = self._normaliser()
-            rows = self._unsettled(low, high, assumed) & ~self.whole_rows
+            rows = self._unrefined(low, high, assumed) & ~self.whole_rows
             if not bool(rows.any()):
                 break
             self.counts.refined += int(rows.sum()) if round_ == 0 else 0
@@ -75,7 +75,7 @@ class Rounds:
         rest = (self.bounds.upper - self.covered).clamp_min(0).sum(1)
         return exact, torch.where(self.whole_rows, exact, exact + rest)
 
-    def _unsettled(self, low: Tensor, high: Tensor, assumed: Tensor) -> Tensor:
+    def _unrefined(self, low: Tensor, high: Tensor, assumed: Tensor) -> Tensor:
         open_ = high > low
         found = (high - low > self.tolerance * (high + low)) | (low < assumed)
         query, key, _ = self.found["index"].long()

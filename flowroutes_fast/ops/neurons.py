@@ -96,11 +96,13 @@ def neuron_importances(
         return NeuronImportances(at.T.to(torch.int32), share[at[:, 0], at[:, 1]], norm, norm.clone())
     bound = flow.clamp_min_(0)
     if backend == "cpu":
-        near = rank1_proximity(activation, w_down, whole, bound, threads)
-        total = others + near.sum(-1)
-        at = (near > (floor * total)[:, None]).nonzero()
-        return NeuronImportances(at.T.to(torch.int32), near[at[:, 0], at[:, 1]] / total[at[:, 0]], total, total.clone())
-    near = torch.zeros_like(bound)
+        proximities = rank1_proximity(activation, w_down, whole, bound, threads)
+        total = others + proximities.sum(-1)
+        at = (proximities > (floor * total)[:, None]).nonzero()
+        return NeuronImportances(
+            at.T.to(torch.int32), proximities[at[:, 0], at[:, 1]] / total[at[:, 0]], total, total.clone()
+        )
+    proximities = torch.zeros_like(bound)
     done = torch.zeros_like(bound, dtype=torch.bool)
     ceiling = others + bound.sum(-1)
     cut = min(FIRST_CUT, floor) if tolerance else 0.0
@@ -108,9 +110,9 @@ def neuron_importances(
     assumed = others.clamp_min(0.5 * ceiling)
     while True:
         at = ((bound > (cut * assumed)[:, None]) & rows[:, None] & ~done).nonzero()
-        near[at[:, 0], at[:, 1]] = _evaluate(activation, w_down, whole, at)
+        proximities[at[:, 0], at[:, 1]] = _evaluate(activation, w_down, whole, at)
         done[at[:, 0], at[:, 1]] = True
-        low = others + near.sum(-1)
+        low = others + proximities.sum(-1)
         high = low + torch.where(done, 0, bound).sum(-1)
         rows = ((high - low > tolerance * (high + low)) | (low < assumed)) & (high > low)
         if not bool(rows.any()) or cut == 0:
@@ -118,8 +120,8 @@ def neuron_importances(
         assumed = torch.minimum(assumed, low)
         cut = cut * REFINE if cut * REFINE > SMALLEST_CUT else 0.0
     middle = low + (high - low) / 2
-    at = (near > (floor * low)[:, None]).nonzero()
-    value = near[at[:, 0], at[:, 1]] / middle[at[:, 0]]
+    at = (proximities > (floor * low)[:, None]).nonzero()
+    value = proximities[at[:, 0], at[:, 1]] / middle[at[:, 0]]
     return NeuronImportances(at.T.to(torch.int32), value, low, high)
 
 

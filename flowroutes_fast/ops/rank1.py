@@ -18,11 +18,11 @@ def rank1_proximity(activation: Tensor, w_down: Tensor, whole: Tensor, bound: Te
         ValueError, TypeError: shapes that do not fit. RuntimeError: no native extension.
     """
     (rows, parts), d_model = activation.shape, whole.shape[1]
-    near = native.contiguous(bound.float())
+    proximities = native.contiguous(bound.float())
     arguments = native.Arguments(rows=rows, parts=parts, d_model=d_model, threads=threads)
     arguments.take("activation", activation.float(), rows, parts)
     arguments.take("w_down", w_down.float(), parts, d_model, where="w")
     arguments.take("whole", whole.float(), rows, d_model)
-    arguments.take("near", near, rows, parts)
+    arguments.take("proximities", proximities, rows, parts)
     arguments.call("rank1")
-    return near
+    return proximities

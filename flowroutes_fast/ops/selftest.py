@@ -106,7 +106,7 @@ def _flow(a: Attention) -> Tensor:
     return reference.sign_flow(a.pattern, a.value, a.w_o, a.whole, row_scale=a.row_scale, gate=a.gate)
 
 
-def _near(a: Attention) -> Tensor:
+def _proximities(a: Attention) -> Tensor:
     return reference.attention_proximity(a.pattern, a.value, a.w_o, a.whole, row_scale=a.row_scale, gate=a.gate)
 
 
@@ -114,7 +114,7 @@ def _dense() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for layer, exact, unit in _layers():
         if layer.gate is not None:
             continue
-        wanted = _near(exact)
+        wanted = _proximities(exact)
         yield (
             torch.ops.flowroutes.attention_proximity(exact.pattern.float(), layer.value, layer.w_o, layer.whole, "cpu"),
             wanted,
@@ -137,17 +137,17 @@ def _dense() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def _certified() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for layer, exact, unit in _layers():
-        near, others = _near(exact), torch.ones(1, layer.n_query, dtype=torch.float32, device="cpu")
-        total = near.sum((0, 2)) + 1
+        proximities, others = _proximities(exact), torch.ones(1, layer.n_query, dtype=torch.float32, device="cpu")
+        total = proximities.sum((0, 2)) + 1
         every = certified(layer, others, floor=1e-3, tolerance=0.0)
         yield every.low, total, unit
         yield every.high, total, unit
-        yield every.head_low, near.sum(-1).T, unit[:, None]
+        yield every.head_low, proximities.sum(-1).T, unit[:, None]
         found = certified(layer, others, floor=1e-3, tolerance=0.05)
         yield torch.minimum(found.low.double(), total), found.low.double(), unit  # the interval holds it
         yield torch.maximum(found.high.double(), total), found.high.double(), unit
         query, key, head = found.index[:, found.index[2] >= 0].long()
-        yield found.value[found.index[2] >= 0], near[head, query, key], unit[query]
+        yield found.value[found.index[2] >= 0], proximities[head, query, key], unit[query]
         signed = certified(layer, others, floor=0.0, measure="signed")
         norm = exact.whole.abs().sum(-1)
         scale = torch.where(norm > 0, norm, 1)
@@ -165,13 +165,13 @@ def _few_rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             continue
         at = torch.arange(0, layer.n_query, 2, device="cpu")
         residual, ffn = exact.whole * 0.5, exact.whole.flip(-1)
-        near = _near(exact)
+        proximities = _proximities(exact)
         for parallel in (False, True):
             post = exact.whole if parallel else exact.whole + ffn
             table, dense = _rows_of(layer, at, (residual, ffn, post), parallel)
             parts = [reference.proximity(residual, exact.whole), reference.proximity(ffn, post)]
             past = parts[1] if parallel else reference.proximity(exact.whole, post)
-            total = near.sum((0, 2)) + parts[0] + past * parallel
+            total = proximities.sum((0, 2)) + parts[0] + past * parallel
             below = total if parallel else parts[1] + past
             wanted = torch.stack(
                 [total, total, _share(parts[0], total), 0 * total, 0 * total, _share(parts[1], below)], 1
@@ -180,9 +180,9 @@ def _few_rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             yield table[:, :6], wanted[at], torch.stack([unit, unit, one, one, one, one], 1)[at]
             if not parallel:
                 yield table[:, 6], _share(past, below)[at], one[at]
-            heads = _share(near.sum(-1), total).T
+            heads = _share(proximities.sum(-1), total).T
             yield table[:, 7:], heads.repeat(1, 3)[at], one[at, None]
-            yield dense, _share(near, total[:, None])[:, at], one[at, None]
+            yield dense, _share(proximities, total[:, None])[:, at], one[at, None]
 
 
 def _share(part: Tensor, total: Tensor) -> Tensor:
@@ -259,11 +259,13 @@ def _bound() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def _pairs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for layer, exact, unit in _layers():
-        near = _near(exact)
-        index = torch.ones_like(near[:, :, ::2], dtype=torch.bool).permute(1, 2, 0).nonzero().T.flip(1).contiguous()
+        proximities = _proximities(exact)
+        index = (
+            torch.ones_like(proximities[:, :, ::2], dtype=torch.bool).permute(1, 2, 0).nonzero().T.flip(1).contiguous()
+        )
         index[1] *= 2
         query, key, head = index
-        yield pairs(layer, Bounds(near, near), index, "cpu"), near[head, query, key], unit[query]
+        yield pairs(layer, Bounds(proximities, proximities), index, "cpu"), proximities[head, query, key], unit[query]
 
 
 def _states(rows: int, width: int) -> tuple[Tensor, Tensor]:
@@ -301,13 +303,13 @@ def _rank1() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         w_down, whole = _states(rows, width)
         # small: else no part is close, and all that is compared is nothing
         activation = (whole @ w_down.T / (30 * width)).contiguous()
-        near = reference.proximity(activation.double()[..., None] * w_down.double(), whole.double()[:, None])
+        proximities = reference.proximity(activation.double()[..., None] * w_down.double(), whole.double()[:, None])
         found = neuron_importances(activation, w_down, whole, torch.ones_like(whole[:, 0]), floor=0.0, backend="cpu")
         dense = torch.zeros_like(activation)
         dense[found.index[0].long(), found.index[1].long()] = found.importance * found.low[found.index[0].long()]
         unit = whole.double().abs().sum(-1) + (activation.double()[..., None] * w_down.double()).abs().sum((1, 2))
-        yield dense, near, unit[:, None]
-        yield found.low, near.sum(-1) + 1, unit
+        yield dense, proximities, unit[:, None]
+        yield found.low, proximities.sum(-1) + 1, unit
 
 
 OPERATIONS = {

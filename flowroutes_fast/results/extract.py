@@ -64,7 +64,7 @@ def extract(trace: Trace, positions: Sequence[int], threshold: float, renormaliz
     divided by their sum. ``renormalize=False``: sub-edges are summed over heads first and the (source, target) sums are
     thresholded; the table then lists all sub-edges of the pairs that pass; from a certified trace, those too small to
     be evaluated as one row with head -1. The bias part takes part in normalisation but is no edge. Signed flows are
-    compared, and renormalised, by absolute value. Where a certified trace leaves a decision open, it is asked to settle
+    compared, and renormalised, by absolute value. Where a certified trace leaves a decision open, it is asked to refine
     it (:meth:`Trace.decide`).
     """
     found = EdgeTable()

@@ -229,7 +229,7 @@ class LazyTrace(Trace):
                 "inputs": {},
                 "chat": [],
                 "dense": None,
-                "settle": None,
+                "refine": None,
             }
             | known
             | {"lazy": True, "source": source, "_n_heads": n_heads, "_neurons": neurons}
@@ -431,7 +431,7 @@ class LazyTrace(Trace):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: what has been evaluated, no states and no model."""
-        return vars(self) | {"source": Released(self.source.tier), "settle": None}
+        return vars(self) | {"source": Released(self.source.tier), "refine": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -36,7 +36,7 @@ class OpenRows(Exception):
 
 CHANGED = 0.05  # of a normaliser: above what rounding to bfloat16 does between two passes
 # {layer: queries} -> {layer: LayerImportances}, rows evaluated whole
-Settle = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]
+Refine = Callable[[dict[int, np.ndarray]], "dict[int, Any] | None"]
 
 
 @dataclass(eq=False)
@@ -100,7 +100,7 @@ class Trace:
     # per layer: index [3, n], importance [n]
     sparse: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     neuron_parts: list[NeuronImportances] | None = field(default=None, repr=False)  # per layer
-    settle: Settle | None = field(default=None, repr=False)
+    refine: Refine | None = field(default=None, repr=False)
 
     @property
     def n_layers(self) -> int:
@@ -110,7 +110,7 @@ class Trace:
         """What is pickled, arrays as numpy's: a pickled trace keeps no model, so that open decisions are refused.
         Loading checks nothing.
         """
-        return {name: _map(value, Tensor, Tensor.numpy) for name, value in vars(self).items()} | {"settle": None}
+        return {name: _map(value, Tensor, Tensor.numpy) for name, value in vars(self).items()} | {"refine": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from torch import from_numpy
@@ -126,8 +126,8 @@ class Trace:
         return replace(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
-        """A copy that settles with the same model: models are shared, not copied."""
-        values = {name: value if name == "settle" else deepcopy(value, memo) for name, value in vars(self).items()}
+        """A copy that refines with the same model: models are shared, not copied."""
+        values = {name: value if name == "refine" else deepcopy(value, memo) for name, value in vars(self).items()}
         memo[id(self)] = copied = type(self)(**values)
         return copied
 
@@ -227,7 +227,7 @@ class Trace:
         return self
 
     def decide(self, layer: int, queries: np.ndarray) -> None:
-        """Settle rows whose intervals leave a decision open; a trace that keeps no states does it all at once, see
+        """Refine rows whose intervals leave a decision open; a trace that keeps no states does it all at once, see
         :meth:`route`.
         """
         raise OpenRows(layer, queries)
@@ -335,7 +335,7 @@ class Trace:
         paper).
 
         It is the route of exact importances. Where the certified intervals leave a decision open (which they do not at
-        the thresholds that were asked for when tracing), the model runs once more to settle it; a trace keeps no model
+        the thresholds that were asked for when tracing), the model runs once more to refine it; a trace keeps no model
         alive for that.
 
         Args:
@@ -377,7 +377,7 @@ class Trace:
         try:
             return extract(self, positions, threshold, renormalize)
         except OpenRows as found:
-            self._settle_rows(threshold, renormalize, found)
+            self._refine_rows(threshold, renormalize, found)
             return extract(self, positions, threshold, renormalize)
 
     def token_attribution(self, position: int | Sequence[int] | slice = -1) -> pd.DataFrame:
@@ -419,15 +419,15 @@ class Trace:
                 raise IndexError(f"position {p} is out of range: the prompt has {count} tokens")
         return sorted({p % count for p in chosen})
 
-    def _settle_rows(self, threshold: float, renormalize: bool, found: OpenRows) -> None:
+    def _refine_rows(self, threshold: float, renormalize: bool, found: OpenRows) -> None:
         """Evaluate every row that is open at a threshold whole, by one more forward pass."""
         import torch
 
         everyone = (~self.normaliser_low[0].isnan()).numpy().nonzero()[0]
         rows = {layer: open_rows(self, layer, everyone, threshold, renormalize) for layer in range(self.n_layers)}
         rows = {layer: queries for layer, queries in rows.items() if len(queries)}
-        settled = self.settle(rows) if self.settle else None
-        if settled is None:
+        refined = self.refine(rows) if self.refine else None
+        if refined is None:
             raise ValueError(
                 f"at threshold {threshold} this trace leaves {sum(map(len, rows.values()))} rows open (first met: "
                 f"layer {found.layer}, position "
@@ -436,7 +436,7 @@ class Trace:
             )
         for layer, queries in rows.items():
             at = torch.from_numpy(queries)
-            exact, low, high = settled[layer].low[at], self.normaliser_low[layer, at], self.normaliser_high[layer, at]
+            exact, low, high = refined[layer].low[at], self.normaliser_low[layer, at], self.normaliser_high[layer, at]
             if not bool(((exact >= low * (1 - CHANGED)) & (exact <= high * (1 + CHANGED))).all()):
                 raise ValueError("the model does not compute what it did when it was traced: trace again")
         fields = {
@@ -454,10 +454,10 @@ class Trace:
         for layer, queries in rows.items():
             at = torch.from_numpy(queries)
             for mine, theirs in fields.items():
-                getattr(self, mine)[layer, at] = getattr(settled[layer], theirs)[at]
+                getattr(self, mine)[layer, at] = getattr(refined[layer], theirs)[at]
             chosen = torch.zeros(len(self.tokens), dtype=torch.bool)
             chosen[at] = True
-            parts = [(self.sparse[layer], ~chosen), (settled[layer].edges, chosen)]  # type: ignore[index]
+            parts = [(self.sparse[layer], ~chosen), (refined[layer].edges, chosen)]  # type: ignore[index]
             kept = [(index[:, mask[index[0].long()]], value[mask[index[0].long()]]) for (index, value), mask in parts]
             self.sparse[layer] = (torch.cat([i for i, _ in kept], 1), torch.cat([v for _, v in kept]))  # type: ignore[index]
         self.work["exhausted"] = self.work.get("exhausted", 0) + sum(map(len, rows.values()))

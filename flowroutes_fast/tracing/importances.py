@@ -249,12 +249,12 @@ def _proximities(layer: Layer, parts: Parts, options: Options) -> tuple[Tensor, 
     """Proximities of the residual, the constant part, the mixer, the FFN and (sequential block) the residual past
     it, ``[token]`` each.
     """
-    near = torch.ops.flowroutes.part_proximity
+    proximity = torch.ops.flowroutes.part_proximity
     backend, threads, post = options.backend, options.threads, layer.resid_post.float()
     zero = parts.whole.new_zeros(len(parts.whole))
 
     def of(part: Tensor | None, whole: Tensor) -> Tensor:
-        return zero if part is None else near(torch.atleast_2d(part.float()), whole, backend, threads)
+        return zero if part is None else proximity(torch.atleast_2d(part.float()), whole, backend, threads)
 
     ffn, through = of(layer.ffn_out, post), of(layer.through, post)
     return of(parts.residual, parts.whole), of(parts.constant, parts.whole), of(parts.mixer, parts.whole), ffn, through

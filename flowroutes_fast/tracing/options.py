@@ -55,7 +55,7 @@ class Options:
         dense: exact: keep the importances of all sub-edges; None: while all layers together take less than 1 GB.
         floor: importance above which sub-edges are kept; routes can be extracted at any threshold from here on.
         thresholds: certified: rows are refined until no decision at these is open. At other thresholds, a route that
-            meets an open decision runs the model once more to settle it.
+            meets an open decision runs the model once more to refine it.
         tolerance: certified: largest relative error of a normaliser's estimate, and so of every importance.
         bias: ``"part"``: output and value biases are one part without a source token; ``"value"``: the value bias stays
             inside the sub-edges; ``"exclude"``: the constant part is left out of the normalisation.

@@ -96,7 +96,7 @@ def route(
             {"floor": limit, "thresholds": (limit,)} if limit > 0 else {"precision": "exact", "floor": 0.0}
         )
         if renormalize and "tolerance" not in options and limit > 0:
-            # shares of the survivors do not depend on it; decisions are settled all the same
+            # shares of the survivors do not depend on it; decisions are refined all the same
             chosen["tolerance"] = LOOSE
         options = chosen | options
     found = trace(model, tokenizer, text, lazy=True, **options)

@@ -24,7 +24,7 @@ from flowroutes_fast.models.tokens import token_texts
 from flowroutes_fast.models.weights import check_adapters, state_of
 from flowroutes_fast.ops.intervals import Counts
 from flowroutes_fast.results.lazy import LazyTrace
-from flowroutes_fast.results.trace import Settle, Trace
+from flowroutes_fast.results.trace import Refine, Trace
 from flowroutes_fast.results.trace_file import ARRAYS
 from flowroutes_fast.system.ambient import in_neutral, uncompiled
 from flowroutes_fast.tracing import layer_by_layer as by_layer
@@ -48,7 +48,7 @@ SIDE_BY_SIDE = 256 * 2**20  # bytes that all workers together may hold of u = v 
 PREDICTIONS = 10
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 Exact = dict[int, np.ndarray]
-_EVALUATED = {*ARRAYS, "work", "dense", "sparse", "neuron_parts", "settle", "lazy"}  # of a trace's fields
+_EVALUATED = {*ARRAYS, "work", "dense", "sparse", "neuron_parts", "refine", "lazy"}  # of a trace's fields
 
 
 @overload
@@ -241,7 +241,7 @@ def _fully(
             chat=chat,
             timings={"total": total, "importances": ours},
             inputs=digests(inputs),
-            settle=_settler(weak, ids, row, replace(options, neurons=False), inputs)
+            refine=_refiner(weak, ids, row, replace(options, neurons=False), inputs)
             if options.precision == "certified"
             else None,
         )
@@ -630,9 +630,9 @@ def _same_heads(dense: list[Tensor]) -> list[Tensor]:
     return [torch.nn.functional.pad(d, (0, 0, 0, 0, 0, most - d.shape[0])) for d in dense]
 
 
-def _settler(
+def _refiner(
     model: weakref.ref[nn.Module], ids: list[int], positions: Tensor, options: Options, inputs: dict[str, Tensor]
-) -> Settle:
+) -> Refine:
     """A function that runs the model again and evaluates the given rows whole: ``{layer: [query]}`` in, ``{layer:
     ...}`` out.
 
@@ -642,7 +642,7 @@ def _settler(
     traced = state_of(model())  # type: ignore[arg-type]
 
     @in_neutral
-    def settle(rows: dict[int, np.ndarray]) -> dict[int, LayerImportances] | None:
+    def refine(rows: dict[int, np.ndarray]) -> dict[int, LayerImportances] | None:
         alive = model()
         if alive is None:
             return None
@@ -653,7 +653,7 @@ def _settler(
         ((found, _),), _ = _run(alive, [ids], [positions], options, rows, inputs=inputs)
         return dict(zip(sorted(rows), found, strict=True))
 
-    return settle
+    return refine
 
 
 def _prediction(logits: Tensor | None, tokenizer: Any, model: Any) -> list[tuple[str, float]]:

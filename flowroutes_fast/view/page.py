@@ -199,7 +199,7 @@ def align(trace: Trace, other: Trace) -> list[list[int]]:
 
 def _static(trace: Trace, start: dict[str, Any], renormalize: bool) -> tuple[str, str]:
     """The picture and the sentence that stand in for the page where JavaScript is off."""
-    alone = replace(trace, settle=None)  # a picture is not worth another forward pass
+    alone = replace(trace, refine=None)  # a picture is not worth another forward pass
     first = start["threshold"]
     thresholds = sorted(
         {first * 1.5**i for i in range(12) if first * 1.5**i < 0.6}

@@ -171,7 +171,7 @@ TRACE_FIELDS = [
     ({"prediction": [["a"]]}, "prediction"),
     ({"prediction": [[1, 0.5]]}, "prediction"),
     ({"prediction": {"a": 0.5}}, "prediction"),
-    ({"settle": 1}, "nothing is known"),
+    ({"refine": 1}, "nothing is known"),
     ({"dense": []}, "nothing is known"),
     ({"model": None}, "model"),
     ({"model": "\x1b[2J"}, "control"),

@@ -158,6 +158,9 @@ def test_inputs_left_out_are_part_of_a_run(model, tmp_path):
         "positions",
         "edges",
         "shard",
+        "bias",
+        "tolerance",
+        "backend",
     ],
 )
 def test_other_options(model, folder, name):
@@ -172,9 +175,29 @@ def test_other_options(model, folder, name):
         "positions": False,
         "edges": False,
         "shard": (0, 2),
+        "bias": "value",
+        "tolerance": 0.02,
+        "backend": "reference",
     }[name]
     with pytest.raises(ValueError, match=rf"holds another run \(differing: {name}\)"):
         traced(model, folder, **{name: other})
+
+
+def test_options_of_the_evaluation_reach_it(model, done, tmp_path):
+    """All but those that rows have no use for; how many threads make them is not part of a run."""
+    assert fr.open_corpus(done).settings["evaluation"] == {}
+    run = traced(model, tmp_path / "run", bias="exclude", threads=1, tolerance=1e-2)
+    assert run.settings["evaluation"] == {"bias": "exclude", "threads": 1}
+    assert not run.positions().equals(fr.open_corpus(done).positions())
+    assert traced(model, tmp_path / "run", bias="exclude").states[0].files == run.states[0].files
+    for name, value in {"measure": "signed", "dense": True, "thresholds": (0.1,), "neurons": True}.items():
+        with pytest.raises(TypeError, match=rf"corpus\(\) got an unexpected keyword argument '{name}'"):
+            traced(model, tmp_path / "other", **{name: value})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windw': did you mean 'window'"):
+        traced(model, tmp_path / "other", windw=3)
+    with pytest.raises(ValueError, match="unknown bias mode"):
+        traced(model, tmp_path / "other", bias="none")
+    assert not (tmp_path / "other").exists()
 
 
 PLACES = {
@@ -326,6 +349,10 @@ STATES = {
     "shape": lambda s: s["settings"].update(shape=[0, 6]),
     "shard": lambda s: s["settings"].update(shard=[2, 2]),
     "setting": lambda s: s["settings"].pop("floor"),
+    "an option": lambda s: s["settings"]["evaluation"].update(bais="value"),
+    "a wrong option": lambda s: s["settings"]["evaluation"].update(tolerance="low"),
+    "a second floor": lambda s: s["settings"]["evaluation"].update(floor=0.1),
+    "a list of options": lambda s: s["settings"].update(evaluation=[]),
     "tokens": lambda s: s["progress"].update(tokens=s["progress"]["tokens"] + 1),
     "texts": lambda s: s["progress"].update(texts=12),
     "a window": lambda s: s["progress"].update(windows=2),

@@ -221,7 +221,7 @@ def test_runs_from_before_the_choice_go_on(model, tmp_path):
     full = traced(model, tmp_path / "run")
     file = tmp_path / "run" / "run.json"
     found = json.loads(file.read_text())
-    del found["checksum"], found["settings"]["routes_only"]
+    del found["checksum"], found["settings"]["routes_only"], found["settings"]["evaluation"]
     file.write_text(json.dumps(found | {"checksum": _checksum(found)}))
     assert traced(model, tmp_path / "run").states[0].files == full.states[0].files
     with pytest.raises(ValueError, match="differing: positions, routes_only"):

@@ -206,11 +206,11 @@ class TestDouble:
         rows = {0: trace.heads[0, :, 0].argsort()[:2].numpy()}
         wrapped.interleaver.interleaving = True
         with pytest.raises(ValueError, match="inside a block"):
-            trace.settle(rows)
+            trace.refine(rows)
         wrapped.interleaver.interleaving = False
-        assert list(trace.settle(rows)) == [0]
+        assert list(trace.refine(rows)) == [0]
         del wrapped  # the inner model lives on
-        assert list(trace.settle(rows)) == [0]
+        assert list(trace.refine(rows)) == [0]
 
     def test_rewritten_forwards_are_hidden(self, tokenizer):
         model = tiny()

@@ -206,13 +206,13 @@ def test_options_batches_and_second_run(tokenizer):
         near(a, b, 0)
     trace = fr.trace(bridge, None, IDS)
     rows = {0: trace.heads[0, :, 0].argsort()[:2].numpy()}
-    assert list(trace.settle(rows)) == [0]
+    assert list(trace.refine(rows)) == [0]
     bridge.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: tensor)
     found = fr.trace(bridge, None, [IDS, IDS[:3]], neurons=True)
     near(found[0], fr.trace(model_of(bridge), None, IDS))
     assert found[1].tokens == trace.tokens[:3]
     assert len(found[0].neuron_parts) == 2
-    assert list(found[0].settle(rows)) == [0]
+    assert list(found[0].refine(rows)) == [0]
     with pytest.raises(ValueError, match="resume="):
         fr.trace(bridge, None, IDS, resume="somewhere")
     with pytest.raises(ValueError, match="outside the model's vocabulary of 61"):
@@ -325,13 +325,13 @@ def test_caches(tokenizer):
     near(fr.trace(cache, None, TEXT), found, 0)
     assert found.tokens == [str(i) for i in range(len(bridge.to_tokens(TEXT)[0]))]
     rows = {1: found.heads[1, :, 0].argsort()[:2].numpy()}
-    assert list(found.settle(rows)) == [1]
+    assert list(found.refine(rows)) == [1]
     with pytest.raises(ValueError, match=r"the text has \[12\] tokens but the cache was made from \[1\d\]"):
         fr.trace(cache, None, IDS)
     with pytest.raises(ValueError, match="attention mask has shape"):
         fr.trace(cache, None, None, attention_mask=[[1, 1]])
     del cache
-    assert found.settle(rows) is None
+    assert found.refine(rows) is None
 
 
 def test_caches_without_what_is_needed(tokenizer):

@@ -354,7 +354,7 @@ def test_open_decisions_are_settled_or_refused(tmp_path):
         again.route(threshold=threshold)
 
 
-def test_a_changed_model_settles_nothing():
+def test_a_changed_model_refines_nothing():
     model = tiny("llama")
     trace = fr.trace(model, None, IDS, tolerance=0.3, thresholds=())
     low, high = (t[2, -1].double() for t in (trace.normaliser_low, trace.normaliser_high))

@@ -150,7 +150,7 @@ class Broken:
 
     def wrong(self, function, arguments, isa):
         found = function(arguments, isa)
-        name = next(name for name in ("near", "out", "value", "low", "upper", "normaliser") if name in arguments)
+        name = next(name for name in ("proximities", "out", "value", "low", "upper", "normaliser") if name in arguments)
         import ctypes
 
         ctypes.c_float.from_address(arguments[name]).value *= 1.01

@@ -186,7 +186,7 @@ def test_rows_are_not_settled_by_a_changed_model(how):
     trace = fr.trace(model, None, LONG, tolerance=0.3, thresholds=())
     fr.trace(model, None, LONG[:9])
     trace.route(threshold=0.003)
-    assert trace.work["exhausted"] > 0  # settled by the model as it was
+    assert trace.work["exhausted"] > 0  # refined by the model as it was
     weight = model.base_model.model.model.layers[0].self_attn.o_proj.base_layer.weight
     if how == "in place":
         with torch.no_grad():
@@ -400,7 +400,7 @@ def test_images():
     assert trace.tokens[1:5] == ["100"] * 4
     (other,) = fr.trace(model, None, given | {"pixel_values": pixels + 1})
     assert (trace.heads - other.heads).abs().max() > 1e-5
-    route = trace.route(threshold=0.0123)  # settled by a second pass, with the same image
+    route = trace.route(threshold=0.0123)  # refined by a second pass, with the same image
     assert len(route.edges)
     with pytest.raises(ValueError, match="one prompt at a time"):
         fr.trace(model, None, {"input_ids": torch.tensor([ids, ids]), "pixel_values": pixels})

@@ -229,7 +229,7 @@ def same(a, b):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     if hasattr(a, "__dataclass_fields__"):
         return type(a) is type(b) and all(
-            same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "settle"
+            same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "refine"
         )
     return a == b
 
@@ -255,7 +255,7 @@ def test_a_pickled_trace_keeps_no_model(open_trace):
     trace = copy.deepcopy(trace)
     again = pickle.loads(pickle.dumps(trace))
     assert same(trace, again)
-    assert again.settle is None
+    assert again.refine is None
     threshold = open_threshold(trace)
     with pytest.raises(ValueError, match="its model is gone"):
         again.route(threshold=threshold)
@@ -272,13 +272,13 @@ def test_a_pickled_trace_keeps_no_model(open_trace):
 def test_a_copied_trace_settles_with_the_same_model(open_trace):
     model, trace = open_trace
     deep = copy.deepcopy(trace)
-    assert copy.copy(trace).settle is deep.settle is trace.settle
+    assert copy.copy(trace).refine is deep.refine is trace.refine
     assert same(trace, deep)
     assert deep.heads is not trace.heads
     before = copy.deepcopy(deep)
     assert len(deep.route(threshold=open_threshold(deep)).edges)
     assert deep.work["exhausted"] > before.work["exhausted"]
-    assert same(trace, before)  # the copy alone was settled
+    assert same(trace, before)  # the copy alone was refined
     two = copy.deepcopy([trace, trace])
     assert two[0] is two[1]
     assert model is not None

@@ -142,5 +142,5 @@ else:
         share = float(open_.attention_residual[0, row])
         residual, ends = share * (low + high)[row] / 2, (share * low[row], share * high[row])
         assert ends[0] * 1.001 < residual < ends[1] / 1.001
-        settled = fr.trace(model, None, IDS, thresholds=(share,), **options)
-        assert not share * settled.normaliser_low[0, row] < residual < share * settled.normaliser_high[0, row]
+        refined = fr.trace(model, None, IDS, thresholds=(share,), **options)
+        assert not share * refined.normaliser_low[0, row] < residual < share * refined.normaliser_high[0, row]

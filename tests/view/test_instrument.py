@@ -255,7 +255,7 @@ def test_without_an_unembedding_there_is_no_lens(monkeypatch):
 def test_routes_in_the_browser_are_those_of_python(show, family, precision):
     model, ids = make(family), ids_of(23)
     traces = [fr.trace(model, None, ids, precision=precision), fr.trace(model, None, ids, measure="signed")]
-    alone = [replace(trace, settle=None) for trace in traces]
+    alone = [replace(trace, refine=None) for trace in traces]
     browser = show(page.trace_html(alone[0], signed=alone[1], threshold=0.04))
     decided = 0
     for number, trace in enumerate(alone):
@@ -305,10 +305,10 @@ def slide(browser, value):
     return browser.run("flowroutes.state.threshold")
 
 
-def settled(trace, *args):
+def refined(trace, *args):
     """A route, and whether the trace alone decides it."""
     try:
-        return replace(trace, settle=None).route(*args), True
+        return replace(trace, refine=None).route(*args), True
     except ValueError:
         return None, False
 
@@ -326,7 +326,7 @@ def test_slider_root_and_renormalise(show, ioi):
             browser.run(f"document.querySelector('#prompt [data-position=\"{root}\"]').click()")
             assert browser.run("document.getElementById('root').value") == str(root)
             for value in (0, 250, 500, 620, 800, 1000):
-                route, alone = settled(trace, root, slide(browser, value), renormalize)
+                route, alone = refined(trace, root, slide(browser, value), renormalize)
                 notice = browser.run("document.getElementById('notice').hidden")
                 assert notice == alone
                 if alone:

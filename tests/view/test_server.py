@@ -441,11 +441,11 @@ def test_clicks_in_the_page():
     ran, text = passes(model.tracer), SAID + " delta"
     full = {measure: fr.trace(make("llama"), Tokenizer(), text, measure=measure) for measure in ("proximity", "signed")}
     notice, count = "document.getElementById('notice').textContent", "document.getElementById('count').textContent"
-    settle = "!flowroutes.state.asking && !flowroutes.state.walking && !flowroutes.state.looking"
+    refine = "!flowroutes.state.asking && !flowroutes.state.walking && !flowroutes.state.looking"
 
     def do(script):
         browser.run(script)
-        browser.wait(settle, 60)
+        browser.wait(refine, 60)
         return browser.run(count)
 
     def ask(text):
@@ -511,7 +511,7 @@ def test_open_decisions_are_settled_by_the_server(monkeypatch):
     text = SAID + " delta"
     model, browser = Served(), Chromium()
     trace = fr.trace(model.tracer.model, Tokenizer(), text)
-    opened = [t for t in (0.0022, 0.0034, 0.0051, 0.0073, 0.0093, 0.0122) if settled(trace, t) is None]
+    opened = [t for t in (0.0022, 0.0034, 0.0051, 0.0073, 0.0093, 0.0122) if refined(trace, t) is None]
     assert len(opened) > 2
     try:
         browser.open(f"http://127.0.0.1:{model.port}/", ready="Boolean(window.flowroutes)")
@@ -532,10 +532,10 @@ def test_open_decisions_are_settled_by_the_server(monkeypatch):
         model.close()
 
 
-def settled(trace, threshold):
+def refined(trace, threshold):
     """A route that the trace alone decides, or None."""
     try:
-        return replace(trace, settle=None).route(-1, threshold, False)
+        return replace(trace, refine=None).route(-1, threshold, False)
     except ValueError:
         return None
 
