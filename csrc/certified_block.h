@@ -103,9 +103,9 @@ class RowBlock {
                     const ivec open = weight > vec{};
                     const vec left = open ? w : vec{};
                     const ivec above = left > limit;
-                    if (any(above)) {
-                        for (int lane = 0; lane < LANES; ++lane)
-                            if (above[lane]) list(r, static_cast<int32_t>(j + lane), weight[lane], w[lane]);
+                    for (uint32_t lanes = mask(above); lanes; lanes &= lanes - 1) {
+                        const int lane = __builtin_ctz(lanes);
+                        list(r, static_cast<int32_t>(j + lane), weight[lane], w[lane]);
                     }
                     const vec low = above ? vec{} : left;
                     const vec t = low > vec{} ? weight * load(length + j) : vec{};
@@ -347,18 +347,7 @@ class RowBlock {
     std::vector<int32_t> keys;  // scratch of refine()
 
   private:
-    static bool any(ivec x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-        return !__builtin_ia32_ptestz256(reinterpret_cast<v4di>(x), reinterpret_cast<v4di>(x));
-#else
-        int32_t found = 0;
-        for (int lane = 0; lane < LANES; ++lane) found |= x[lane];
-        return found != 0;
-#endif
-    }
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    typedef long long v4di __attribute__((vector_size(32)));
-#endif
+    static bool any(ivec x) { return mask(x) != 0; }
 
     // max(0, w_d - |y_d|) of four channels
     vec4 overshoot(const float* value, const float* w_o, const int32_t* channel, vec4 y, float weight) const {

@@ -3,6 +3,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 // vexp, the signs of zero and the sorting of infinities rely on arithmetic as written; clang defines less than gcc, so
 // see also arithmetic().
@@ -41,6 +44,21 @@ inline vec vabs(vec a) { return reinterpret_cast<vec>(reinterpret_cast<ivec>(a) 
 inline vec flip(vec x, vec y) {
     return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) ^ (reinterpret_cast<ivec>(y) & INT32_MIN));
 }
+// a bit for every lane of a comparison that holds, the first lane lowest
+inline uint32_t mask(ivec x) {
+#if defined(__AVX512F__) && !defined(FLOWROUTES_LANES)
+    return _mm512_cmplt_epi32_mask(reinterpret_cast<__m512i>(x), _mm512_setzero_si512());
+#elif defined(__AVX2__) && !defined(FLOWROUTES_LANES)
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(x)));
+#elif defined(__SSE2__) && !defined(FLOWROUTES_LANES)
+    return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(x)));
+#else
+    uint32_t bits = 0;
+    for (int lane = 0; lane < LANES; ++lane) bits |= (x[lane] ? 1u : 0u) << lane;
+    return bits;
+#endif
+}
+
 typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ivec4 __attribute__((vector_size(16)));
 
