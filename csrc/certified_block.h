@@ -9,6 +9,7 @@ namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
+constexpr size_t AHEAD = 4;         // evaluations before which their numbers are fetched
 constexpr int SEGMENT = 256;        // keys whose bounds are held at a time
 constexpr float WELL_ABOVE = 10.f;  // sums over heads above this many floors are known to the tolerance
 
@@ -35,6 +36,9 @@ class RowBlock {
         known.resize(stride);
         whole.resize(stride);
         slopes.resize(2 * p.heads);
+        if (l.coarse.empty()) return;
+        passing.resize(p.d_model + 4);
+        passing_y.resize(p.d_model + 4);
     }
 
     void start(int64_t first) {
@@ -49,7 +53,7 @@ class RowBlock {
             reserve[r].clear();
             others[r] = 0.f;
             for (int64_t n = 0; n < p.n_others; ++n) others[r] += p.others[n * p.queries + i0 + r];
-            classes(r);
+            if (!p.whole_norm) classes(r);
         }
     }
 
@@ -141,8 +145,9 @@ class RowBlock {
     // exact proximity of one sub-edge with bound w, after aim(r, h)
     float exact(int r, int64_t h, int32_t key, float weight, float w) {
         const int64_t i = i0 + r, kv = h / p.group;
-        float t = weight * l.length[kv * stride + key] * (1.f + 1e-5f);
         const float* value = p.v + kv * p.v_head + key * p.v_row;
+        if (!l.coarse.empty()) return screened(i, h, key, value, weight, w);
+        float t = weight * l.length[kv * stride + key] * (1.f + 1e-5f);
         if (p.gate) {
             const float* gate = p.gate + (i * p.heads + h) * p.d_v;
             for (int64_t c = 0; c < p.d_v; ++c) gated[c] = value[c] * gate[c];
@@ -173,6 +178,44 @@ class RowBlock {
             last_y[x] = std::numeric_limits<float>::infinity();
         }
         for (int x = 0; x < m; x += 4) over += overshoot(value, w_o, last + x, load4(last_y + x), weight);
+        return std::max(0.f, w - 2.f * (over[0] + over[1] + over[2] + over[3]));
+    }
+
+    // u of a sub-edge that will be evaluated soon
+    void fetch(int64_t h, int32_t key) const {
+        if (l.coarse.empty()) return;
+        const int8_t* u = l.coarse.data() + (h * stride + key) * p.d_model;
+        for (int64_t c = 0; c < p.d_model; c += 64) __builtin_prefetch(u + c);
+    }
+
+    // the same where u is known in steps: those channels alone whose part can pass |y_d|
+    float screened(int64_t i, int64_t h, int32_t key, const float* value, float weight, float w) {
+        const int64_t place = h * stride + key;
+        const float a = weight * l.step[place] * (1.f + 1e-5f);
+        const int32_t n = l.order.prefix(i, 128.f * a);
+        const int32_t* channel = l.order.channel.data() + i * p.d_model;
+        const float* y = l.order.sorted.data() + i * p.d_model;
+        const int8_t* u = l.coarse.data() + place * p.d_model;
+        int32_t* some = passing.data();
+        float* some_y = passing_y.data();
+        int32_t m = 0;
+        for (int32_t c = 0; c < n; c += LANES) {
+            const vec of = load(y + c);
+            uint32_t lanes = mask((flip(gather(u, channel + c), of) + 1.f) * a > vabs(of));
+            if (n - c < LANES) lanes &= (1u << (n - c)) - 1;
+            for (; lanes; lanes &= lanes - 1) {
+                const int32_t x = c + __builtin_ctz(lanes);
+                some[m] = channel[x];
+                some_y[m++] = y[x];
+            }
+        }
+        for (int32_t x = m; x < m + 3; ++x) {  // whole groups of four: a channel of infinite |y| adds nothing
+            some[x] = 0;
+            some_y[x] = std::numeric_limits<float>::infinity();
+        }
+        const float* w_o = p.w_o + h * p.d_v;
+        vec4 over = {};
+        for (int32_t x = 0; x < m; x += 4) over += overshoot(value, w_o, some + x, load4(some_y + x), weight);
         return std::max(0.f, w - 2.f * (over[0] + over[1] + over[2] + over[3]));
     }
 
@@ -259,7 +302,11 @@ class RowBlock {
         });
         for (int r = from; r < to; ++r) {
             aim(r, h);
-            for (const Open& e : above[r]) evaluate(r, h, e.key, e.weight, e.w);
+            const std::vector<Open>& now = above[r];
+            for (size_t n = 0; n < now.size(); ++n) {
+                if (n + AHEAD < now.size()) fetch(h, now[n + AHEAD].key);
+                evaluate(r, h, now[n].key, now[n].weight, now[n].w);
+            }
             for (size_t n = reserve[r].size(); n > 0 && reserve[r][n - 1].head == h; --n) {
                 const Open& e = reserve[r][n - 1];
                 account(r, h, e.key, e.weight, e.w, 1.f);
@@ -390,7 +437,8 @@ class RowBlock {
     };
     float class_end[ROWS][2];
     std::vector<Open> above[ROWS], reserve[ROWS];
-    std::vector<float> gated;
+    std::vector<float> gated, passing_y;
+    std::vector<int32_t> passing;
     int32_t wide_channel[WIDE];
     float wide_y[WIDE], wide_width[WIDE];
 };

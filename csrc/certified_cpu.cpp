@@ -83,9 +83,12 @@ void certify(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& counts) 
         const float* row = x.pair.data() + r * x.stride;
         for (const Evaluated& e : x.evaluated[r])
             if (e.value > 0.f && row[e.key] > above) edges.push_back({int32_t(i), e.key, e.head, e.value});
-        for (int64_t key = 0; key < std::min(p.keys, x.stride); ++key)
-            if (row[key] > above && x.open(r, key) > 1e-6f * row[key])
-                edges.push_back({int32_t(i), int32_t(key), -1, x.open(r, key)});
+        for (int64_t j = x.begin(r), end = std::min(x.stride, round_up(x.reach(r + 1), NR)); j < end; j += LANES)
+            for (uint32_t lanes = mask(load(row + j) > splat(above)); lanes; lanes &= lanes - 1) {
+                const auto key = static_cast<int32_t>(j + __builtin_ctz(lanes));
+                if (const float open = x.open(r, key); open > 1e-6f * row[key])
+                    edges.push_back({int32_t(i), key, -1, open});
+            }
     }
 }
 
@@ -95,14 +98,15 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
     const Certified& p = x.p;
     x.start(i0);
     std::vector<float>&share = x.share, &pair = x.pair;
-    share.assign(p.heads * x.height * x.stride, 0.f);
+    share.resize(p.heads * x.height * x.stride);
+    const int64_t begin = x.begin(0);
     for (int64_t h = 0; h < p.heads; ++h) {
         x.weights(h);
         const int64_t end = round_up(x.visible, NR);
         const float* panels = x.l.v[h / p.group].get();
         for (int r = 0; r < x.rows; r += MR) {
             const int n = std::min(MR, x.rows - r);
-            for (int64_t j = 0; j < end; j += NR)
+            for (int64_t j = begin; j < end; j += NR)
                 tile(p.g + ((i0 + r) * p.heads + h) * p.d_v, p.heads * p.d_v, n, panels + j * p.d_v, p.d_v,
                      &share[(h * x.height + r) * x.stride + j], x.stride);
         }
@@ -112,7 +116,7 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
             float* s = &share[(h * x.height + r) * x.stride];
             const float* a = x.alpha.get() + (h * x.height + r) * x.stride;
             vec total = {};
-            for (int64_t j = 0; j < end; j += LANES) {
+            for (int64_t j = begin; j < end; j += LANES) {
                 const vec f = load(s + j) * load(a + j) * scale;
                 store(s + j, f);
                 store(&pair[r * x.stride + j], load(&pair[r * x.stride + j]) + f);
@@ -124,12 +128,19 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
     for (int r = 0; r < x.rows; ++r) {
         p.low[i0 + r] = p.high[i0 + r] = p.whole_norm[i0 + r];
         counts.bounded += std::max<int64_t>(0, std::min(p.keys, x.reach(r + 1)) - x.begin(r)) * p.heads;
-        for (int64_t h = 0; h < p.heads; ++h)
-            for (int64_t j = 0; j < x.stride; ++j) {
-                const float f = share[(h * x.height + r) * x.stride + j];
-                if (f != 0.f && (std::fabs(f) > p.floor || std::fabs(pair[r * x.stride + j]) > p.floor))
-                    edges.push_back({int32_t(i0 + r), int32_t(j), int32_t(h), f});
+        const float* sums = &pair[r * x.stride];
+        const int64_t end = std::min(x.stride, round_up(x.reach(r + 1), NR));
+        for (int64_t h = 0; h < p.heads; ++h) {
+            const float* of_head = &share[(h * x.height + r) * x.stride];
+            for (int64_t j = x.begin(r); j < end; j += LANES) {
+                const vec f = load(of_head + j), least = splat(p.floor);
+                const ivec listed = (vabs(f) > least) | ((vabs(load(sums + j)) > least) & (f != vec{}));
+                for (uint32_t lanes = mask(listed); lanes; lanes &= lanes - 1) {
+                    const int64_t key = j + __builtin_ctz(lanes);
+                    edges.push_back({int32_t(i0 + r), int32_t(key), int32_t(h), of_head[key]});
+                }
             }
+        }
     }
 }
 
@@ -137,7 +148,7 @@ void signed_rows(RowBlock& x, int64_t i0, std::vector<Edge>& edges, Counts& coun
 
 void certified(const Certified& p, std::vector<Edge>& edges, Counts& counts) {
     const int threads = thread_count(p.threads);
-    const Layer layer(p, threads);
+    const Layer layer(p, threads, !p.whole_norm);
     const int64_t blocks = layer.blocks();
     std::vector<std::vector<Edge>> listed(blocks);
     std::vector<Counts> counted(blocks);

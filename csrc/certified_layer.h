@@ -60,8 +60,9 @@ class Pool {
 
 constexpr int FEW = 64;       // rows of a walk: then fresh pages would cost more than the work
 constexpr int PART = 8 * NR;  // keys that are packed at a time
-constexpr int
-    WIDE = 8;  // channels per head whose |W_O[h, :, d]| is kept apart, so that outliers do not loosen the rest
+constexpr int WIDE = 8;       // channels per head whose |W_O[h, :, d]| is kept apart: outliers must not loosen the rest
+constexpr int64_t SCREEN_BYTES = 64 << 20;
+constexpr int64_t SCREEN_WIDTH = 16384;  // heads times channels: beyond, u costs more than it saves
 
 struct Layer {
     const Certified& p;
@@ -75,11 +76,14 @@ struct Layer {
     std::vector<float> width, widest,
         common;  // [head, d_model], [head]: |W_O[h, :, d]|, its largest, its largest without the wide ones
     std::vector<float> factors;  // [query, d_model]: signs of y, and the probe, where the layer computes g itself
+    std::vector<int8_t> coarse;  // [head, padded, d_model]: u = v W_O[h] in steps; empty: channels are found by norms
+    std::vector<float> step;     // [head, padded]: |u_d| <= (|coarse_d| + 1) step, so that channels are told apart
     std::vector<int32_t> wide;   // [head, WIDE]: channels of the largest, -1 where there are fewer
 
-    explicit Layer(const Certified& problem, int threads)
+    // ``screen``: many sub-edges will be evaluated
+    explicit Layer(const Certified& problem, int threads, bool screen = false)
         : p(problem),
-          order(problem.y, problem.queries, problem.d_model, threads),
+          order(problem.y, problem.whole_norm ? 0 : problem.queries, problem.d_model, threads),
           seen(p.alpha.causal() && p.queries ? std::min<int64_t>(p.keys, p.alpha.position(p.queries - 1) + 1) : p.keys),
           padded(round_up(seen, NR)),
           height(static_cast<int>(std::clamp<int64_t>((p.queries + threads - 1) / threads, 1, ROWS))),
@@ -102,7 +106,13 @@ struct Layer {
             for (int64_t i = 0; i < n; ++i) factors[i] = std::copysign(1.f, p.y[i]);
             if (p.probe) std::copy_n(p.probe, p.d_model, factors.data() + n);
         }
-        const int64_t parts = (padded + PART - 1) / PART;
+        const int64_t parts = (padded + PART - 1) / PART, all = p.heads * padded * p.d_model;
+        const bool screened = screen && packed && !p.gate && !p.g_out && all <= SCREEN_BYTES &&
+                              p.heads * p.d_model * seen <= SCREEN_WIDTH * p.queries;
+        if (screened) {
+            coarse.resize(all + 3);
+            step.assign(p.heads * padded, 0.f);
+        }
         Failure failure;
 #pragma omp parallel num_threads(threads)
         {
@@ -119,6 +129,10 @@ struct Layer {
                 });
 #pragma omp for schedule(static)
             for (int64_t h = 0; h < p.heads; ++h) failure.guard([&] { rank(h); });
+            if (screened) {
+#pragma omp for schedule(static)
+                for (int64_t n = 0; n < threads; ++n) failure.guard([&] { screen_part(n, threads); });
+            }
         }
         failure.rethrow();
     }
@@ -136,6 +150,39 @@ struct Layer {
         if (packed) pack(values + first * p.v_row, p.v_row, end - first, p.d_v, v[kv].get() + first * p.d_v);
         float* lengths = length.data() + kv * padded + first;
         norms(values + first * p.v_row, p.v_row, end - first, p.d_v, [lengths](int64_t j, float x) { lengths[j] = x; });
+    }
+
+    // one thread's share of `coarse`: pairs of a head and some keys
+    void screen_part(int64_t n, int64_t threads) {
+        const int64_t d = p.d_model, row = round_up(d, NR), groups = (seen + ROWS - 1) / ROWS, all = p.heads * groups;
+        std::vector<float> w(row * p.d_v), u(ROWS * row);
+        std::vector<int32_t> rounded(row);
+        int64_t packed_head = -1;
+        for (int64_t x = all * n / threads; x < all * (n + 1) / threads; ++x) {
+            const int64_t h = x / groups, first = x % groups * ROWS, kv = h / p.group;
+            const int count = static_cast<int>(std::min<int64_t>(ROWS, seen - first));
+            if (h != packed_head) pack(p.w_o + h * p.d_v, p.w_row, d, p.d_v, w.data());
+            packed_head = h;
+            const float* values = p.v + kv * p.v_head + first * p.v_row;
+            for (int64_t c = 0; c < row; c += NR)
+                for (int r = 0; r < count; r += MR)
+                    tile(values + r * p.v_row, p.v_row, std::min(MR, count - r), w.data() + c * p.d_v, p.d_v,
+                         u.data() + r * row + c, row);
+            for (int r = 0; r < count; ++r) {
+                const float* from = u.data() + r * row;
+                vec most = {};
+                for (int64_t c = 0; c < row; c += LANES) most = vmax(most, vabs(load(from + c)));
+                // where u is far below |v| |W_O[h, :, d]|, its own rounding must not pass a step
+                const float s = std::max({largest(most), 2e-3f * length[kv * padded + first + r] * widest[h], 1e-28f}) /
+                                127.f;
+                const vec by = splat(1.f / s), shift = splat(12582912.f);  // 1.5 * 2^23: rounds to the nearest integer
+                for (int64_t c = 0; c < row; c += LANES) store(u.data() + r * row + c, load(from + c) * by + shift);
+                std::memcpy(rounded.data(), from, row * sizeof(float));
+                int8_t* out = coarse.data() + (h * padded + first + r) * d;
+                for (int64_t c = 0; c < d; ++c) out[c] = static_cast<int8_t>(rounded[c] & 0xff);
+                step[h * padded + first + r] = s;
+            }
+        }
     }
 
     // widths of a channel, for some heads: W_O is read once, in order

@@ -201,7 +201,11 @@ struct Magnitudes {
     }
 
     Magnitudes(const float* y, int64_t queries, int64_t d, int threads)
-        : channel(queries * d), end(queries * BUCKETS), sorted(queries * d), base(queries), smallest(queries) {
+        : channel(queries * d + LANES),
+          end(queries * BUCKETS),
+          sorted(queries * d + LANES),
+          base(queries),
+          smallest(queries) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t i = 0; i < queries; ++i) {
             const float* row = y + i * d;

@@ -59,6 +59,22 @@ inline uint32_t mask(ivec x) {
 #endif
 }
 
+// bytes[index[lane]] of every lane, as a number; three bytes behind the last are read
+inline vec gather(const int8_t* bytes, const int32_t* index) {
+#if defined(__AVX512F__) && !defined(FLOWROUTES_LANES)
+    const __m512i x = _mm512_i32gather_epi32(_mm512_loadu_si512(index), bytes, 1);
+    return reinterpret_cast<vec>(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24)));
+#elif defined(__AVX2__) && !defined(FLOWROUTES_LANES)
+    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    const __m256i x = _mm256_i32gather_epi32(reinterpret_cast<const int*>(bytes), at, 1);
+    return reinterpret_cast<vec>(_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24)));
+#else
+    vec out;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = bytes[index[lane]];
+    return out;
+#endif
+}
+
 typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ivec4 __attribute__((vector_size(16)));
 
