@@ -131,6 +131,8 @@ class RowBlock {
         }
     }
 
+    static float past(float w, vec4 over) { return std::max(0.f, w - 2.f * (over[0] + over[1] + over[2] + over[3])); }
+
     // what the evaluations of one row and head share
     void aim(int r, int64_t h) {
         const int64_t i = i0 + r;
@@ -178,7 +180,7 @@ class RowBlock {
             last_y[x] = std::numeric_limits<float>::infinity();
         }
         for (int x = 0; x < m; x += 4) over += overshoot(value, w_o, last + x, load4(last_y + x), weight);
-        return std::max(0.f, w - 2.f * (over[0] + over[1] + over[2] + over[3]));
+        return past(w, over);
     }
 
     // u of a sub-edge that will be evaluated soon
@@ -216,7 +218,7 @@ class RowBlock {
         const float* w_o = p.w_o + h * p.d_v;
         vec4 over = {};
         for (int32_t x = 0; x < m; x += 4) over += overshoot(value, w_o, some + x, load4(some_y + x), weight);
-        return std::max(0.f, w - 2.f * (over[0] + over[1] + over[2] + over[3]));
+        return past(w, over);
     }
 
     // evaluates a sub-edge and takes it out of the open ones

@@ -134,8 +134,8 @@ MUTANTS = [
     mutant(
         "cpu attention: pairs at the floor are listed",
         "dense_cpu.cpp",
-        "if (pair[j] * scale > p.floor)",
-        "if (pair[j] * scale >= p.floor)",
+        "mask(load(&pair[from]) * scale > splat(p.floor))",
+        "mask(load(&pair[from]) * scale >= splat(p.floor))",
         "test_a_pair_at_the_floor_is_not_listed",
     ),
     mutant(
@@ -266,17 +266,24 @@ MUTANTS = [
         "test_pairs_that_may_reach_the_floor_are_listed",
     ),
     mutant(
+        "cpu certified: channels within a step of u are left out",
+        "certified_block.h",
+        "(flip(gather(u, channel + c), of) + 1.f) * a > vabs(of)",
+        "(flip(gather(u, channel + c), of) - 1.f) * a > vabs(of)",
+        "test_channels_told_apart_by_u_in_steps",
+    ),
+    mutant(
         "cpu certified: what other heads may add is not said",
         "certified_cpu.cpp",
-        "x.open(r, key) > 1e-6f * row[key]",
-        "x.open(r, key) > 1e6f * row[key]",
+        "open > 1e-6f * row[key]",
+        "open > 1e6f * row[key]",
         "test_intervals_hold_the_truth",
     ),
     mutant(
         "cpu signed: negative shares are not listed",
         "certified_cpu.cpp",
-        "(std::fabs(f) > p.floor || ",
-        "(f > p.floor || ",
+        "(vabs(f) > least) |",
+        "(f > least) |",
         "test_backends_agree_on_a_signed_and_on_a_bounded_layer and signed",
     ),
     mutant(

@@ -64,6 +64,28 @@ def test_the_normaliser_is_known_to_the_tolerance(way, tolerance, much_open):
     check(found, a, others, 0.1)
 
 
+@needs_native
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize(("d_model", "small"), [(48, 1.0), (67, 0.2), (130, 0.02)])
+def test_channels_told_apart_by_u_in_steps(isa, d_model, small):
+    """Where u of all keys is at hand in 8 bits, evaluations leave out no channel that counts: in few rows, which have
+    no such u, in many, and listed one by one, every sub-edge is the float64 one; also where u = 0 or is tiny.
+    """
+    a, others = layer(4, 40, d_model=d_model)
+    a.whole[:, ::3] *= small  # many channels that parts pass
+    a.value[:, 3], a.value[:, 5] = 0, a.value[:, 5] * 1e-25
+    wanted = truth(a)
+    with native.instruction_set(isa):
+        found = run(a, others, "cpu", tolerance=0.0, floor=1e-6)
+    query, key, head = found.index.long()[:, found.index[2] >= 0]
+    unit = a.whole.double().abs().sum(-1)[query]
+    error = (found.value[found.index[2] >= 0].double() - wanted[head, query, key]).abs() / unit
+    assert len(query) > 1000
+    assert float(error.max()) < 5e-7
+    total = wanted.sum((0, 2)) + others.double().sum(0)
+    torch.testing.assert_close(found.low.double(), total, rtol=1e-5, atol=0)
+
+
 @pytest.fixture
 def much_open(monkeypatch):
     """Wide intervals: what a row is expected to have in sub-edges of no account is evaluated only where it must be."""

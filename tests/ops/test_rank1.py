@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import flowroutes_fast as fr
 from flowroutes_fast.capture.hooks import capture
 from flowroutes_fast.ops import reference
+from flowroutes_fast.ops.backends import interpreted
 from flowroutes_fast.ops.neurons import neuron_importances
 
 IDS = list(range(7, 30))
@@ -140,7 +141,7 @@ def test_neurons_that_are_not_the_ffn_are_refused(monkeypatch):
 @pytest.mark.parametrize("measure", ["proximity", "signed"])
 @pytest.mark.parametrize(("backend", "error"), [("triton", RuntimeError), ("Triton", ValueError), (None, ValueError)])
 def test_backends_that_cannot_be_used_here(measure, backend, error):
-    if backend == "triton" and torch.cuda.is_available():
+    if backend == "triton" and (torch.cuda.is_available() or interpreted()):
         backend = "cuda on the CPU"
         error = ValueError
     activation, w_down, whole = torch.randn(3, 5), torch.randn(5, 7), torch.randn(3, 7)
