@@ -36,7 +36,7 @@ class RowBlock {
         known.resize(stride);
         whole.resize(stride);
         slopes.resize(2 * p.heads);
-        if (l.coarse.empty()) return;
+        if (!l.coarse) return;
         passing.resize(p.d_model + 4);
         passing_y.resize(p.d_model + 4);
     }
@@ -148,7 +148,7 @@ class RowBlock {
     float exact(int r, int64_t h, int32_t key, float weight, float w) {
         const int64_t i = i0 + r, kv = h / p.group;
         const float* value = p.v + kv * p.v_head + key * p.v_row;
-        if (!l.coarse.empty()) return screened(i, h, key, value, weight, w);
+        if (l.coarse) return screened(i, h, key, value, weight, w);
         float t = weight * l.length[kv * stride + key] * (1.f + 1e-5f);
         if (p.gate) {
             const float* gate = p.gate + (i * p.heads + h) * p.d_v;
@@ -185,8 +185,8 @@ class RowBlock {
 
     // u of a sub-edge that will be evaluated soon
     void fetch(int64_t h, int32_t key) const {
-        if (l.coarse.empty()) return;
-        const int8_t* u = l.coarse.data() + (h * stride + key) * p.d_model;
+        if (!l.coarse) return;
+        const int8_t* u = l.coarse + (h * stride + key) * p.d_model;
         for (int64_t c = 0; c < p.d_model; c += 64) __builtin_prefetch(u + c);
     }
 
@@ -197,7 +197,7 @@ class RowBlock {
         const int32_t n = l.order.prefix(i, 128.f * a);
         const int32_t* channel = l.order.channel.data() + i * p.d_model;
         const float* y = l.order.sorted.data() + i * p.d_model;
-        const int8_t* u = l.coarse.data() + place * p.d_model;
+        const int8_t* u = l.coarse + place * p.d_model;
         int32_t* some = passing.data();
         float* some_y = passing_y.data();
         int32_t m = 0;

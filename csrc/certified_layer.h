@@ -61,7 +61,7 @@ class Pool {
 constexpr int FEW = 64;       // rows of a walk: then fresh pages would cost more than the work
 constexpr int PART = 8 * NR;  // keys that are packed at a time
 constexpr int WIDE = 8;       // channels per head whose |W_O[h, :, d]| is kept apart: outliers must not loosen the rest
-constexpr int64_t SCREEN_BYTES = 64 << 20;
+constexpr int64_t SCREEN_BYTES = 64 << 20, SCREEN_KEPT = 16 << 20;  // the latter: kept for the next layer
 constexpr int64_t SCREEN_WIDTH = 16384;  // heads times channels: beyond, u costs more than it saves
 
 struct Layer {
@@ -76,7 +76,8 @@ struct Layer {
     std::vector<float> width, widest,
         common;  // [head, d_model], [head]: |W_O[h, :, d]|, its largest, its largest without the wide ones
     std::vector<float> factors;  // [query, d_model]: signs of y, and the probe, where the layer computes g itself
-    std::vector<int8_t> coarse;  // [head, padded, d_model]: u = v W_O[h] in steps; empty: channels are found by norms
+    Pool::Buffer memory;         // of `coarse`
+    int8_t* coarse = nullptr;    // [head, padded, d_model]: u = v W_O[h] in steps; null: channels are found by norms
     std::vector<float> step;     // [head, padded]: |u_d| <= (|coarse_d| + 1) step, so that channels are told apart
     std::vector<int32_t> wide;   // [head, WIDE]: channels of the largest, -1 where there are fewer
 
@@ -110,7 +111,8 @@ struct Layer {
         const bool screened = screen && packed && !p.gate && !p.g_out && all <= SCREEN_BYTES &&
                               p.heads * p.d_model * seen <= SCREEN_WIDTH * p.queries;
         if (screened) {
-            coarse.resize(all + 3);
+            memory = Pool::shared().take(all / 4 + 2, all <= SCREEN_KEPT);
+            coarse = reinterpret_cast<int8_t*>(memory.get());
             step.assign(p.heads * padded, 0.f);
         }
         Failure failure;
@@ -178,7 +180,7 @@ struct Layer {
                 const vec by = splat(1.f / s), shift = splat(12582912.f);  // 1.5 * 2^23: rounds to the nearest integer
                 for (int64_t c = 0; c < row; c += LANES) store(u.data() + r * row + c, load(from + c) * by + shift);
                 std::memcpy(rounded.data(), from, row * sizeof(float));
-                int8_t* out = coarse.data() + (h * padded + first + r) * d;
+                int8_t* out = coarse + (h * padded + first + r) * d;
                 for (int64_t c = 0; c < d; ++c) out[c] = static_cast<int8_t>(rounded[c] & 0xff);
                 step[h * padded + first + r] = s;
             }

@@ -34,6 +34,7 @@ CHUNK_BYTES = 6 * 64 * 2**20  # temporaries of the reference backend's chunks
 DENSE_CHUNK_BYTES = 2 * 256 * 2**20  # u = v W_O and its float copies in the CUDA backend
 ROWS = 24  # queries that a native thread works on together
 BUCKETS = 96  # magnitude classes of a row
+SCREEN_WIDTH, SCREEN_BYTES = 16384, 64 << 20
 
 
 def size_text(size: float) -> str:
@@ -155,6 +156,8 @@ def needs(s: Shape, tokens: int, options: Options, *, device: str, element: int,
         listed = 0.0 if dense else KERNEL_EDGE_BYTES * edges
         whole = precision == "exact" or t <= FEW_KEYS
         packed = 4 * t * (h * (s.d_qk + s.d_head + d + 1) if whole else kv + s.kv_heads)
+        if not whole and measure != "signed" and h * d <= SCREEN_WIDTH and h * d * t <= SCREEN_BYTES:
+            packed += t * h * (d + 4)  # u in steps of 8 bits
         buffers: float = (
             copies + g + sorted_rows + per_thread * threads + listed + packed + (4 * square if dense else 0)
         )
