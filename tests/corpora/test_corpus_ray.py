@@ -126,7 +126,7 @@ def test_errors_of_workers_and_clusters(cluster, tmp_path):
 def test_bad_options(tmp_path):
     with pytest.raises(ValueError, match="workers must be at least 1"):
         fr.corpus_on_ray("demo", TEXTS, tmp_path / "run", workers=0)
-    with pytest.raises(TypeError, match="unknown option 'treshold'"):
+    with pytest.raises(TypeError, match="'treshold': did you mean 'threshold'"):
         fr.corpus_on_ray("demo", TEXTS, tmp_path / "run", treshold=0.1)
 
 
