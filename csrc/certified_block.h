@@ -272,8 +272,8 @@ class RowBlock {
     void unclear(int r, float low, float high, std::vector<int32_t>& keys) const {
         keys.clear();
         const float* row = pair.data() + r * stride;
-        const auto add = [&](float from, float to,
-                             float slack) {  // pairs above `from` for sure or not, and not above `to` for sure
+        // pairs above `from` for sure or not, and not above `to` for sure
+        const auto add = [&](float from, float to, float slack) {
             for (int64_t j = 0; j < stride; j += LANES)
                 if (any((load(row + j) > splat(from)) & (load(&known[j]) <= splat(to))))
                     for (int64_t key = j; key < j + LANES; ++key)
@@ -370,9 +370,9 @@ class RowBlock {
     }
 
     int64_t begin(int row) const {
-        const bool windowed = p.alpha.window > 0 && p.alpha.causal();
-        return windowed ? std::max<int64_t>(0, p.alpha.position(i0 + row) + 1 - p.alpha.window) / SEGMENT * SEGMENT
-                        : 0;  // sums in the same order whatever rows are beside
+        if (p.alpha.window <= 0 || !p.alpha.causal()) return 0;
+        // whole segments: sums in the same order whatever rows are beside
+        return std::max<int64_t>(0, p.alpha.position(i0 + row) + 1 - p.alpha.window) / SEGMENT * SEGMENT;
     }
     int64_t reach(int to) const { return p.alpha.causal() ? p.alpha.position(i0 + to - 1) + 1 : p.keys; }
 

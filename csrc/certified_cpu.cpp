@@ -3,8 +3,9 @@
 // Every sub-edge has the bound w = alpha max(<v, g>, 0) >= proximity: a dot product of length d_v. Those above a cut
 // are evaluated,
 //     proximity = max(w - 2 sum_d max(0, alpha |u_d| - |y_d|), 0)   over channels d where u_d points along y_d,
-// and only channels with |y_d| < alpha |v| |W_O[h, :, d]| can contribute (Cauchy-Schwarz), so u_d is computed for those
-// alone and never stored. The rest is summed into an interval: its upper end is the sum of w; its lower end subtracts 2
+// and only few channels can contribute, so that u_d is computed in float32 for those alone: where many rows are
+// evaluated, those that u in steps of 8 bits does not rule out; else those with |y_d| < alpha |v| |W_O[h, :, d]|
+// (Cauchy-Schwarz). The rest is summed into an interval: its upper end is the sum of w; its lower end subtracts 2
 // F(alpha |v|), where F(t) = sum_d max(0, t |W_O[h, :, d]| - |y_d|) is convex with F(0) = 0, so that a chord bounds it
 // over a whole class of sub-edges.
 #include "certified_block.h"
@@ -28,8 +29,8 @@ void refine(RowBlock& x, int r, Counts& counts) {
     for (;;) {
         x.row_bounds(r, low, high);
         const bool crowded = p.capacity > 0 && int64_t(x.evaluated[r].size()) > p.capacity;
-        const bool whole = tolerance == 0.f &&
-                           share > 0.f;  // evaluate everything, even what cannot change the normaliser
+        // evaluate everything, even what cannot change the normaliser
+        const bool whole = tolerance == 0.f && share > 0.f;
         if (!crowded && !whole && !(high - low > tolerance * (high + low))) {
             x.unclear(r, low, high, keys);
             if (!keys.empty()) {

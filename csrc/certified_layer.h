@@ -67,14 +67,14 @@ constexpr int64_t SCREEN_WIDTH = 16384;  // heads times channels: beyond, u cost
 struct Layer {
     const Certified& p;
     Magnitudes order;
-    int64_t seen;                    // keys that some query may see
-    int64_t padded;                  // those, rounded up to whole panels
-    int height;                      // queries that a thread works on together
-    bool packed;                     // else keys and values are read as they are stored
-    std::vector<Pool::Buffer> k, v;  // [kv_head]: panels [key / NR][d][NR]
-    std::vector<float> length;       // [kv_head, padded]: |v_j|
-    std::vector<float> width, widest,
-        common;  // [head, d_model], [head]: |W_O[h, :, d]|, its largest, its largest without the wide ones
+    int64_t seen;                       // keys that some query may see
+    int64_t padded;                     // those, rounded up to whole panels
+    int height;                         // queries that a thread works on together
+    bool packed;                        // else keys and values are read as they are stored
+    std::vector<Pool::Buffer> k, v;     // [kv_head]: panels [key / NR][d][NR]
+    std::vector<float> length;          // [kv_head, padded]: |v_j|
+    std::vector<float> width;           // [head, d_model]: |W_O[h, :, d]|
+    std::vector<float> widest, common;  // [head]: its largest, its largest without the wide ones
     std::vector<float> factors;  // [query, d_model]: signs of y, and the probe, where the layer computes g itself
     Pool::Buffer memory;         // of `coarse`
     int8_t* coarse = nullptr;    // [head, padded, d_model]: u = v W_O[h] in steps; null: channels are found by norms

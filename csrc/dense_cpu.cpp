@@ -15,9 +15,11 @@ namespace flowroutes {
 namespace FLOWROUTES_ISA {
 namespace {
 
-// sum_d max(0, w_d - |y_d|), w = alpha sign(y) u, for the NR keys of one panel, over the n channels of smallest |y_d|
-inline void overshoot(const Magnitudes& order, int64_t i, int64_t d_model, vec a0, vec a1, const float* u, int32_t n,
+// sum_d max(0, w_d - |y_d|), w = alpha sign(y) u, for the NR keys of one panel; `reach` is the largest alpha * max_d
+// |u_d| among them
+inline void overshoot(const Magnitudes& order, int64_t i, int64_t d_model, vec a0, vec a1, const float* u, float reach,
                       vec& out0, vec& out1) {
+    const int32_t n = order.prefix(i, reach);
     const int32_t* channel = order.channel.data() + i * d_model;
     const float* y = order.sorted.data() + i * d_model;
     vec over0 = {}, over1 = {};
@@ -30,9 +32,6 @@ inline void overshoot(const Magnitudes& order, int64_t i, int64_t d_model, vec a
     out0 = over0;
     out1 = over1;
 }
-
-constexpr int AHEAD = 2;
-constexpr int32_t MOST_AHEAD = 16;
 
 struct Head {
     const float *k, *v;  // panels [key / NR][d][NR] of keys and values, shared by the heads of a group
@@ -73,17 +72,8 @@ void head_rows(const Dense& p, const Magnitudes& order, const Head& head, int64_
         for (int r = 0; r < rows; r += MR)
             tile(g + r * g_row, g_row, std::min(MR, rows - r), head.v + j * p.d_v, p.d_v, bound + r * NR, NR);
         const vec reach0 = load(head.reach + j), reach1 = load(head.reach + j + LANES);
-        const float* u = head.u + j * p.d_model;
-        int32_t visited = 0;  // by the rows before: as many columns of u are fetched for one that comes soon
         for (int r = 0; r < rows; ++r) {
             const int64_t i = i0 + r;
-            if (r + AHEAD < rows) {
-                const int32_t* soon = order.channel.data() + (i + AHEAD) * p.d_model;
-                for (int32_t c = 0; c < std::min(visited, MOST_AHEAD); ++c) {
-                    __builtin_prefetch(u + int64_t(soon[c]) * NR);
-                    __builtin_prefetch(u + int64_t(soon[c]) * NR + LANES);
-                }
-            }
             float* alpha = s + r * stride + j;
             const vec a0 = load(alpha), a1 = load(alpha + LANES);
             vec w0 = vmax(a0 * load(bound + r * NR), vec{}), w1 = vmax(a1 * load(bound + r * NR + LANES), vec{});
@@ -91,8 +81,7 @@ void head_rows(const Dense& p, const Magnitudes& order, const Head& head, int64_
             const float reach = largest(vmax(need0, need1));
             if (reach > order.smallest[i]) {
                 vec over0, over1;
-                visited = order.prefix(i, reach);
-                overshoot(order, i, p.d_model, a0, a1, u, visited, over0, over1);
+                overshoot(order, i, p.d_model, a0, a1, head.u + j * p.d_model, reach, over0, over1);
                 w0 = vmax(w0 - 2.f * over0, vec{});
                 w1 = vmax(w1 - 2.f * over1, vec{});
             }

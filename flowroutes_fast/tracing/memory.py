@@ -34,7 +34,7 @@ CHUNK_BYTES = 6 * 64 * 2**20  # temporaries of the reference backend's chunks
 DENSE_CHUNK_BYTES = 2 * 256 * 2**20  # u = v W_O and its float copies in the CUDA backend
 ROWS = 24  # queries that a native thread works on together
 BUCKETS = 96  # magnitude classes of a row
-SCREEN_WIDTH, SCREEN_BYTES = 16384, 64 << 20
+SCREEN_WIDTH, SCREEN_BYTES = 16384, 64 << 20  # up to which certified rows have u in steps, as in csrc/certified_layer.h
 
 
 def size_text(size: float) -> str:

@@ -68,8 +68,8 @@ def test_the_normaliser_is_known_to_the_tolerance(way, tolerance, much_open):
 @pytest.mark.parametrize("isa", native.instruction_sets())
 @pytest.mark.parametrize(("d_model", "small"), [(48, 1.0), (67, 0.2), (130, 0.02)])
 def test_channels_told_apart_by_u_in_steps(isa, d_model, small):
-    """Where u of all keys is at hand in 8 bits, evaluations leave out no channel that counts: in few rows, which have
-    no such u, in many, and listed one by one, every sub-edge is the float64 one; also where u = 0 or is tiny.
+    """Where u of all keys is at hand in 8 bits, evaluations leave out no channel that counts: every sub-edge is the
+    float64 one, also where u = 0 or is tiny.
     """
     a, others = layer(4, 40, d_model=d_model)
     a.whole[:, ::3] *= small  # many channels that parts pass
